@@ -1,0 +1,176 @@
+"""torch's arithmetic in JAX: scalars in double, tensor operations that round where torch rounds.
+
+torch computes an optimizer's coefficients (bias corrections, effective learning rates) in Python's
+float64 and its tensor operations in the tensor's type; in bfloat16 and float16 every operation computes
+in float32 and rounds its result. `in_double` is the one place that evaluates scalars in float64 whatever
+`jax_enable_x64` says; the operations below are the only arithmetic that the rules use.
+
+Source of the operations: torch 2.13, aten/src/ATen/native/cpu/{BinaryOps,PointwiseOps,Lerp}Kernel.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """The real type in which torch computes an operation on `dtype`: float32 for bfloat16 and float16."""
+    dtype = jnp.dtype(dtype)
+    if dtype in LOW_PRECISION:
+        return jnp.dtype(jnp.float32)
+    return jnp.finfo(dtype).dtype  # complex64 -> float32, complex128 -> float64
+
+
+# --- scalars -----------------------------------------------------------------------------------------
+
+
+def in_double(f: Callable[..., Any], elementwise: Any, scalars: Any = (), *, dtype: Any) -> Any:
+    """Evaluate `f(elementwise, scalars)` in float64 and return its leaves as `dtype`.
+
+    Works eagerly and inside jit, vmap, scan, grad and export, with `jax_enable_x64` on or off. Floating
+    leaves of both arguments reach `f` as float64, integer ones as int64 (so that `count / 1000` is
+    float64 too). `f` may close over tracers; a Python number that should stay exact is closed over as well,
+    since as an argument JAX would round it.
+
+    Outside the scope a float64 value is illegal while x64 is off, and differentiation re-evaluates the
+    operations of `f` there. So the derivative is taken inside, entry by entry, and crosses the border as
+    numbers: `f` must act on `elementwise` elementwise (outputs have its shape or are 0-d), on `scalars`
+    and on what it closes over in any way.
+    """
+    dtype = jnp.dtype(dtype)
+    leaves, treedef = jax.tree.flatten((elementwise, scalars))
+    n_elementwise = len(jax.tree.leaves(elementwise))
+    leaves = [jnp.asarray(x) for x in leaves]
+    out_tree = None
+
+    def flat(*leaves: Any) -> tuple[Any, ...]:
+        nonlocal out_tree
+        out, out_tree = jax.tree.flatten(f(*jax.tree.unflatten(treedef, leaves)))
+        return tuple(out)
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        closed, consts = jax.closure_convert(flat, *map(_widen, leaves))
+    out = _evaluate(closed, n_elementwise, dtype, *leaves, *consts)
+    return jax.tree.unflatten(out_tree, out)
+
+
+def _widen(x: Array) -> Array:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return lax.convert_element_type(x, jnp.float64)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return lax.convert_element_type(x, jnp.int64)
+    return x
+
+
+def _evaluate(f: Callable[..., Any], n_elementwise: int, dtype: np.dtype, *args: Any) -> tuple[Array, ...]:
+    """f(*args) in the double scope; differentiable to any order (the derivative is such a call again)."""
+
+    @jax.custom_jvp
+    def call(*args: Any) -> tuple[Array, ...]:
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            return tuple(lax.convert_element_type(y, dtype) for y in f(*map(_widen, args)))
+
+    @call.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        out = call(*primals)
+        out_dot = [jnp.zeros_like(y) for y in out]
+        for i, tangent in enumerate(tangents):
+            if not jnp.issubdtype(jnp.result_type(primals[i]), jnp.floating):
+                continue
+            partials = _evaluate(_partial(f, i, i < n_elementwise), n_elementwise, dtype, *primals)
+            tangent = lax.convert_element_type(tangent, dtype)
+            for j, d in enumerate(partials):
+                if i >= n_elementwise and jnp.ndim(tangent):
+                    out_dot[j] = out_dot[j] + jnp.tensordot(d, tangent, jnp.ndim(tangent))
+                else:
+                    out_dot[j] = out_dot[j] + d * tangent
+        return out, tuple(out_dot)
+
+    return call(*args)
+
+
+def _partial(f: Callable[..., Any], i: int, elementwise: bool) -> Callable[..., Any]:
+    """The derivative of f's outputs in argument i, as a function of all arguments."""
+
+    def partial(*args: Any) -> Any:
+        def of(x: Any) -> Any:
+            return f(*args[:i], x, *args[i + 1 :])
+
+        if elementwise or jnp.ndim(args[i]) == 0:
+            return jax.jvp(of, (args[i],), (jnp.ones_like(args[i]),))[1]
+        return jax.jacfwd(of)(args[i])
+
+    return partial
+
+
+# --- torch's tensor operations -----------------------------------------------------------------------
+# Each takes arrays of one type and 0-d (or broadcastable) scalars of that type's compute type, computes
+# in the compute type and rounds the result once. XLA may keep the excess precision of a bfloat16 value
+# that is converted and converted back; reduce_precision is the rounding it must not drop.
+
+
+def _round(x: Array, dtype: np.dtype) -> Array:
+    if dtype in LOW_PRECISION:
+        info = jnp.finfo(dtype)
+        x = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    return x.astype(dtype)
+
+
+def _up(*arrays: Array) -> list[Array]:
+    return [a.astype(compute_dtype(a.dtype)) for a in arrays]
+
+
+def add(x: Array, y: Array, alpha: Array | None = None) -> Array:
+    """torch.add: x + alpha * y (alpha 1 if absent); y an array, or a scalar of the compute type.
+
+    In bfloat16 and float16 torch rounds a scalar y and alpha to that type first, in this operation alone. Its
+    last elements, fewer than a vector of the processor's, also round alpha * y; that is not repeated here.
+    """
+    a, b = _up(x, _round(y, x.dtype))
+    return _round(a + b if alpha is None else a + _up(_round(alpha, x.dtype))[0] * b, x.dtype)
+
+
+def mul(x: Array, y: Array) -> Array:
+    """torch.mul: x * y."""
+    a, b = _up(x, y)
+    return _round(a * b, x.dtype)
+
+
+def div(x: Array, y: Array) -> Array:
+    """torch.div: x / y."""
+    a, b = _up(x, y)
+    return _round(a / b, x.dtype)
+
+
+def sqrt(x: Array) -> Array:
+    """torch.sqrt."""
+    (a,) = _up(x)
+    return _round(jnp.sqrt(a), x.dtype)
+
+
+def lerp(start: Array, end: Array, weight: Array) -> Array:
+    """torch.lerp: start + w * (end - start) for |w| < 0.5, else end - (end - start) * (1 - w)."""
+    a, b = _up(start, end)
+    near = jnp.abs(weight) < 0.5
+    base = jnp.where(near, a, b)
+    return _round(base + jnp.where(near, weight, weight - 1) * (b - a), start.dtype)
+
+
+def addcmul(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
+    """torch.addcmul: x + (value * t1) * t2."""
+    a, b, c = _up(x, t1, t2)
+    return _round(a + value * b * c, x.dtype)
+
+
+def addcdiv(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
+    """torch.addcdiv: x + (value * t1) / t2."""
+    a, b, c = _up(x, t1, t2)
+    return _round(a + value * b / c, x.dtype)

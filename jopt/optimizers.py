@@ -1,0 +1,227 @@
+"""The optimizers under torch's names in lower case, with torch's arguments and defaults.
+
+Every number may be a number, a 0-d array (also traced) or a schedule `step -> value`, evaluated in float64 at
+the count of calls, from 0. Every function also takes
+
+    state_dtype: the type of the state's tensors where wider than the parameter's (float32 for bfloat16 parameters:
+        the step is then computed in float32 and rounded once; torch rounds after each operation).
+    hyperparams_in_state: keep all hyperparameters in `state.hyperparams`, to be read, saved, and set without
+        compiling again. They have JAX's default float type there, so that in float32 a beta2 of 0.999 is
+        0.99900001.
+
+and raises torch's ValueError for a number out of range, TypeError for what is no number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jopt import rules
+from jopt.rule import Hyperparameter
+from jopt.transform import Transform, transform
+
+
+def sgd(
+    lr: Hyperparameter = 1e-3,
+    momentum: Hyperparameter = 0,
+    dampening: Hyperparameter = 0,
+    weight_decay: Hyperparameter = 0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Stochastic gradient descent, as `torch.optim.SGD`.
+
+    With g = grad + weight_decay * p, and on momentum b = momentum * b + (1 - dampening) * g (b = g on the
+    first step, undamped):  p <- p - lr * (g, or b, or nesterov: g + momentum * b).
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.sgd(lr=0.1, momentum=0.9)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = tx.init(params)
+    >>> params, state = tx.step({"w": jnp.array([1.0, 1.0])}, state, params)
+    >>> params["w"].tolist()
+    [0.8999999761581421, 1.899999976158142]
+
+    State: `momentum_buffer`, only with momentum. Source: torch/optim/sgd.py.
+    """
+    if nesterov and (_is_zero(momentum) or not _is_zero(dampening)):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    arguments = dict(
+        lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
+    )
+    return transform(
+        rules.SGD, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
+    )
+
+
+def adam(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Adam, as `torch.optim.Adam`: the bias corrections in float64, AMSGrad's maximum over the raw moment.
+
+    With g = grad + weight_decay * p:
+    m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2;  amsgrad: v_max <- max(v_max, v)
+    p <- p - lr / (1 - beta1^t) * m / (sqrt(v or v_max) / sqrt(1 - beta2^t) + eps)
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.adam(lr=lambda step: 0.1 * 0.5**step)
+    >>> params = jnp.array([1.0, 2.0])
+    >>> state = tx.init(params)
+    >>> params, state = tx.step(jnp.array([3.0, -3.0]), state, params)
+    >>> [round(x, 6) for x in params.tolist()]
+    [0.9, 2.1]
+
+    State: `step`, `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`. Source: torch/optim/adam.py;
+    Kingma & Ba 2015; Reddi et al. 2018.
+    """
+    arguments = dict(
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        decoupled_weight_decay=decoupled_weight_decay,
+    )
+    return transform(
+        rules.Adam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
+    )
+
+
+def adamw(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """AdamW, as `torch.optim.AdamW`: `adam` with p <- p * (1 - lr * weight_decay) before it, and no L2 term.
+
+    >>> import jax, jax.numpy as jnp, optax, jopt
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), jopt.adamw(lr=1e-3))
+    >>> params = {"w": jnp.ones(3)}
+    >>> state = tx.init(params)
+    >>> updates, state = jax.jit(tx.update)({"w": jnp.ones(3)}, state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> [round(x, 5) for x in params["w"].tolist()]
+    [0.99899, 0.99899, 0.99899]
+
+    Source: torch/optim/adamw.py; Loshchilov & Hutter 2019.
+    """
+    return adam(
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        amsgrad,
+        maximize=maximize,
+        decoupled_weight_decay=True,
+        state_dtype=state_dtype,
+        hyperparams_in_state=hyperparams_in_state,
+    )
+
+
+def rmsprop(
+    lr: Hyperparameter = 1e-2,
+    alpha: Hyperparameter = 0.99,
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    momentum: Hyperparameter = 0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """RMSprop, as `torch.optim.RMSprop`: eps outside the root, lr outside the momentum buffer.
+
+    With g = grad + weight_decay * p:  v <- alpha v + (1 - alpha) g^2;  centered: a <- a + (1 - alpha) (g - a)
+    d = sqrt(v, or centered: v - a^2) + eps;  p <- p - lr * g / d
+    or with momentum:  b <- momentum * b + g / d;  p <- p - lr * b
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.rmsprop(lr=0.01)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 6)
+    0.9
+
+    State: `step`, `square_avg`, with momentum `momentum_buffer`, centered `grad_avg`.
+    Source: torch/optim/rmsprop.py; Hinton 2012; Graves 2013.
+    """
+    arguments = dict(
+        lr=lr,
+        alpha=alpha,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        centered=centered,
+        maximize=maximize,
+    )
+    return transform(
+        rules.RMSprop, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
+    )
+
+
+def gradient_descent(
+    lr: Hyperparameter, *, state_dtype: Any = None, hyperparams_in_state: bool = False
+) -> Transform:
+    """Plain gradient descent, p <- p - lr * grad: `sgd` with nothing else.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.gradient_descent(lr=0.5)
+    >>> params = jnp.array([1.0])
+    >>> tx.step(jnp.array([1.0]), tx.init(params), params)[0].item()
+    0.5
+    """
+    return sgd(lr, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
+def momentum(
+    lr: Hyperparameter,
+    beta: Hyperparameter = 0.9,
+    beta2: Hyperparameter | None = None,
+    eps: Hyperparameter = 1e-8,
+    *,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Momentum as a running average, without bias correction; torch has no name for it.
+
+    m <- beta * m + (1 - beta) * grad;  p <- p - lr * m
+    or with beta2:  v <- beta2 * v + (1 - beta2) * grad^2;  p <- p - lr * m / (sqrt(v) + eps)
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.momentum(lr=1.0, beta=0.5)
+    >>> params = jnp.array([1.0])
+    >>> tx.step(jnp.array([1.0]), tx.init(params), params)[0].item()
+    0.5
+
+    State: `exp_avg`, with beta2 `exp_avg_sq`.
+    """
+    arguments: dict[str, Any] = dict(lr=lr, beta=beta, scaled=beta2 is not None)
+    if beta2 is not None:
+        arguments |= dict(beta2=beta2, eps=eps)
+    return transform(
+        rules.Momentum, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
+    )
+
+
+def _is_zero(x: Hyperparameter) -> bool:
+    return isinstance(x, int | float) and x <= 0

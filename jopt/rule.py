@@ -1,0 +1,197 @@
+"""The contract: an optimizer is one rule over one leaf, and everything else is lifted from it.
+
+    rule.init(h, param)                 -> state       arrays under torch's names: exp_avg, ...
+    rule.scalars(h, s, xp)              -> c, s        once a step, in float64: this step's coefficients and
+                                                       the next scalar state (step, mu_product, ...)
+    rule.update(c, grad, state, param)  -> param, state
+
+`h` holds the step's hyperparameters by name and `s` the scalar state, both as float64. `scalars` is written
+once against an array namespace `xp`: NumPy on the host (the drop-in torch optimizer), jax.numpy inside
+`numerics.in_double` (everything in JAX). A scalar has no axis or one entry for each leaf, since torch counts
+steps by the parameter; `scalars` must therefore be elementwise. `update` sees one leaf, with that leaf's
+coefficients in its compute type, uses the operations of `jopt.numerics` alone, and is pure.
+
+`Rule.scope` says what `update` may look at:
+    element   every element on its own: leaves may be flattened and packed into one buffer
+    tensor    a whole tensor at a time (a norm, a matrix): never a packed buffer, nor a shard of a tensor
+A complex leaf reaches a rule as pairs of reals, as torch steps it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jopt import numerics
+
+Schedule = Callable[[Array], Array]
+Hyperparameter = float | Array | Schedule  # a number, a 0-d array or tracer, or step -> value
+Scalars = dict[str, Any]  # name -> float64 scalar, or one for each leaf
+LeafState = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """The values that torch accepts for a hyperparameter, and the text of its ValueError otherwise."""
+
+    accepts: Callable[[float], bool]
+    message: str
+
+
+def at_least_zero(message: str) -> Limit:
+    return Limit(lambda x: 0.0 <= x, message)
+
+
+def fraction(message: str) -> Limit:
+    return Limit(lambda x: 0.0 <= x < 1.0, message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule(ABC):
+    """An optimizer's mathematics. Fields are flags that shape the computation; numbers come in as `h`.
+
+    A flag with the name of a hyperparameter says whether its term exists at all: torch leaves weight decay
+    and momentum out when they are 0.
+    """
+
+    hyperparameters: ClassVar[tuple[str, ...]]
+    tuples: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # torch's argument -> its members' names here
+    limits: ClassVar[Mapping[str, Limit]] = {}
+    scope: ClassVar[Literal["element", "tensor"]] = "element"
+
+    @abstractmethod
+    def init(self, h: Scalars, param: Array) -> LeafState:
+        """The state of a leaf before its first step, in arrays of their own."""
+
+    def init_scalars(self) -> dict[str, float]:
+        """The scalar state of a leaf before its first step."""
+        return {"step": 0.0}
+
+    @abstractmethod
+    def scalars(self, h: Scalars, s: Scalars, xp: ModuleType) -> tuple[Scalars, Scalars]:
+        """This step's coefficients, and the next scalar state."""
+
+    @abstractmethod
+    def update(self, c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
+        """The leaf and its state after the step. `state` comes and goes with the same names."""
+
+    @classmethod
+    def configure(
+        cls, arguments: Mapping[str, Any], *, dynamic: bool = False
+    ) -> tuple[Self, dict[str, Hyperparameter]]:
+        """torch's arguments -> the rule that they shape, and its hyperparameters.
+
+        `arguments` may hold more than the rule knows (a torch parameter group does). `dynamic` says that
+        any hyperparameter may change from step to step, so that no term is left out for being 0.
+        """
+        h: dict[str, Hyperparameter] = {}
+        for name, value in arguments.items():
+            if name in cls.tuples:
+                h.update(zip(cls.tuples[name], _members(name, value, cls.tuples[name]), strict=True))
+            elif name in cls.hyperparameters:
+                h[name] = value
+        for name, value in h.items():
+            check_hyperparameter(name, value, cls.limits.get(name))
+        flags = {}
+        for field in dataclasses.fields(cls):
+            if field.name in h:
+                value = h[field.name]
+                flags[field.name] = dynamic or not _is_number(value) or value != 0
+            else:
+                flags[field.name] = bool(arguments[field.name])
+        return cls(**flags), h
+
+
+def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, tuple | list) or len(value) != len(members):
+        raise TypeError(f"{name}: expected {len(members)} values ({', '.join(members)}), found {value!r}")
+    return tuple(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
+    """Raise TypeError for what is no hyperparameter, torch's ValueError for a number out of its range."""
+    if callable(value):
+        return
+    if not _is_number(value):
+        if not (isinstance(value, np.ndarray | Array) and jnp.issubdtype(value.dtype, jnp.number)):
+            raise TypeError(
+                f"{name}: expected a number, a 0-d array or a schedule (step -> value), "
+                f"found {type(value).__name__} {value!r}"
+            )
+        if value.ndim:
+            raise TypeError(f"{name}: expected a 0-d array, found shape {value.shape}")
+        if isinstance(value, jax.core.Tracer):
+            return
+        value = value.item()
+    if limit is not None and not limit.accepts(value):
+        raise ValueError(limit.message.format(value))
+    if math.isnan(value):
+        raise ValueError(f"{name}: expected a number, found nan")
+
+
+# --- one leaf ----------------------------------------------------------------------------------------
+
+
+def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None) -> LeafState:
+    """rule.init for a leaf of any type; a complex leaf's state is complex too, as in torch."""
+    real = _as_real(param)
+    if state_dtype is not None and not jnp.iscomplexobj(param):
+        real = real.astype(_state_dtype(param.dtype, state_dtype))
+    state = rule.init(h, real)
+    if jnp.iscomplexobj(param):
+        state = {name: _as_complex(x) if x.shape == real.shape else x for name, x in state.items()}
+    return state
+
+
+def step_leaf(
+    rule: Rule, c: Scalars, grad: Array, state: LeafState, param: Array, active: Array | None = None
+) -> tuple[Array, LeafState]:
+    """rule.update for a leaf of any type.
+
+    The leaf is stepped in its state's type where that is wider (`state_dtype`), rounded once at the end.
+    `active` (a bool array that broadcasts against the leaf) keeps the leaf and its state where False.
+    """
+    old_state, old_param = state, param
+    wide = {x.dtype for x in state.values()} | {param.dtype}
+    dtype = max(wide, key=lambda d: jnp.finfo(d).bits)
+    grad, param = (_as_real(x.astype(dtype)) for x in (grad, param))
+    state = {name: _as_real(x.astype(dtype)) for name, x in state.items()}
+    c = {name: lax.convert_element_type(x, numerics.compute_dtype(dtype)) for name, x in c.items()}
+
+    param, state = rule.update(c, grad, state, param)
+
+    if jnp.iscomplexobj(old_param):
+        param = _as_complex(param)
+        state = {name: _as_complex(x) if jnp.iscomplexobj(old_state[name]) else x for name, x in state.items()}
+    param = param.astype(old_param.dtype)
+    state = {name: state[name].astype(old_state[name].dtype) for name in old_state}
+    if active is not None:
+        param = jnp.where(active, param, old_param)
+        state = {name: jnp.where(active, state[name], old_state[name]) for name in old_state}
+    return param, state
+
+
+def _state_dtype(param_dtype: Any, state_dtype: Any) -> Any:
+    """The wider of the two: a float64 leaf keeps float64 state."""
+    return max(jnp.dtype(param_dtype), jnp.dtype(state_dtype), key=lambda d: jnp.finfo(d).bits)
+
+
+def _as_real(x: Array) -> Array:
+    return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
+
+
+def _as_complex(x: Array) -> Array:
+    return lax.complex(x[..., 0], x[..., 1])

@@ -1,0 +1,62 @@
+"""SGD (torch/optim/sgd.py, `_single_tensor_sgd`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jopt import numerics as t
+from jopt.rule import Limit, Rule, at_least_zero
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Rule):
+    r"""Gradient descent with heavy-ball or Nesterov momentum.
+
+    g = grad + weight_decay * p
+    b = g on the first step, momentum * b + (1 - dampening) * g after it
+    p = p - lr * (g + momentum * b  if nesterov else  b)
+    """
+
+    momentum: bool
+    weight_decay: bool
+    nesterov: bool
+    maximize: bool
+
+    hyperparameters = ("lr", "momentum", "dampening", "weight_decay")
+    limits = {
+        "lr": at_least_zero("Invalid learning rate: {}"),
+        "momentum": at_least_zero("Invalid momentum value: {}"),
+        "dampening": Limit(lambda x: x == x, "Invalid dampening value: {}"),
+        "weight_decay": at_least_zero("Invalid weight_decay value: {}"),
+    }
+
+    def init(self, h, param):
+        return {"momentum_buffer": jnp.zeros_like(param)} if self.momentum else {}
+
+    def init_scalars(self):
+        return {"step": 0.0} if self.momentum else {}
+
+    def scalars(self, h, s, xp):
+        c = {"-lr": -h["lr"], "weight_decay": h["weight_decay"], "momentum": h["momentum"]}
+        if not self.momentum:
+            return c, s
+        # torch's buffer starts as a copy of the gradient, undamped, on the first step that has momentum.
+        # A momentum of 0 is possible here only where it may change later.
+        has_momentum = xp.where(h["momentum"] == 0, 0.0, 1.0)
+        has_buffer = (s["step"] > 0) * has_momentum
+        c["buffer weight"] = h["momentum"] * has_buffer
+        c["grad weight"] = 1 - h["dampening"] * has_buffer
+        return c, {"step": s["step"] + has_momentum}
+
+    def update(self, c, grad, state, param):
+        if self.maximize:
+            grad = -grad
+        if self.weight_decay:
+            grad = t.add(grad, param, alpha=c["weight_decay"])
+        if self.momentum:
+            buf = t.add(t.mul(state["momentum_buffer"], c["buffer weight"]), grad, alpha=c["grad weight"])
+            state = {"momentum_buffer": buf}
+            grad = t.add(grad, buf, alpha=c["momentum"]) if self.nesterov else buf
+        return t.add(param, grad, alpha=c["-lr"]), state

@@ -1,0 +1,277 @@
+"""Front end 1: a rule as an optax gradient transformation, with an exact `step`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from jopt import numerics
+from jopt.arena import Packed
+from jopt.rule import Hyperparameter, Rule, init_leaf, step_leaf
+
+Tree = Any
+
+
+class State(NamedTuple):
+    """An optimizer's state: arrays only, of one structure whatever is a number and what a schedule.
+
+    Attributes:
+      count: int32, the calls of `step` or `update` so far; what schedules are evaluated at.
+      scalars: torch's scalar state by name, float32, one entry for each leaf of the parameters in the order
+        of `jax.tree.leaves`: torch counts `step` by the parameter.
+      slots: torch's tensor state by name (`exp_avg`, ...), each a tree like the parameters.
+      hyperparams: the hyperparameters by name, where the transformation keeps them in its state, else empty.
+    """
+
+    count: Array
+    scalars: dict[str, Array]
+    slots: dict[str, Tree]
+    hyperparams: dict[str, Array]
+
+
+class Transform(optax.GradientTransformationExtraArgs):
+    """A rule as an `optax.GradientTransformationExtraArgs`: `init`, `update`, and the exact `step`.
+
+    `update` returns `new - old` in the parameter's type, as optax wants it; added to the parameter again, that
+    can differ from torch by one ulp. `step` returns the new parameters themselves.
+    """
+
+    _lift: _Lift
+
+    def __new__(cls, lift: _Lift) -> Transform:
+        self = super().__new__(cls, lift.init, lift.update)
+        self._lift = lift
+        return self
+
+    def __reduce__(self) -> Any:
+        return Transform, (self._lift,)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that is stepped."""
+        return self._lift.rule
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Hyperparameter]:
+        """What was given: numbers, 0-d arrays and schedules by name."""
+        return self._lift.hyperparameters
+
+    def step(self, grads: Tree, state: State, params: Tree, *, active: Tree | None = None) -> tuple[Tree, State]:
+        """One step: the new parameters, exactly, and the new state.
+
+        Args:
+          grads: a tree like `params`; a leaf may be None, and such a parameter is skipped as torch skips one
+            without gradient: it, its state and its step count are kept. For a complex parameter torch's
+            gradient is the conjugate of `jax.grad`'s; give that.
+          state: from `init` or the last step.
+          params: the parameters; floating or complex arrays. None and `optax.MaskedNode` are left alone.
+          active: a tree of bools like `params`, possibly traced: skip the leaves that are False.
+
+        Returns:
+          `(params, state)`, of the structure, shapes and types that came in.
+
+        Raises:
+          TypeError: a parameter or gradient is no floating or complex array (sparse ones neither).
+          ValueError: trees, shapes or the state do not fit `params`, or `params` is None.
+        """
+        return self._lift.step(grads, state, params, active=active)
+
+
+def transform(
+    rule: type[Rule],
+    arguments: Mapping[str, Any],
+    *,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """The transformation that a rule class and torch's arguments for it make.
+
+    Args:
+      rule: a subclass of `jopt.rule.Rule`.
+      arguments: torch's names -> numbers, 0-d arrays or schedules; flags -> bools.
+      state_dtype: the type of the state's tensors where wider than the parameter's. With float32 a bfloat16
+        leaf is stepped in float32 and rounded once, instead of after each operation as torch does.
+      hyperparams_in_state: keep every hyperparameter in `State.hyperparams`, in JAX's default float type, to be
+        read, saved, and set without a new compilation. A scheduled one is shown there, and set by its schedule.
+
+    Raises:
+      TypeError, ValueError: as torch's constructor does for the same arguments.
+    """
+    configured, hyperparameters = rule.configure(arguments, dynamic=hyperparams_in_state)
+    if state_dtype is not None:
+        state_dtype = _check_floating("state_dtype", jnp.dtype(state_dtype))
+    return Transform(_Lift(configured, hyperparameters, state_dtype, hyperparams_in_state))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lift:
+    """A rule over one leaf, lifted over a tree."""
+
+    rule: Rule
+    hyperparameters: Mapping[str, Hyperparameter]
+    state_dtype: np.dtype | None
+    hyperparams_in_state: bool
+
+    def init(self, params: Tree) -> State:
+        leaves, treedef = self._flatten(params)
+        count = jnp.zeros((), jnp.int32)
+        hyperparams = self._initial_hyperparams(count) if self.hyperparams_in_state else {}
+        h = numerics.in_double(
+            lambda _, scalars: self._at(*scalars), (), (count, self._arrays(hyperparams)), dtype=_widest(leaves)
+        )
+        states = [init_leaf(self.rule, h, leaf, self.state_dtype) for leaf in leaves]
+        names = states[0] if states else init_leaf(self.rule, h, jnp.zeros((0,)))
+        return State(
+            count=count,
+            scalars={
+                name: jnp.full((len(leaves),), value, jnp.float32)
+                for name, value in self.rule.init_scalars().items()
+            },
+            slots={name: treedef.unflatten([s[name] for s in states]) for name in names},
+            hyperparams=hyperparams,
+        )
+
+    def update(self, updates: Tree, state: State, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, State]:
+        del extra_args  # optax: accept and ignore what other transformations of a chain use
+        new, state = self.step(updates, state, params)
+        # A skipped leaf gets zeros rather than None, which optax.apply_updates cannot add to an array.
+        return jax.tree.map(lambda n, p: n - p, new, params), state
+
+    def step(self, grads: Tree, state: State, params: Tree | None, active: Tree | None = None) -> tuple[Tree, State]:
+        if params is None:
+            raise ValueError("params: expected the parameters, found None; pass them to update(grads, state, params)")
+        leaves, treedef = self._flatten(params)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        grads = [
+            None if g is None or isinstance(g, optax.MaskedNode) else _check_grad(path, g, leaf)
+            for path, g, leaf in zip(paths, _match(treedef, "grads", grads), leaves, strict=True)
+        ]
+        slots = {name: _match(treedef, f"state.slots[{name!r}]", tree) for name, tree in state.slots.items()}
+        mask = self._active(grads, None if active is None else _match(treedef, "active", active))
+
+        c, scalars, scheduled = self._scalars(state, _widest(leaves))
+        new_leaves, new_slots = list(leaves), {name: list(xs) for name, xs in slots.items()}
+        for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
+            if grad is None:
+                continue
+            c_leaf = {name: lax.index_in_dim(x, i, keepdims=False) if x.ndim else x for name, x in c.items()}
+            state_leaf = {name: xs[i] for name, xs in slots.items()}
+            new_leaves[i], state_leaf = step_leaf(
+                self.rule, c_leaf, grad, state_leaf, leaf, None if active is None else mask[i]
+            )
+            for name, x in state_leaf.items():
+                new_slots[name][i] = x
+        if mask is not None:
+            scalars = {name: jnp.where(mask, x, state.scalars[name]) for name, x in scalars.items()}
+        return treedef.unflatten(new_leaves), State(
+            count=optax.safe_increment(state.count),
+            scalars=scalars,
+            slots={name: treedef.unflatten(xs) for name, xs in new_slots.items()},
+            hyperparams=state.hyperparams | scheduled,
+        )
+
+    # --- scalars
+
+    def _scalars(self, state: State, dtype: np.dtype) -> tuple[dict, dict, dict]:
+        """This step's coefficients in `dtype`, the next scalar state, and the schedules' values."""
+
+        def evaluate(s: Any, scalars: Any) -> Any:
+            h = self._at(*scalars)
+            c, s = self.rule.scalars(h, s, jnp)
+            return c, s, {name: h[name] for name in state.hyperparams if callable(self.hyperparameters[name])}
+
+        arrays = self._arrays(state.hyperparams)
+        c, s, scheduled = numerics.in_double(evaluate, state.scalars, (state.count, arrays), dtype=dtype)
+        s = {name: x.astype(state.scalars[name].dtype) for name, x in s.items()}
+        return c, s, {name: x.astype(state.hyperparams[name].dtype) for name, x in scheduled.items()}
+
+    def _at(self, count: Array, arrays: dict[str, Array]) -> dict[str, Any]:
+        """The hyperparameters at `count`. Runs in the double scope, where Python numbers stay exact."""
+        return {
+            name: value(count) if callable(value) else arrays.get(name, value)
+            for name, value in self.hyperparameters.items()
+        }
+
+    def _arrays(self, hyperparams: Mapping[str, Array]) -> dict[str, Array]:
+        """The hyperparameters that are arrays: they enter the double scope as arguments."""
+        given = {k: v for k, v in self.hyperparameters.items() if isinstance(v, Array)}
+        return given | {k: v for k, v in hyperparams.items() if not callable(self.hyperparameters[k])}
+
+    def _initial_hyperparams(self, count: Array) -> dict[str, Array]:
+        dtype = jnp.zeros(()).dtype
+        h = numerics.in_double(lambda _, s: self._at(*s), (), (count, self._arrays({})), dtype=dtype)
+        return {name: jnp.array(x) for name, x in h.items()}
+
+    # --- trees
+
+    def _flatten(self, params: Tree) -> tuple[list[Array], Any]:
+        packed = [x for x in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(x)]
+        if packed and self.rule.scope != "element":
+            raise ValueError(
+                f"{type(self.rule).__name__} looks at whole tensors (scope {self.rule.scope!r}), which a packed "
+                "buffer hides: give it the unpacked parameters"
+            )
+        with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
+        for path, leaf in with_path:
+            _check_array(f"params{jax.tree_util.keystr(path)}", leaf)
+        return [jnp.asarray(leaf) for _, leaf in with_path], treedef
+
+    def _active(self, grads: list[Array | None], active: list[Any] | None) -> Array | None:
+        """Which leaves step: None for all, else a bool vector."""
+        if active is None and all(g is not None for g in grads):
+            return None
+        flags = [g is not None for g in grads]
+        if active is None:
+            return jnp.array(flags, bool)
+        return jnp.stack([jnp.logical_and(f, a) for f, a in zip(flags, active, strict=True)])
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def _widest(leaves: list[Array]) -> np.dtype:
+    """The type that coefficients leave the double scope in: float64 only where a leaf needs it."""
+    dtypes = [numerics.compute_dtype(x.dtype) for x in leaves]
+    return max(dtypes, key=lambda d: jnp.finfo(d).bits, default=jnp.dtype(jnp.float32))
+
+
+def _match(treedef: Any, name: str, tree: Tree) -> list[Any]:
+    try:
+        return treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected the structure of params, {treedef}; {error}") from None
+
+
+def _check_floating(name: str, dtype: np.dtype) -> np.dtype:
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{name}: expected a floating point or complex type, found {dtype}; put None in its place, or use "
+            "optax.masked or optax.partition, to leave it out of the optimization"
+        )
+    return dtype
+
+
+def _check_array(name: str, x: Any) -> None:
+    if isinstance(x, bool | int | str) or not (isinstance(x, float | complex) or hasattr(x, "dtype")):
+        raise TypeError(f"{name}: expected a floating point or complex array, found {type(x).__name__}")
+    _check_floating(name, jnp.result_type(x))
+
+
+def _check_grad(path: str, grad: Any, param: Array) -> Array:
+    name = f"grads{path}"
+    if not hasattr(grad, "dtype") or not isinstance(grad, Array | np.ndarray | np.generic):
+        raise TypeError(f"{name}: expected an array or None, found {type(grad).__name__}; sparse gradients are not taken")
+    _check_floating(name, grad.dtype)
+    if jnp.shape(grad) != param.shape:
+        raise ValueError(f"{name}: expected the parameter's shape {param.shape}, found {jnp.shape(grad)}")
+    if jnp.iscomplexobj(grad) and not jnp.iscomplexobj(param):
+        raise TypeError(f"{name}: found {grad.dtype} for a parameter of {param.dtype}; take its real part")
+    return jnp.asarray(grad)
