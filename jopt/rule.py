@@ -85,30 +85,38 @@ class Rule(ABC):
         """The leaf and its state after the step. `state` comes and goes with the same names."""
 
     @classmethod
-    def configure(
-        cls, arguments: Mapping[str, Any], *, dynamic: bool = False
-    ) -> tuple[Self, dict[str, Hyperparameter]]:
-        """torch's arguments -> the rule that they shape, and its hyperparameters.
+    def members(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyperparameters among torch's arguments, its tuples (betas) taken apart.
 
-        `arguments` may hold more than the rule knows (a torch parameter group does). `dynamic` says that
-        any hyperparameter may change from step to step, so that no term is left out for being 0.
+        `arguments` may hold more than the rule knows, as a torch parameter group does.
         """
-        h: dict[str, Hyperparameter] = {}
+        h: dict[str, Any] = {}
         for name, value in arguments.items():
             if name in cls.tuples:
                 h.update(zip(cls.tuples[name], _members(name, value, cls.tuples[name]), strict=True))
             elif name in cls.hyperparameters:
                 h[name] = value
-        for name, value in h.items():
-            check_hyperparameter(name, value, cls.limits.get(name))
+        return h
+
+    @classmethod
+    def shaped_by(cls, arguments: Mapping[str, Any], h: Mapping[str, Any], *, dynamic: bool = False) -> Self:
+        """The rule with the flags that torch's arguments and the hyperparameters `h` give it.
+
+        `dynamic` says that any of `h` may change from step to step, so that no term is left out for being 0.
+        """
         flags = {}
         for field in dataclasses.fields(cls):
             if field.name in h:
-                value = h[field.name]
-                flags[field.name] = dynamic or not _is_number(value) or value != 0
+                flags[field.name] = dynamic or not _is_number(h[field.name]) or h[field.name] != 0
             else:
                 flags[field.name] = bool(arguments[field.name])
-        return cls(**flags), h
+        return cls(**flags)
+
+    @classmethod
+    def check(cls, h: Mapping[str, Any]) -> None:
+        """Raise TypeError for what is no hyperparameter, torch's ValueError for a number out of its range."""
+        for name, value in h.items():
+            _check_hyperparameter(name, value, cls.limits.get(name))
 
 
 def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]:
@@ -121,8 +129,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
-    """Raise TypeError for what is no hyperparameter, torch's ValueError for a number out of its range."""
+def _check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
     if callable(value):
         return
     if not _is_number(value):

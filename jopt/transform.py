@@ -66,6 +66,20 @@ class Transform(optax.GradientTransformationExtraArgs):
     def step(self, grads: Tree, state: State, params: Tree, *, active: Tree | None = None) -> tuple[Tree, State]:
         """One step: the new parameters, exactly, and the new state.
 
+        To have it in place, donate both, to a function that returns them in the order in which it takes them: XLA
+        pairs donated arguments with results of their shape in turn, and pairs crossed are copied.
+
+        >>> import functools, jax, jax.numpy as jnp, jopt
+        >>> tx = jopt.sgd(lr=0.5)
+        >>> @functools.partial(jax.jit, donate_argnums=(0, 1))
+        ... def train_step(params, state, x):
+        ...     grads = jax.grad(lambda p: jnp.sum((p - x) ** 2))(params)
+        ...     return tx.step(grads, state, params)
+        >>> params = jnp.zeros(2)
+        >>> params, state = train_step(params, tx.init(params), jnp.ones(2))
+        >>> params.tolist()
+        [1.0, 1.0]
+
         Args:
           grads: a tree like `params`; a leaf may be None, and such a parameter is skipped as torch skips one
             without gradient: it, its state and its step count are kept. For a complex parameter torch's
@@ -104,10 +118,14 @@ def transform(
     Raises:
       TypeError, ValueError: as torch's constructor does for the same arguments.
     """
-    configured, hyperparameters = rule.configure(arguments, dynamic=hyperparams_in_state)
+    h = rule.members(arguments)
+    rule.check(h)
+    # A NumPy scalar or 0-d array is a number too, and stays in its own precision.
+    h = {name: x.item() if isinstance(x, np.ndarray | np.generic) else x for name, x in h.items()}
     if state_dtype is not None:
         state_dtype = _check_floating("state_dtype", jnp.dtype(state_dtype))
-    return Transform(_Lift(configured, hyperparameters, state_dtype, hyperparams_in_state))
+    shaped = rule.shaped_by(arguments, h, dynamic=hyperparams_in_state)
+    return Transform(_Lift(shaped, h, state_dtype, hyperparams_in_state))
 
 
 @dataclasses.dataclass(frozen=True)

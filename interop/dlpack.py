@@ -1,0 +1,227 @@
+"""Memory shared by torch and JAX: the only module that touches DLPack or an address.
+
+Two ways across. `to_jax` and `to_torch` carry values: a snapshot unless sharing is asked for. `Buffer` is
+for the compiled step: a JAX array that torch sees at one address while donated steps write it in place.
+
+What makes that hard, each handled or refused below: JAX on CPU reads an imported tensor after the call that
+used it has returned; a tensor made by DLPack over a JAX array keeps the array from being donated, silently;
+64-bit types are narrowed while x64 is off, silently; memory that is not aligned to 64 bytes is copied,
+silently; a tensor subclass without storage (DTensor) is imported as a null pointer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes; what XLA on CPU needs to use memory without copying it
+
+DTYPES = {
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(jnp.bfloat16),
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.complex64: np.dtype(np.complex64),
+    torch.complex128: np.dtype(np.complex128),
+}
+"""The types that an optimizer steps."""
+
+_WIDE = (torch.int64, torch.uint64, torch.float64, torch.complex128)
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is a dense tensor in CPU memory of its own class's making.
+
+    A subclass is refused: DTensor and other wrappers have no memory behind their `data_ptr()`.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        raise TypeError(
+            f"{name}: expected a plain tensor, found {type(x).__module__}.{type(x).__qualname__}; take its local "
+            "tensor (for a DTensor, .to_local())"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, found layout {x.layout}; use .to_dense()")
+    if x.is_quantized:
+        raise TypeError(f"{name}: expected a plain tensor, found a quantized one; use .dequantize()")
+    if x.device.type != "cpu":
+        raise TypeError(f"{name}: expected a tensor in CPU memory, found {_where(x.device)}")
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cuda":
+        if not any(d.platform == "gpu" for d in jax.devices()):
+            return f"{device}, and JAX has no CUDA here (its devices: {jax.devices()}); install jax[cuda], or use .cpu()"
+        return f"{device}; tensors on CUDA are not taken yet; use .cpu()"
+    return f"{device}; use .cpu()" if device.type != "meta" else "the meta device, which holds no values"
+
+
+# --- values ------------------------------------------------------------------------------------------
+
+
+def to_jax(x: Any, *, copy: bool | None = True) -> Any:
+    """torch tensors as JAX arrays: one tensor, or every tensor of a tree (dicts, lists, tuples, None).
+
+    Args:
+      x: a tensor or a tree of them. Gradients are not carried.
+      copy: True, a snapshot. None, share memory where JAX can (aligned to 64 bytes, strided without gaps, a type
+        that JAX does not narrow), else copy. False, share or raise ValueError.
+        Sharing has no guard: JAX reads the tensor after the call that uses it has returned, so do not write to,
+        resize or free the tensor's storage before `jax.block_until_ready` of every result.
+
+    Returns:
+      Arrays of the tensors' types and shapes, on JAX's CPU device.
+
+    Raises:
+      TypeError: a 64-bit type while `jax_enable_x64` is off (JAX would narrow it), a sparse or quantized tensor, a
+        subclass such as DTensor, a device other than the CPU.
+
+    >>> import torch, interop
+    >>> interop.to_jax({"w": torch.tensor([1.0, 2.0])})["w"] * 2
+    Array([2., 4.], dtype=float32)
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _tensor_to_jax("x" + jax.tree_util.keystr(path), leaf, copy), x
+    )
+
+
+def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, found {type(x).__name__}")
+    check_tensor(name, x)
+    if x.dtype in _WIDE and not jax.config.jax_enable_x64:
+        raise TypeError(
+            f"{name}: {x.dtype} would be narrowed to 32 bits while jax_enable_x64 is off; set it with "
+            "jax.config.update('jax_enable_x64', True), or convert the tensor first"
+        )
+    x = x.detach().resolve_conj().resolve_neg()
+    if copy:
+        return jax.dlpack.from_dlpack(x.clone(memory_format=torch.contiguous_format))
+    reason = _cannot_share(x)
+    if reason is None:
+        return jax.dlpack.from_dlpack(x, copy=False)
+    if copy is False:
+        raise ValueError(f"{name}: cannot share its memory with JAX: {reason}; use copy=None or copy=True")
+    return jax.dlpack.from_dlpack(x.clone(memory_format=torch.contiguous_format))
+
+
+def _cannot_share(x: Tensor) -> str | None:
+    if x.data_ptr() % ALIGNMENT:
+        return f"it begins {x.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}"
+    if x.numel() and sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) != x.numel() - 1:
+        return f"its strides {x.stride()} leave gaps or overlap in shape {tuple(x.shape)}"
+    return None
+
+
+def to_torch(x: Any, *, copy: bool | None = True) -> Any:
+    """JAX arrays as torch tensors on the CPU: one array, or every array of a tree.
+
+    Args:
+      x: an array or a tree of them. One on another device, or sharded over several, is fetched.
+      copy: True, a tensor of its own memory. None, share an array's memory where it is on the CPU, else copy. False,
+        share or raise ValueError. Do not write to a tensor that shares: JAX takes its arrays to be constant. While
+        it lives, donating the array copies.
+
+    Raises:
+      TypeError: not an array, or of a type that torch has not (a PRNG key, int4).
+
+    >>> import jax.numpy as jnp, interop
+    >>> interop.to_torch([jnp.arange(3.0)])
+    [tensor([0., 1., 2.])]
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _array_to_torch("x" + jax.tree_util.keystr(path), leaf, copy), x
+    )
+
+
+def _array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
+    if not isinstance(x, Array) or isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{name}: expected a JAX array, found {type(x).__name__}")
+    devices = x.devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        if copy is False:
+            raise ValueError(f"{name}: cannot share memory on {devices} with torch; use copy=None or copy=True")
+        x, copy = jax.device_put(x, jax.local_devices(backend="cpu")[0]), None
+    try:
+        tensor = torch.from_dlpack(x)
+    except Exception as error:
+        raise TypeError(f"{name}: torch has no type for {x.dtype}: {error}") from None
+    return tensor.clone() if copy else tensor
+
+
+# --- the compiled step's memory ----------------------------------------------------------------------
+
+
+class Buffer:
+    """A flat JAX array, zero at first, that torch sees at one address across donated steps.
+
+    torch's views are made over the address, so JAX knows of none and donates the array in place. Each view keeps
+    this object alive, and it keeps the current array: the memory lives as long as any view of it, and
+    no view outlives it.
+    """
+
+    def __init__(self, size: int, dtype: np.dtype):
+        with jax.enable_x64(True):
+            zeros = jnp.zeros((size,), dtype, device=jax.local_devices(backend="cpu")[0])
+        self.array: Array = zeros.block_until_ready()
+        self.address: int = zeros.unsafe_buffer_pointer()
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+        """A contiguous tensor `offset` bytes into the buffer, whose storage is just its own extent."""
+        return view(self.address + offset, dtype, shape, owner=self)
+
+    def replace(self, array: Array) -> None:
+        """Take a step's output in the array's place; it has to be where the views look."""
+        address = array.unsafe_buffer_pointer()
+        if address != self.address:
+            # Something else held the array, so that XLA did not donate it: the old one still is what the views see.
+            ctypes.memmove(self.address, address, array.nbytes)
+        else:
+            self.array = array
+
+
+def view(address: int, dtype: torch.dtype, shape: tuple[int, ...], owner: object) -> Tensor:
+    """A contiguous tensor at an address, with a storage of its own extent that keeps `owner` alive."""
+    memory = _memory_type(math.prod(shape) * dtype.itemsize).from_address(address)
+    memory.owner = owner
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@functools.lru_cache(maxsize=None)
+def _memory_type(nbytes: int) -> Any:
+    """Raw memory that can carry an attribute, which a plain ctypes array cannot."""
+    return type("Memory", (ctypes.c_char * nbytes,), {})
+
+
+def host_array(x: Tensor, dtype: np.dtype) -> np.ndarray:
+    """A dense tensor's elements as a flat NumPy array, without a reference to it.
+
+    JAX takes such an array without copying where it is aligned, but keeps it until its next call; owning nothing,
+    it does not keep a gradient alive past zero_grad. Use it only while the tensor lives.
+    """
+    count = x.numel() * x.element_size() // dtype.itemsize
+    return np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(x.data_ptr()), dtype, count)
+
+
+def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that JAX takes without copying; untouched pages cost no memory."""
+    raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size * dtype.itemsize].view(dtype)
+
+
+def owns_its_memory(x: Tensor) -> bool:
+    """Whether nothing but `x` refers to its storage and `x` covers it, so that it may move elsewhere."""
+    if not x.is_contiguous() or x.storage_offset() or x.is_shared():
+        return False
+    storage = x.untyped_storage()
+    # One use is the tensor's, one the storage object's that was just made.
+    return storage.nbytes() == x.numel() * x.element_size() and torch._C._storage_Use_Count(storage._cdata) == 2

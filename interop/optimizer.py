@@ -1,0 +1,634 @@
+"""Front end 3: torch optimizers whose step XLA compiles.
+
+A class here is torch's own class with another `step`. Its parameters and state live in JAX buffers that torch
+sees at fixed addresses (`dlpack.Buffer`), so that a step is one compiled program that writes them in place:
+
+    gradients, coefficients -> compiled(buffers) -> the same buffers
+
+Parameters move into such a buffer at the first step in which they have a gradient, and only those that nothing else
+refers to: plain, contiguous, of a storage of their own. Every other one, and one whose storage is exchanged
+later, is copied in before the step and out after it. Tensors of `BIG` elements and more have buffers of their
+own; the rest share one, since dispatch costs by the buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+from jax._src import compiler
+from torch import Tensor
+
+from interop import dlpack
+from jopt import numerics
+from jopt.arena import ROW, Layout
+from jopt.rule import Rule, init_leaf, step_leaf
+
+BIG = 2**15  # elements
+
+
+class CompiledStep:
+    """Gives a class of torch.optim the compiled step. Put it before that class among the bases.
+
+    Everything but `step` is torch's: signature, defaults, errors, parameter groups, state keys, state_dict, hooks,
+    schedulers. `foreach`, `fused` and `capturable` choose among torch's own paths and mean nothing here;
+    `differentiable=True` is refused.
+    """
+
+    rule: ClassVar[type[Rule]]
+    hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
+    sparse_error: ClassVar[str | None] = None  # torch's text for a sparse gradient; None where it takes them
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _plan: _Plan | None = None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False, so that GradScaler unscales the gradients itself, and skips the step on inf."""
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it for fused=True."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)  # type: ignore[misc]
+        if self.param_groups[-1].get("differentiable"):
+            del self.param_groups[-1]
+            raise NotImplementedError(
+                f"interop.optim.{type(self).__name__}: differentiable=True would need torch's autograd through a "
+                "compiled step; differentiate through jopt's step with jax.grad, or use torch.optim"
+            )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a sparse gradient where torch's optimizer takes none, or a forked child process.
+            TypeError: a parameter, gradient or state that cannot be stepped; said before anything changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _undynamo(_step)(self)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but a state tensor wider than its parameter keeps its type (torch would round it)."""
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and _is_wide_state(value.dtype, p.dtype):
+                    self.state[p][name] = value.to(device=p.device, copy=True)
+
+
+def _is_wide_state(state: torch.dtype, param: torch.dtype) -> bool:
+    return state is torch.float32 and param in (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _undynamo(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of f. Lazily, since it imports torch._dynamo."""
+    return torch.compiler.disable(f)
+
+
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
+# --- a step ------------------------------------------------------------------------------------------
+
+
+def _step(optimizer: Any) -> None:
+    if _forked:
+        raise RuntimeError(
+            "step() in a forked child process: XLA's threads do not survive a fork; start the process by 'spawn' "
+            "or 'forkserver'"
+        )
+    with torch.no_grad(), torch.inference_mode(False):
+        grads = _gradients(optimizer)
+        if not grads:
+            return
+        hyperparameters = [_numbers(optimizer.rule.members(group)) for group in optimizer.param_groups]
+        rules = [
+            optimizer.rule.shaped_by(group, h)
+            for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
+        ]
+        plan = optimizer._plan
+        if plan is None or not plan.serves(optimizer, rules, grads):
+            plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, grads, plan)
+        for bucket in plan.buckets:
+            bucket.step(optimizer.state, grads, hyperparameters)
+
+
+def _numbers(h: dict[str, Any]) -> dict[str, float]:
+    return {name: float(x) for name, x in h.items()}
+
+
+def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
+    """The gradients that there are, as plain dense tensors of their parameters' types."""
+    grads = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            if type(grad) is not Tensor or grad.layout is not torch.strided or grad.dtype is not p.dtype:
+                if grad.layout is not torch.strided and type(grad) is Tensor:
+                    if optimizer.sparse_error is not None:
+                        raise RuntimeError(optimizer.sparse_error)
+                    grad = grad.to_dense()
+                dlpack.check_tensor(f"the gradient of {_name(optimizer, index, p)}", grad)
+                grad = grad.to(p.dtype)
+            grads[p] = grad
+    return grads
+
+
+def _name(optimizer: Any, group: int, p: Tensor) -> str:
+    """How messages call a parameter."""
+    index = next(i for i, q in enumerate(optimizer.param_groups[group]["params"]) if q is p)
+    names = optimizer.param_groups[group].get("param_names")
+    return f"param_groups[{group}]['params'][{index}]" + (f" ({names[index]!r})" if names else "")
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Leaf:
+    """One parameter: where its values and its state lie in a bucket's buffers."""
+
+    param: Tensor
+    group: int
+    dtype: torch.dtype
+    shape: torch.Size
+    size: int  # in reals
+    state_dtypes: dict[str, torch.dtype]
+    pointer: int = 0  # where the parameter's values are; another one means that its storage was exchanged
+    home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
+    make_home: Callable[[], Tensor] | None = None
+    views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
+    grad: Tensor | None = None  # where a small leaf's gradient is gathered
+
+
+class _Plan:
+    """Which parameters a step updates, in which buffers.
+
+    Made anew for what it does not know: another parameter with a gradient, another shape, type, flag or group. Not
+    for a missing gradient, nor for other numbers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        rules: Sequence[Rule],
+        hyperparameters: Sequence[dict[str, float]],
+        grads: dict[Tensor, Tensor],
+        previous: _Plan | None,
+    ):
+        self.rules = list(rules)
+        self.leaves: dict[Tensor, _Leaf] = {}
+        members: dict[Any, list[_Leaf]] = {}
+        known = previous.leaves if previous else {}
+        params = [p for group in optimizer.param_groups for p in group["params"] if p in grads or p in known]
+        self.waves = _waves(params)
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if p not in self.waves or p in self.leaves:
+                    continue
+                name = _name(optimizer, index, p)
+                dlpack.check_tensor(name, p)
+                if p.dtype not in dlpack.DTYPES:
+                    expected = ", ".join(str(x) for x in dlpack.DTYPES)
+                    raise TypeError(f"{name}: expected one of {expected}, found {p.dtype}")
+                dtypes = _state_dtypes(name, p, rules[index], optimizer.state.get(p) or {})
+                size = p.numel() * (2 if p.is_complex() else 1)
+                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, size, dtypes)
+                real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
+                members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
+        # A parameter whose storage was exchanged once stays where its user puts it.
+        stay = {p for p, leaf in known.items() if leaf.home is not None}
+        self.buckets = [
+            _Bucket(optimizer, rule, dtype, dict(slots), leaves, hyperparameters, stay)
+            for (_, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
+        ]
+
+    def serves(self, optimizer: Any, rules: Sequence[Rule], grads: dict[Tensor, Tensor]) -> bool:
+        """Whether this plan still fits the optimizer; takes note of parameters that moved."""
+        if rules != self.rules:
+            return False
+        moved = False
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if p not in grads:
+                    continue
+                leaf = self.leaves.get(p)
+                if leaf is None or leaf.group != index:
+                    return False
+                if p.data_ptr() != leaf.pointer:
+                    if leaf.dtype is not p.dtype or leaf.shape != p.shape:
+                        return False
+                    leaf.pointer = p.data_ptr()
+                    if leaf.home is None:
+                        assert leaf.make_home is not None
+                        leaf.home = leaf.make_home()
+                    moved = True
+                state = optimizer.state.get(p)
+                if state:
+                    for slot, dtype in leaf.state_dtypes.items():
+                        value = state.get(slot)
+                        if value is not leaf.views[slot] and value is not None and value.dtype is not dtype:
+                            return False
+        return not moved or _waves(list(self.leaves)) == self.waves
+
+
+def _waves(params: Sequence[Tensor]) -> dict[Tensor, int]:
+    """torch steps parameters one after the other, which shows where two share memory: the turn of each."""
+    waves: dict[Tensor, int] = {}
+    by_storage: dict[int, list[Tensor]] = {}
+    for p in params:
+        # A tensor without storage of its own is refused later, by name.
+        others = by_storage.setdefault(p.untyped_storage().data_ptr(), []) if type(p) in (Tensor, torch.nn.Parameter) else []
+        begin, end = _extent(p)
+        waves[p] = 1 + max((waves[q] for q in others if begin < _extent(q)[1] and _extent(q)[0] < end), default=-1)
+        others.append(p)
+    return waves
+
+
+def _extent(p: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor's elements lie."""
+    last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) if p.numel() else -1
+    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
+
+
+def _state_dtypes(name: str, p: Tensor, rule: Rule, state: dict[str, Any]) -> dict[str, torch.dtype]:
+    """The type of each slot: the parameter's, or float32 where a narrower parameter's loaded state has it."""
+    dtypes = {}
+    for slot in _slots(rule):
+        value = state.get(slot)
+        dtype = p.dtype if value is None else value.dtype
+        if dtype is not p.dtype and not _is_wide_state(dtype, p.dtype):
+            raise TypeError(
+                f"{name}: expected its state {slot!r} in the parameter's type {p.dtype}, found {dtype}; convert the "
+                "model before the optimizer's first step, or its state with it"
+            )
+        dtypes[slot] = dtype
+    return dtypes
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+class _Bucket:
+    """The leaves of one rule and one set of types: their buffers, and the program that steps them."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        rule: Rule,
+        dtype: torch.dtype,
+        slots: dict[str, torch.dtype],
+        leaves: list[_Leaf],
+        hyperparameters: Sequence[dict[str, float]],
+        stay: set[Tensor],
+    ):
+        self.rule = rule
+        self.big = [leaf for leaf in leaves if leaf.size >= BIG]
+        self.small = [leaf for leaf in leaves if leaf.size < BIG]
+        self.leaves = self.big + self.small
+        self.groups = np.array([leaf.group for leaf in self.leaves])
+        self.dtypes = {"param": dlpack.DTYPES[dtype]} | {slot: dlpack.DTYPES[d] for slot, d in slots.items()}
+        self.dtype = self.dtypes["param"]
+        layout = Layout(tuple((leaf.size,) for leaf in self.small))
+        self.leaf_of_row = layout.leaf_of_row()
+        self.program = _compile(
+            rule,
+            tuple(self.dtypes.items()),
+            tuple(leaf.size for leaf in self.big),
+            len(self.small),
+            layout.size,
+        )
+        self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
+        self.grads = dlpack.aligned_zeros(layout.size, self.dtype)
+        self.scalars = self._init_scalars(optimizer)
+        self.buffers: list[dlpack.Buffer] = []
+        for leaf in self.big:
+            own = {name: dlpack.Buffer(leaf.size, d) for name, d in self.dtypes.items()}
+            self.buffers += own.values()
+            self._place(leaf, own, 0)
+        shared = {name: dlpack.Buffer(layout.size, d) for name, d in self.dtypes.items() if self.small}
+        self.buffers += shared.values()
+        for leaf, offset in zip(self.small, layout.offsets, strict=True):
+            self._place(leaf, shared, offset)
+            address = self.grads.ctypes.data + offset * self.dtype.itemsize
+            leaf.grad = dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads)
+        for i, leaf in enumerate(self.leaves):
+            for name, vector in self.scalars.items():
+                if name not in optimizer.hidden_scalars:
+                    address = vector.ctypes.data + i * vector.itemsize
+                    view = dlpack.view(address, torch.from_numpy(vector).dtype, (), owner=vector)
+                    leaf.views = {name: view} | leaf.views  # in torch's order
+            self._take_state(leaf, optimizer.state[leaf.param], hyperparameters[leaf.group])
+            self._take_param(leaf, adopt=leaf.param not in stay)
+
+    # --- memory
+
+    def _init_scalars(self, optimizer: Any) -> dict[str, np.ndarray]:
+        """The scalar state, a vector over the leaves; torch's 0-d tensors are views of its entries."""
+        vectors = {}
+        dtype = np.float64 if torch.get_default_dtype() is torch.float64 else np.float32
+        for name, initial in self.rule.init_scalars().items():
+            values = [initial] * len(self.leaves)
+            for i, leaf in enumerate(self.leaves):
+                state = optimizer.state.get(leaf.param)
+                if name in optimizer.hidden_scalars and state and any(state.get(s) is not None for s in leaf.state_dtypes):
+                    values[i] = 1.0  # of a hidden step only matters whether there was one
+            vectors[name] = np.array(values, dtype)
+        return vectors
+
+    def _place(self, leaf: _Leaf, buffers: dict[str, dlpack.Buffer], offset: int) -> None:
+        """Give a leaf its place `offset` elements into the buffers."""
+        shape = tuple(leaf.shape)
+        for slot, dtype in leaf.state_dtypes.items():
+            leaf.views[slot] = buffers[slot].view(dtype, shape, offset * self.dtypes[slot].itemsize)
+        leaf.make_home = functools.partial(buffers["param"].view, leaf.dtype, shape, offset * self.dtype.itemsize)
+
+    def _take_param(self, leaf: _Leaf, adopt: bool) -> None:
+        """Move a parameter into its place, if nothing else refers to its storage."""
+        assert leaf.make_home is not None
+        home = leaf.make_home()
+        if adopt and leaf.size and dlpack.owns_its_memory(leaf.param):
+            home.copy_(leaf.param)
+            leaf.param.data = home
+        else:
+            leaf.home = home
+        leaf.pointer = leaf.param.data_ptr()
+
+    def _take_state(self, leaf: _Leaf, state: dict[str, Any], h: dict[str, float]) -> None:
+        """Make torch's state of a leaf views of the buffers, with the values that it has, or else the rule's first."""
+        missing = [name for name in leaf.views if state.get(name) is None]
+        if missing:
+            first = dict(self.rule.init_scalars()) | self._first_slots(leaf, h)
+        for name, view in leaf.views.items():
+            value = first[name] if name in missing else state[name]
+            if isinstance(value, Tensor):
+                view.copy_(value.to_dense() if value.is_sparse else value)
+            else:
+                view.fill_(float(value))
+            state[name] = view
+
+    def _first_slots(self, leaf: _Leaf, h: dict[str, float]) -> dict[str, Tensor]:
+        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+            param = dlpack.to_jax(leaf.param)
+            slots = init_leaf(self.rule, {name: jnp.asarray(x, self._compute_dtype) for name, x in h.items()}, param)
+            return dlpack.to_torch(slots)
+
+    @property
+    def _compute_dtype(self) -> np.dtype:
+        return max((numerics.compute_dtype(d) for d in self.dtypes.values()), key=lambda d: d.itemsize)
+
+    # --- the step
+
+    def step(
+        self, states: Any, grads: dict[Tensor, Tensor], hyperparameters: Sequence[dict[str, float]]
+    ) -> None:
+        """Step the leaves that have a gradient."""
+        active = np.array([leaf.param in grads for leaf in self.leaves])
+        stepped = [leaf for leaf in self.leaves if leaf.param in grads]
+        if not stepped:
+            return
+        for leaf in stepped:
+            state = states[leaf.param]
+            for name, view in leaf.views.items():
+                if state.get(name) is not view:
+                    self._take_state(leaf, state, hyperparameters[leaf.group])
+                    break
+        copied = [leaf for leaf in stepped if leaf.home is not None]
+        for leaf in copied:
+            leaf.home.copy_(leaf.param)  # type: ignore[union-attr]
+
+        small = [leaf for leaf in self.small if leaf.param in grads]
+        if small:
+            torch._foreach_copy_([leaf.grad for leaf in small], [grads[leaf.param] for leaf in small])
+        kept = [_dense(grads[leaf.param]) if leaf.param in grads else None for leaf in self.big]
+        arrays = [
+            self.missing[: leaf.size] if grad is None else dlpack.host_array(grad, self.dtype)
+            for leaf, grad in zip(self.big, kept, strict=True)
+        ]
+        coefficients, scalars = self._coefficients(hyperparameters, active)
+        _run(
+            self.program,
+            self.buffers,
+            [*arrays, self.grads],
+            [*coefficients[: len(self.big)], coefficients[len(self.big) :]],
+            self.leaf_of_row,
+        )
+        for name, vector in self.scalars.items():
+            np.copyto(vector, scalars[name], where=active, casting="same_kind")
+        for leaf in copied:
+            leaf.param.copy_(leaf.home)  # type: ignore[arg-type]
+        # As torch's own in-place operations do, so that a backward through old values raises.
+        torch.autograd.graph.increment_version([leaf.param for leaf in stepped if leaf.home is None])
+
+    def _coefficients(
+        self, hyperparameters: Sequence[dict[str, float]], active: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """One row a leaf: the rule's coefficients in `_names`' order, then whether it steps. And the next scalars."""
+        h: dict[str, Any] = {}
+        for name in self.rule.hyperparameters:
+            values = np.array([group.get(name, np.nan) for group in hyperparameters])
+            h[name] = values[0] if (values == values[0]).all() else values[self.groups]
+        with np.errstate(all="ignore"):
+            c, scalars = self.rule.scalars(h, {k: v.astype(np.float64) for k, v in self.scalars.items()}, np)
+        table = np.empty((len(self.leaves), len(c) + 1), np.float64)
+        for column, value in enumerate((*c.values(), active)):
+            table[:, column] = value
+        return table.astype(self._compute_dtype), scalars
+
+
+def _dense(grad: Tensor) -> Tensor:
+    if grad.is_complex():
+        grad = torch.view_as_real(grad.resolve_conj())
+    return grad.resolve_neg().contiguous()
+
+
+# --- the compiled program ----------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=128)
+def _slots(rule: Rule) -> tuple[str, ...]:
+    """The names of a rule's tensor state, in torch's order, which a JAX tree would sort."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return tuple(rule.init(dict.fromkeys(rule.hyperparameters, jnp.zeros(())), jnp.zeros((1,))))
+
+
+def _coefficient_names(rule: Rule) -> tuple[str, ...]:
+    with np.errstate(all="ignore"):
+        h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
+        s = {name: np.full(1, x) for name, x in rule.init_scalars().items()}
+        return tuple(rule.scalars(h, s, np)[0])
+
+
+@functools.lru_cache(maxsize=128)
+def _compile(
+    rule: Rule,
+    dtypes: tuple[tuple[str, np.dtype], ...],
+    big: tuple[int, ...],
+    n_small: int,
+    small: int,
+) -> Any:
+    """The program that steps a bucket, for any optimizer with one like it.
+
+    Args:
+      rule: what is stepped.
+      dtypes: the types of `param` and of each slot.
+      big: the sizes of the leaves with buffers of their own.
+      n_small, small: how many leaves share buffers, and those buffers' size.
+
+    The program takes and returns the buffers, leaf by leaf, `param` and the slots in the order of `dtypes`,
+    those of the small leaves last; then gradients, coefficients (see `_Bucket._coefficients`), and the small buffer's
+    rows' leaves. A leaf has a vector of coefficients of its own: sharing one, XLA merges equal sizes into one slow loop.
+    """
+    names = [name for name, _ in dtypes]
+    columns = (*_coefficient_names(rule), "active")
+
+    def step_one(buffers: Sequence[Array], grad: Array, c: dict[str, Array]) -> list[Array]:
+        active = c["active"] != 0
+        c = {name: x for name, x in c.items() if name != "active"}
+
+        def outputs(buffers: Sequence[Array], grad: Array) -> list[Array]:
+            param, *slots = buffers
+            state = dict(zip(names[1:], slots, strict=True))
+            param, state = step_leaf(rule, c, grad, state, param, active)
+            return [param, *(state[name] for name in names[1:])]
+
+        # A subexpression that two outputs share gets a loop and an array of its own. Each output from a copy of the
+        # inputs shares none, and XLA makes one loop of them all.
+        copies = jax.lax.optimization_barrier(((list(buffers), grad),) * len(names))
+        return [outputs(*copy)[k] for k, copy in enumerate(copies)]
+
+    def program(
+        buffers: list[Array], grads: list[Array], coefficients: list[Array], leaf_of_row: Array
+    ) -> list[Array]:
+        out: list[Array] = []
+        width = len(names)
+        for i in range(len(big)):
+            c = {name: coefficients[i][j] for j, name in enumerate(columns)}
+            out += step_one(buffers[i * width : (i + 1) * width], grads[i], c)
+        if n_small:
+            rows = [x.reshape(-1, ROW) for x in (*buffers[len(big) * width :], grads[-1])]
+            c = {name: coefficients[-1][:, j][leaf_of_row][:, None] for j, name in enumerate(columns)}
+            out += [x.reshape(-1) for x in step_one(rows[:-1], rows[-1], c)]
+        return out
+
+    sizes = [*big, *([small] if n_small else [])]
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with jax.enable_x64(True):
+
+        def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        compute = max((numerics.compute_dtype(d) for _, d in dtypes), key=lambda d: d.itemsize)
+        grad_dtype = dict(dtypes)["param"]
+        lowered = jax.jit(program, donate_argnums=0).lower(
+            [spec((size,), dtype) for size in sizes for _, dtype in dtypes],
+            [spec((size,), grad_dtype) for size in (*big, small)],
+            [*(spec((len(columns),), compute) for _ in big), spec((n_small, len(columns)), compute)],
+            spec((small // ROW,), np.int32),
+        )
+        with _multi_output_fusion():
+            return lowered.compile()
+
+
+_FLAG = b"xla_cpu_use_multi_output_fusion"
+
+
+@contextlib.contextmanager
+def _multi_output_fusion() -> Iterator[None]:
+    """Have XLA on CPU compute several outputs in one loop, in what this thread compiles inside the block.
+
+    XLA has it behind a debug option that is a map, which `compiler_options` cannot set; the other way in, XLA_FLAGS, is
+    the user's and global. So the entry is appended to the compile options as they are serialized: fields 3
+    (executable_build_options), 3 (debug_options), 500 (xla_backend_extra_options), then 1, the entry's key.
+    """
+    original = compiler.get_compile_options
+    thread = threading.get_ident()
+
+    def get_compile_options(*args: Any, **kwargs: Any) -> Any:
+        options = original(*args, **kwargs)
+        if threading.get_ident() != thread:
+            return options
+        extra = _field(3, _field(3, _field(500, _field(1, _FLAG))))
+        return type(options).ParseFromString(options.SerializeAsString() + extra)
+
+    compiler.get_compile_options = get_compile_options
+    try:
+        yield
+    finally:
+        compiler.get_compile_options = original
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A protocol buffer's length-delimited field."""
+
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
+
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def _run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> None:
+    """Run the program over the buffers, and wait: torch may write to what it reads right after.
+
+    The buffers are donated, so that an exception between the call and the taking of its results would lose the
+    memory that torch sees: signals whose handlers could raise one wait.
+    """
+    with _SignalsWait(), jax.enable_x64(True), jax.transfer_guard("allow"):
+        out = program([buffer.array for buffer in buffers], *arguments)
+        jax.block_until_ready(out)
+        for buffer, array in zip(buffers, out, strict=True):
+            buffer.replace(array)
+
+
+class _SignalsWait:
+    """Python's signal handlers run after the block rather than inside it."""
+
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)]
+
+    def __enter__(self) -> None:
+        self.handlers: dict[int, Any] = {}
+        self.arrived: list[tuple[int, Any]] = []
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals:
+                if callable(handler := signal.getsignal(number)):
+                    self.handlers[number] = handler
+                    signal.signal(number, lambda *args: self.arrived.append(args))
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for number, frame in self.arrived:
+            self.handlers[number](number, frame)
