@@ -118,9 +118,14 @@ def _partial(f: Callable[..., Any], i: int, elementwise: bool) -> Callable[..., 
 
 
 def _round(x: Array, dtype: np.dtype) -> Array:
-    if dtype in LOW_PRECISION:
+    if dtype in LOW_PRECISION and x.dtype != dtype:
         info = jnp.finfo(dtype)
-        x = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        rounded = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        if dtype == jnp.float16:
+            # reduce_precision flushes subnormals, which torch keeps and second moments reach. Beside 0.75 a float32
+            # has the spacing of float16's subnormals, so that adding it rounds to them.
+            rounded = jnp.where(jnp.abs(x) < float(info.tiny), (x + 0.75) - 0.75, rounded)
+        x = rounded
     return x.astype(dtype)
 
 

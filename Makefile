@@ -1,0 +1,42 @@
+# Each target works alone on a fresh machine: it makes the environment that it needs.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
+TORCH  ?= torch==2.13.0
+
+.PHONY: demo test test-all test-versions bench lint clean
+
+demo: $(VENV)/.demo  ## train one CNN four ways and compare
+	$(BIN)/python -m examples.digits
+
+test: $(VENV)/.dev  ## the tests, but for the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.dev  ## every test
+	$(BIN)/python -m pytest -n 2
+
+test-versions:  ## the oldest and the newest JAX that pyproject.toml admits, and Python 3.12 and 3.13
+	PYTHON=$(PYTHON) TORCH=$(TORCH) tests/versions.sh
+
+bench: $(VENV)/.dev  ## time a step; table and plot in benchmarks/results
+	$(BIN)/python -m benchmarks.step --out benchmarks/results
+
+lint: $(VENV)/.dev  ## what pre-commit runs
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) .cache out
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@

@@ -1,0 +1,139 @@
+"""The one table of optimizers, and the one table of tolerances, that every test file parametrises over."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jopt
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An optimizer in one configuration.
+
+    Attributes:
+      id: the test's name.
+      name: jopt's function.
+      torch: torch's class; None where torch has no such optimizer.
+      arguments: what both take.
+      lr: the base learning rate, which tests vary by the step.
+      slots: torch's state keys for a parameter, `step` left out.
+    """
+
+    id: str
+    name: str
+    torch: str | None
+    arguments: dict[str, Any]
+    slots: tuple[str, ...]
+    lr: float = 0.02
+
+    def jopt(self, **overrides: Any) -> jopt.Transform:
+        return getattr(jopt, self.name)(**({"lr": self.lr} | self.arguments | overrides))
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CASES = [
+    Case("sgd", "sgd", "SGD", {}, ()),
+    Case("sgd-l2", "sgd", "SGD", dict(weight_decay=0.1), ()),
+    Case("sgd-momentum", "sgd", "SGD", dict(momentum=0.9), ("momentum_buffer",)),
+    Case("sgd-dampening", "sgd", "SGD", dict(momentum=0.9, dampening=0.5, weight_decay=0.1), ("momentum_buffer",)),
+    Case("sgd-nesterov", "sgd", "SGD", dict(momentum=0.9, nesterov=True, weight_decay=0.1), ("momentum_buffer",)),
+    Case("sgd-maximize", "sgd", "SGD", dict(momentum=0.5, maximize=True, weight_decay=0.1), ("momentum_buffer",), 0.002),
+    Case("adam", "adam", "Adam", {}, MOMENTS),
+    Case("adam-l2", "adam", "Adam", dict(weight_decay=0.1, betas=(0.8, 0.95), eps=1e-4), MOMENTS),
+    Case("adam-amsgrad", "adam", "Adam", dict(amsgrad=True, weight_decay=0.1), (*MOMENTS, "max_exp_avg_sq")),
+    Case("adam-maximize", "adam", "Adam", dict(maximize=True, weight_decay=0.1), MOMENTS, 0.002),
+    Case("adam-decoupled", "adam", "Adam", dict(decoupled_weight_decay=True, weight_decay=0.1), MOMENTS),
+    Case("adam-beta1-0.3", "adam", "Adam", dict(betas=(0.3, 0.9999)), MOMENTS),  # lerp's other form
+    Case("adamw", "adamw", "AdamW", {}, MOMENTS),
+    Case("adamw-amsgrad", "adamw", "AdamW", dict(amsgrad=True, maximize=True), (*MOMENTS, "max_exp_avg_sq"), 0.002),
+    Case("adamw-no-decay", "adamw", "AdamW", dict(weight_decay=0), MOMENTS),
+    Case("rmsprop", "rmsprop", "RMSprop", {}, ("square_avg",)),
+    Case("rmsprop-l2", "rmsprop", "RMSprop", dict(weight_decay=0.1, eps=1e-3, alpha=0.9), ("square_avg",)),
+    Case("rmsprop-momentum", "rmsprop", "RMSprop", dict(momentum=0.9), ("square_avg", "momentum_buffer"), 0.005),
+    Case("rmsprop-centered", "rmsprop", "RMSprop", dict(centered=True, eps=1e-3), ("square_avg", "grad_avg"), 0.005),
+    Case(
+        "rmsprop-centered-momentum",
+        "rmsprop",
+        "RMSprop",
+        dict(centered=True, momentum=0.5, maximize=True, eps=1e-3),
+        ("square_avg", "momentum_buffer", "grad_avg"),
+        0.002,
+    ),
+    Case("gradient_descent", "gradient_descent", None, {}, ()),
+    Case("momentum", "momentum", None, {}, ("exp_avg",)),
+    Case("momentum-scaled", "momentum", None, dict(beta2=0.999), MOMENTS),
+]
+TORCH_CASES = [case for case in CASES if case.torch]
+
+
+def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+# Largest difference over largest value, of each parameter and state tensor, at any of 200 steps with feedback.
+TOLERANCES = {
+    # Both sides compute the same operations; XLA and torch contract a * b + c into one rounding in different places.
+    # An ulp is 2.2e-16; 200 steps feed it back.
+    "float64": 1e-13,
+    # The same with an ulp of 1.2e-7. Centered RMSprop cancels v - a^2, so that its root amplifies it.
+    "float32": 2e-5,
+    # torch rounds after each operation, and so does jopt: equal to the bit but where the different contraction changes
+    # a rounding, which then stays in the moments. An ulp is 2^-7.
+    "bfloat16": 2**-6,
+}
+# Between two ways to compute the same in JAX: other fusions, other contractions.
+FRONT_ENDS = {"float64": 1e-14, "float32": 5e-6}
+
+
+def difference(a: Any, b: Any) -> float:
+    """Largest difference over largest value; arrays of any float type."""
+    a, b = (np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64) for x in (a, b))
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert np.isfinite(a).all() == np.isfinite(b).all()
+    return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
+
+
+class Problem:
+    """A noisy quadratic: each side computes its gradients at its own parameters, so that differences feed back.
+
+    Its sizes are multiples of 64: torch's vector loops round the last elements of a bfloat16 tensor otherwise.
+    """
+
+    shapes = ((256,), (8, 16, 2), (64, 4))
+
+    def __init__(self, dtype: str, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.dtype = np.dtype(dtype) if dtype != "bfloat16" else np.dtype("float32")
+        self.start = [self._round(rng.standard_normal(s), dtype) for s in self.shapes]
+        self.target = [rng.standard_normal(s) for s in self.shapes]
+        self.seed = seed
+        self.name = dtype
+
+    @staticmethod
+    def _round(x: np.ndarray, dtype: str) -> np.ndarray:
+        import ml_dtypes
+
+        return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def grads(self, step: int, params: list[np.ndarray]) -> list[np.ndarray]:
+        """The gradients at `params`, in their type."""
+        rng = np.random.default_rng((self.seed, step))
+        return [
+            self._round(0.7 * (np.asarray(p).astype(np.float64) - t) + 0.5 * rng.standard_normal(p.shape), self.name)
+            for p, t in zip(params, self.target, strict=True)
+        ]
+
+
+def lr_factor(step: Any, cos: Any = np.cos) -> Any:
+    """A learning rate that changes with each step."""
+    return 1 + 0.5 * cos(step / 3.0)
+
+
+def active(step: int) -> list[bool]:
+    """Which parameters have a gradient: now and then one is frozen, once all are."""
+    return [step != 40, step != 40 and not 60 <= step < 80, step != 40 and step % 7 != 3]

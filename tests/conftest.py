@@ -1,0 +1,31 @@
+"""Strictness for the whole suite: types and ranks do not mix by accident, and x64 is off unless a test enters it.
+
+x64 stays off because that is how JAX runs by default; what must be exact all the same (scalars) is tested there, and
+float64 leaves inside `jax.enable_x64(True)`.
+"""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+try:
+    import torch
+except ModuleNotFoundError:  # jopt alone is tested on Pythons without it
+    torch = None
+else:
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture
+def x64():
+    """float64 as JAX's default float."""
+    with jax.enable_x64(True):
+        yield
