@@ -54,7 +54,7 @@ def in_double(f: Callable[..., Any], elementwise: Any, scalars: Any = (), *, dty
     def flat(*leaves: Any) -> tuple[Any, ...]:
         nonlocal out_tree
         out, out_tree = jax.tree.flatten(f(*jax.tree.unflatten(treedef, leaves)))
-        return tuple(out)
+        return tuple(lax.convert_element_type(y, jnp.float64) for y in out)
 
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         closed, consts = jax.closure_convert(flat, *map(_widen, leaves))
@@ -88,6 +88,8 @@ def _evaluate(f: Callable[..., Any], n_elementwise: int, dtype: np.dtype, *args:
             partials = _evaluate(_partial(f, i, i < n_elementwise), n_elementwise, dtype, *primals)
             tangent = lax.convert_element_type(tangent, dtype)
             for j, d in enumerate(partials):
+                if i < n_elementwise and jnp.ndim(tangent) > jnp.ndim(out[j]):
+                    continue  # a 0-d output of an elementwise f does not depend on this argument
                 if i >= n_elementwise and jnp.ndim(tangent):
                     out_dot[j] = out_dot[j] + jnp.tensordot(d, tangent, jnp.ndim(tangent))
                 else:
