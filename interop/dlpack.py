@@ -190,6 +190,8 @@ class Buffer:
 
 def view(address: int, dtype: torch.dtype, shape: tuple[int, ...], owner: object) -> Tensor:
     """A contiguous tensor at an address, with a storage of its own extent that keeps `owner` alive."""
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
     memory = _memory_type(math.prod(shape) * dtype.itemsize).from_address(address)
     memory.owner = owner
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -130,7 +130,7 @@ def _step(optimizer: Any) -> None:
             "step() in a forked child process: XLA's threads do not survive a fork; start the process by 'spawn' "
             "or 'forkserver'"
         )
-    with torch.no_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         grads = _gradients(optimizer)
         if not grads:
             return
@@ -188,7 +188,7 @@ class _Leaf:
     state_dtypes: dict[str, torch.dtype]
     pointer: int = 0  # where the parameter's values are; another one means that its storage was exchanged
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
-    make_home: Callable[[], Tensor] | None = None
+    stays: bool = False  # its storage was exchanged once: it is left where its user puts it
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
     grad: Tensor | None = None  # where a small leaf's gradient is gathered
 
@@ -225,13 +225,12 @@ class _Plan:
                     raise TypeError(f"{name}: expected one of {expected}, found {p.dtype}")
                 dtypes = _state_dtypes(name, p, rules[index], optimizer.state.get(p) or {})
                 size = p.numel() * (2 if p.is_complex() else 1)
-                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, size, dtypes)
+                stays = p in known and known[p].stays
+                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, size, dtypes, stays=stays)
                 real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
-        # A parameter whose storage was exchanged once stays where its user puts it.
-        stay = {p for p, leaf in known.items() if leaf.home is not None}
         self.buckets = [
-            _Bucket(optimizer, rule, dtype, dict(slots), leaves, hyperparameters, stay)
+            _Bucket(optimizer, rule, dtype, dict(slots), leaves, hyperparameters)
             for (_, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
         ]
 
@@ -250,10 +249,11 @@ class _Plan:
                 if p.data_ptr() != leaf.pointer:
                     if leaf.dtype is not p.dtype or leaf.shape != p.shape:
                         return False
-                    leaf.pointer = p.data_ptr()
                     if leaf.home is None:
-                        assert leaf.make_home is not None
-                        leaf.home = leaf.make_home()
+                        # Someone may still hold what it left: that memory cannot serve as its place.
+                        leaf.stays = True
+                        return False
+                    leaf.pointer = p.data_ptr()
                     moved = True
                 state = optimizer.state.get(p)
                 if state:
@@ -313,7 +313,6 @@ class _Bucket:
         slots: dict[str, torch.dtype],
         leaves: list[_Leaf],
         hyperparameters: Sequence[dict[str, float]],
-        stay: set[Tensor],
     ):
         self.rule = rule
         self.big = [leaf for leaf in leaves if leaf.size >= BIG]
@@ -351,8 +350,9 @@ class _Bucket:
                     address = vector.ctypes.data + i * vector.itemsize
                     view = dlpack.view(address, torch.from_numpy(vector).dtype, (), owner=vector)
                     leaf.views = {name: view} | leaf.views  # in torch's order
-            self._take_state(leaf, optimizer.state[leaf.param], hyperparameters[leaf.group])
-            self._take_param(leaf, adopt=leaf.param not in stay)
+            if leaf.views:
+                self._take_state(leaf, optimizer.state[leaf.param], hyperparameters[leaf.group])
+            self._take_param(leaf)
 
     # --- memory
 
@@ -374,17 +374,14 @@ class _Bucket:
         shape = tuple(leaf.shape)
         for slot, dtype in leaf.state_dtypes.items():
             leaf.views[slot] = buffers[slot].view(dtype, shape, offset * self.dtypes[slot].itemsize)
-        leaf.make_home = functools.partial(buffers["param"].view, leaf.dtype, shape, offset * self.dtype.itemsize)
+        leaf.home = buffers["param"].view(leaf.dtype, shape, offset * self.dtype.itemsize)
 
-    def _take_param(self, leaf: _Leaf, adopt: bool) -> None:
+    def _take_param(self, leaf: _Leaf) -> None:
         """Move a parameter into its place, if nothing else refers to its storage."""
-        assert leaf.make_home is not None
-        home = leaf.make_home()
-        if adopt and leaf.size and dlpack.owns_its_memory(leaf.param):
-            home.copy_(leaf.param)
-            leaf.param.data = home
-        else:
-            leaf.home = home
+        if leaf.size and not leaf.stays and dlpack.owns_its_memory(leaf.param):
+            assert leaf.home is not None
+            leaf.param.data = leaf.home.copy_(leaf.param)
+            leaf.home = None
         leaf.pointer = leaf.param.data_ptr()
 
     def _take_state(self, leaf: _Leaf, state: dict[str, Any], h: dict[str, float]) -> None:
@@ -420,7 +417,7 @@ class _Bucket:
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
         if not stepped:
             return
-        for leaf in stepped:
+        for leaf in stepped if stepped[0].views else ():
             state = states[leaf.param]
             for name, view in leaf.views.items():
                 if state.get(name) is not view:
@@ -606,7 +603,7 @@ def _run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> Non
     The buffers are donated, so that an exception between the call and the taking of its results would lose the
     memory that torch sees: signals whose handlers could raise one wait.
     """
-    with _SignalsWait(), jax.enable_x64(True), jax.transfer_guard("allow"):
+    with _SignalsWait(), jax.enable_x64(True), jax.transfer_guard("allow"), jax.disable_jit(False):
         out = program([buffer.array for buffer in buffers], *arguments)
         jax.block_until_ready(out)
         for buffer, array in zip(buffers, out, strict=True):

@@ -86,6 +86,9 @@ TOLERANCES = {
     # a rounding, which then stays in the moments. An ulp is 2^-7.
     "bfloat16": 2**-6,
 }
+# The same two in a network trained for a few steps: its gradients multiply a difference of an ulp, and where a second
+# moment is next to nothing Adam divides by it. A step too many or too few shows at 1e-3 and more.
+NETWORK = {"float64": 1e-10, "float32": 1e-4}
 # Between two ways to compute the same in JAX: other fusions, other contractions.
 FRONT_ENDS = {"float64": 1e-14, "float32": 5e-6}
 

@@ -47,7 +47,7 @@ def test_gradients_come_packed():
     assert isinstance(found, jopt.Packed)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), jopt.unpack(found), expected)
     batched = jax.vmap(jax.grad(lambda p: loss(jopt.unpack(p))))(jax.tree.map(lambda x: jnp.stack([x, x]), jopt.pack(tree())))
-    np.testing.assert_array_equal(jax.tree.leaves(batched)[0][1], jax.tree.leaves(found)[0])
+    np.testing.assert_allclose(jax.tree.leaves(batched)[0][1], jax.tree.leaves(found)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", list(cases.FRONT_ENDS))
