@@ -133,7 +133,8 @@ def measure(label: str, variants: dict[str, Any], grads: Callable[[str, int], An
 def machine() -> dict[str, Any]:
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        model = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), model)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     versions = {m.__name__: m.__version__ for m in (torch, jax, optax, np, jopt)}
     return {
         "date": datetime.date.today().isoformat(),
@@ -157,13 +158,13 @@ def run(models: list[str], optimizers: list[str], rounds: int) -> dict[str, Any]
         for name in optimizers:
             label = f"{name}, {model}"
             results["torch"][label] = measure(
-                label, torch_variants(name, shapes), lambda _, i: torch_grads, rounds
+                label, torch_variants(name, shapes), lambda _, i, g=torch_grads: g, rounds
             )
             gc.collect()
             results["jax"][label] = measure(
                 label + " (JAX)",
                 jax_variants(name, shapes),
-                lambda variant, i: packed if variant == "jopt packed" else jax_grads,
+                lambda variant, _, a=jax_grads, b=packed: b if variant == "jopt packed" else a,
                 rounds,
             )
             gc.collect()
@@ -173,11 +174,19 @@ def run(models: list[str], optimizers: list[str], rounds: int) -> dict[str, Any]
 def table(results: dict[str, Any]) -> str:
     lines = ["# One optimizer step on the CPU", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items() if value != ""]
-    lines += ["", "Medians; `x` is the median over rounds of a variant's time over the first one's, so that above 1 the"]
+    lines += [
+        "",
+        "Medians; `x` is the median over rounds of a variant's time over the first one's, so that above 1 the",
+    ]
     lines += ["first is faster. First calls include compilation.", ""]
     for world in ("torch", "jax"):
         for label, variants in results[world].items():
-            lines += [f"## {label}", "", "| variant | ms a step | x | first call, ms |", "|---|---:|---:|---:|"]
+            lines += [
+                f"## {label}" + (", in JAX" if world == "jax" else ""),
+                "",
+                "| variant | ms a step | x | first call, ms |",
+                "|---|---:|---:|---:|",
+            ]
             lines += [
                 f"| {name} | {v['median_ms']:.2f} | {v['times_ours']:.2f} | {v['first_call_ms']:.0f} |"
                 for name, v in variants.items()
@@ -199,7 +208,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         names = list(dict.fromkeys(n for variants in results[world].values() for n in variants))
         width = 0.8 / len(names)
         for k, name in enumerate(names):
-            xs = [i + (k - (len(names) - 1) / 2) * width for i, label in enumerate(labels) if name in results[world][label]]
+            xs = [
+                i + (k - (len(names) - 1) / 2) * width
+                for i, label in enumerate(labels)
+                if name in results[world][label]
+            ]
             ys = [results[world][label][name]["median_ms"] for label in labels if name in results[world][label]]
             axis.bar(xs, ys, width, label=name)
         axis.set_xticks(range(len(labels)), [x.replace(", ", "\n") for x in labels], fontsize=8)

@@ -5,10 +5,11 @@
     python -m examples.digits --data module:name     # a torch Dataset of (image, class), or a function that makes one
 
 torch.optim.AdamW; the same loop with `from interop import optim`; the model's parameters in a pure JAX script with
-`jopt.adamw`; and, as the yardstick, torch.optim.AdamW again with each first weight moved by one ulp, up or down at random.
-Training is chaotic: two runs agree if they end up no further apart than a run does from itself after the smallest change
-there is. That distance scatters, so it is the largest of three, and twice it is allowed; a wrong weight decay, or an eps
-of 1e-7 for 1e-8, ends up five times further away (after more epochs everything does, and the comparison loses its edge).
+`jopt.adamw`; and, as the yardstick, torch.optim.AdamW again with each first weight moved by one ulp, up or down at
+random. Training is chaotic: two runs agree if they end up no further apart than a run does from itself after the
+smallest change there is. That distance scatters, so it is the largest of three, and twice it is allowed; a wrong
+weight decay, or an eps of 1e-7 for 1e-8, ends up five times further away (after more epochs everything does, and the
+comparison loses its edge).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 import interop
@@ -102,9 +103,9 @@ class CNN(nn.Module):
         self.out = nn.Linear(128, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv1(x))
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.out(F.relu(self.hidden(x.flatten(1))))
+        x = functional.relu(self.conv1(x))
+        x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
+        return self.out(functional.relu(self.hidden(x.flatten(1))))
 
 
 def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -125,7 +126,9 @@ def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 # --- the three ways to train it
 
 
-def train_torch(model: CNN, make: Callable[..., Any], x: np.ndarray, y: np.ndarray, epochs: int, show: Any) -> dict[str, Any]:
+def train_torch(
+    model: CNN, make: Callable[..., Any], x: np.ndarray, y: np.ndarray, epochs: int, show: Any
+) -> dict[str, Any]:
     """The usual loop; `make` is torch.optim.AdamW or interop.optim.AdamW."""
     optimizer = make(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     inputs, targets = torch.from_numpy(x), torch.from_numpy(y).long()
@@ -133,7 +136,7 @@ def train_torch(model: CNN, make: Callable[..., Any], x: np.ndarray, y: np.ndarr
     for batch in batches(len(x), epochs):
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs[batch]), targets[batch])
+        loss = functional.cross_entropy(model(inputs[batch]), targets[batch])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -183,10 +186,14 @@ def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     head = ["", "loss", "accuracy", "largest difference", "ms a step"]
     body = [
-        [r["name"], f"{r['loss']:.4f}", f"{100 * r['accuracy']:.1f} %", f"{r['gap']:.1e}", f"{r['ms']:.2f}"] for r in rows
+        [r["name"], f"{r['loss']:.4f}", f"{100 * r['accuracy']:.1f} %", f"{r['gap']:.1e}", f"{r['ms']:.2f}"]
+        for r in rows
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(x, widths, strict=True))) for x in [head, *body]]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(x, widths, strict=True)))
+        for x in [head, *body]
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -198,11 +205,11 @@ def plot(runs: dict[str, dict[str, Any]], reference: str, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
     styles = ("-", "--", ":", "-.")
-    for (name, run), style in zip(runs.items(), styles, strict=True):
-        left.plot(run["losses"], style, label=name, alpha=0.8)
+    for i, ((name, run), style) in enumerate(zip(runs.items(), styles, strict=True)):
+        left.plot(run["losses"], style, color=f"C{i}", label=name, alpha=0.8)
         if name != reference:
             gap = np.abs(np.array(run["losses"]) - np.array(runs[reference]["losses"]))
-            right.plot(np.maximum(gap, 1e-9), style, label=name, alpha=0.8)
+            right.plot(np.maximum(gap, 1e-9), style, color=f"C{i}", label=name, alpha=0.8)
     left.set(yscale="log", xlabel="step", ylabel="training loss", title="Four runs")
     right.set(yscale="log", xlabel="step", ylabel="difference of the loss", title=f"Away from {reference}")
     left.legend()
@@ -213,7 +220,11 @@ def plot(runs: dict[str, dict[str, Any]], reference: str, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog=__doc__.split("\n", 2)[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", help="a folder of images, or module:name of a torch Dataset (default: digits)")
     parser.add_argument("--size", type=int, default=32, help="pixels to which a folder's images are scaled")
     parser.add_argument("--epochs", type=int, default=5)

@@ -1,7 +1,7 @@
 """PyTorch and JAX in one process: tensors across DLPack, and torch optimizers that XLA compiles.
 
-    from interop import optim              # torch.optim's classes, stepped by jopt
-    interop.to_jax(x), interop.to_torch(x)
+from interop import optim              # torch.optim's classes, stepped by jopt
+interop.to_jax(x), interop.to_torch(x)
 """
 
 try:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
+from jax.core import Tracer
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes; what XLA on CPU needs to use memory without copying it
@@ -59,7 +60,9 @@ def check_tensor(name: str, x: Tensor) -> None:
 def _where(device: torch.device) -> str:
     if device.type == "cuda":
         if not any(d.platform == "gpu" for d in jax.devices()):
-            return f"{device}, and JAX has no CUDA here (its devices: {jax.devices()}); install jax[cuda], or use .cpu()"
+            return (
+                f"{device}, and JAX has no CUDA here (its devices: {jax.devices()}); install jax[cuda], or use .cpu()"
+            )
         return f"{device}; tensors on CUDA are not taken yet; use .cpu()"
     return f"{device}; use .cpu()" if device.type != "meta" else "the meta device, which holds no values"
 
@@ -97,7 +100,7 @@ def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch tensor, found {type(x).__name__}")
     check_tensor(name, x)
-    if x.dtype in _WIDE and not jax.config.jax_enable_x64:
+    if x.dtype in _WIDE and not jax.config.read("jax_enable_x64"):
         raise TypeError(
             f"{name}: {x.dtype} would be narrowed to 32 bits while jax_enable_x64 is off; set it with "
             "jax.config.update('jax_enable_x64', True), or convert the tensor first"
@@ -143,7 +146,7 @@ def to_torch(x: Any, *, copy: bool | None = True) -> Any:
 
 
 def _array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
-    if not isinstance(x, Array) or isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Array) or isinstance(x, Tracer):
         raise TypeError(f"{name}: expected a JAX array, found {type(x).__name__}")
     devices = x.devices()
     if len(devices) > 1 or next(iter(devices)).platform != "cpu":
@@ -197,7 +200,7 @@ def view(address: int, dtype: torch.dtype, shape: tuple[int, ...], owner: object
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _memory_type(nbytes: int) -> Any:
     """Raw memory that can carry an attribute, which a plain ctypes array cannot."""
     return type("Memory", (ctypes.c_char * nbytes,), {})
@@ -210,7 +213,8 @@ def host_array(x: Tensor, dtype: np.dtype) -> np.ndarray:
     it does not keep a gradient alive past zero_grad. Use it only while the tensor lives.
     """
     count = x.numel() * x.element_size() // dtype.itemsize
-    return np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(x.data_ptr()), dtype, count)
+    memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(x.data_ptr())
+    return np.frombuffer(memory, dtype, count)
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:

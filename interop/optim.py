@@ -1,7 +1,7 @@
 """torch.optim's classes with a compiled step: change `from torch import optim` to `from interop import optim`.
 
-Same names, signatures, defaults, errors, state keys and state_dict, since each class is torch's own with another `step`;
-torch's schedulers, hooks and checkpoints work on them unchanged.
+Same names, signatures, defaults, errors, state keys and state_dict, since each class is torch's own with another
+`step`; torch's schedulers, hooks and checkpoints work on them unchanged.
 
 >>> import torch
 >>> from interop import optim

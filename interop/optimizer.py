@@ -136,8 +136,7 @@ def _step(optimizer: Any) -> None:
             return
         hyperparameters = [_numbers(optimizer.rule.members(group)) for group in optimizer.param_groups]
         rules = [
-            optimizer.rule.shaped_by(group, h)
-            for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
+            optimizer.rule.shaped_by(group, h) for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
         ]
         plan = optimizer._plan
         if plan is None or not plan.serves(optimizer, rules, grads):
@@ -190,7 +189,6 @@ class _Leaf:
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
     stays: bool = False  # its storage was exchanged once: it is left where its user puts it
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
-    grad: Tensor | None = None  # where a small leaf's gradient is gathered
 
 
 class _Plan:
@@ -270,7 +268,9 @@ def _waves(params: Sequence[Tensor]) -> dict[Tensor, int]:
     by_storage: dict[int, list[Tensor]] = {}
     for p in params:
         # A tensor without storage of its own is refused later, by name.
-        others = by_storage.setdefault(p.untyped_storage().data_ptr(), []) if type(p) in (Tensor, torch.nn.Parameter) else []
+        others = (
+            by_storage.setdefault(p.untyped_storage().data_ptr(), []) if type(p) in (Tensor, torch.nn.Parameter) else []
+        )
         begin, end = _extent(p)
         waves[p] = 1 + max((waves[q] for q in others if begin < _extent(q)[1] and _extent(q)[0] < end), default=-1)
         others.append(p)
@@ -332,6 +332,7 @@ class _Bucket:
         )
         self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.grads = dlpack.aligned_zeros(layout.size, self.dtype)
+        self.grad_views: dict[Tensor, Tensor] = {}  # where the small leaves' gradients are gathered
         self.scalars = self._init_scalars(optimizer)
         self.buffers: list[dlpack.Buffer] = []
         for leaf in self.big:
@@ -343,7 +344,7 @@ class _Bucket:
         for leaf, offset in zip(self.small, layout.offsets, strict=True):
             self._place(leaf, shared, offset)
             address = self.grads.ctypes.data + offset * self.dtype.itemsize
-            leaf.grad = dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads)
+            self.grad_views[leaf.param] = dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads)
         for i, leaf in enumerate(self.leaves):
             for name, vector in self.scalars.items():
                 if name not in optimizer.hidden_scalars:
@@ -364,7 +365,11 @@ class _Bucket:
             values = [initial] * len(self.leaves)
             for i, leaf in enumerate(self.leaves):
                 state = optimizer.state.get(leaf.param)
-                if name in optimizer.hidden_scalars and state and any(state.get(s) is not None for s in leaf.state_dtypes):
+                if (
+                    name in optimizer.hidden_scalars
+                    and state
+                    and any(state.get(s) is not None for s in leaf.state_dtypes)
+                ):
                     values[i] = 1.0  # of a hidden step only matters whether there was one
             vectors[name] = np.array(values, dtype)
         return vectors
@@ -386,11 +391,11 @@ class _Bucket:
 
     def _take_state(self, leaf: _Leaf, state: dict[str, Any], h: dict[str, float]) -> None:
         """Make torch's state of a leaf views of the buffers, with the values that it has, or else the rule's first."""
-        missing = [name for name in leaf.views if state.get(name) is None]
-        if missing:
-            first = dict(self.rule.init_scalars()) | self._first_slots(leaf, h)
+        first: dict[str, Any] = {}
+        if any(state.get(name) is None for name in leaf.views):
+            first = self.rule.init_scalars() | self._first_slots(leaf, h)
         for name, view in leaf.views.items():
-            value = first[name] if name in missing else state[name]
+            value = first[name] if state.get(name) is None else state[name]
             if isinstance(value, Tensor):
                 view.copy_(value.to_dense() if value.is_sparse else value)
             else:
@@ -409,9 +414,7 @@ class _Bucket:
 
     # --- the step
 
-    def step(
-        self, states: Any, grads: dict[Tensor, Tensor], hyperparameters: Sequence[dict[str, float]]
-    ) -> None:
+    def step(self, states: Any, grads: dict[Tensor, Tensor], hyperparameters: Sequence[dict[str, float]]) -> None:
         """Step the leaves that have a gradient."""
         active = np.array([leaf.param in grads for leaf in self.leaves])
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
@@ -429,7 +432,7 @@ class _Bucket:
 
         small = [leaf for leaf in self.small if leaf.param in grads]
         if small:
-            torch._foreach_copy_([leaf.grad for leaf in small], [grads[leaf.param] for leaf in small])
+            torch._foreach_copy_([self.grad_views[leaf.param] for leaf in small], [grads[leaf.param] for leaf in small])  # type: ignore
         kept = [_dense(grads[leaf.param]) if leaf.param in grads else None for leaf in self.big]
         arrays = [
             self.missing[: leaf.size] if grad is None else dlpack.host_array(grad, self.dtype)
@@ -507,7 +510,7 @@ def _compile(
 
     The program takes and returns the buffers, leaf by leaf, `param` and the slots in the order of `dtypes`,
     those of the small leaves last; then gradients, coefficients (see `_Bucket._coefficients`), and the small buffer's
-    rows' leaves. A leaf has a vector of coefficients of its own: sharing one, XLA merges equal sizes into one slow loop.
+    rows' leaves. A leaf has a vector of coefficients of its own: sharing one, XLA merges equal sizes into a slow loop.
     """
     names = [name for name, _ in dtypes]
     columns = (*_coefficient_names(rule), "active")
@@ -527,9 +530,7 @@ def _compile(
         copies = jax.lax.optimization_barrier(((list(buffers), grad),) * len(names))
         return [outputs(*copy)[k] for k, copy in enumerate(copies)]
 
-    def program(
-        buffers: list[Array], grads: list[Array], coefficients: list[Array], leaf_of_row: Array
-    ) -> list[Array]:
+    def program(buffers: list[Array], grads: list[Array], coefficients: list[Array], leaf_of_row: Array) -> list[Array]:
         out: list[Array] = []
         width = len(names)
         for i in range(len(big)):
@@ -581,7 +582,7 @@ def _multi_output_fusion() -> Iterator[None]:
         extra = _field(3, _field(3, _field(500, _field(1, _FLAG))))
         return type(options).ParseFromString(options.SerializeAsString() + extra)
 
-    compiler.get_compile_options = get_compile_options
+    compiler.get_compile_options = get_compile_options  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -613,7 +614,11 @@ def _run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> Non
 class _SignalsWait:
     """Python's signal handlers run after the block rather than inside it."""
 
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)]
+    signals = [
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+        if hasattr(signal, name)
+    ]
 
     def __enter__(self) -> None:
         self.handlers: dict[int, Any] = {}

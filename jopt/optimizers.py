@@ -52,9 +52,7 @@ def sgd(
     arguments = dict(
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
     )
-    return transform(
-        rules.SGD, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
-    )
+    return transform(rules.SGD, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
 
 
 def adam(
@@ -95,9 +93,7 @@ def adam(
         maximize=maximize,
         decoupled_weight_decay=decoupled_weight_decay,
     )
-    return transform(
-        rules.Adam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
-    )
+    return transform(rules.Adam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
 
 
 def adamw(
@@ -174,14 +170,10 @@ def rmsprop(
         centered=centered,
         maximize=maximize,
     )
-    return transform(
-        rules.RMSprop, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
-    )
+    return transform(rules.RMSprop, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
 
 
-def gradient_descent(
-    lr: Hyperparameter, *, state_dtype: Any = None, hyperparams_in_state: bool = False
-) -> Transform:
+def gradient_descent(lr: Hyperparameter, *, state_dtype: Any = None, hyperparams_in_state: bool = False) -> Transform:
     """Plain gradient descent, p <- p - lr * grad: `sgd` with nothing else.
 
     >>> import jax.numpy as jnp, jopt
@@ -218,9 +210,7 @@ def momentum(
     arguments: dict[str, Any] = dict(lr=lr, beta=beta, scaled=beta2 is not None)
     if beta2 is not None:
         arguments |= dict(beta2=beta2, eps=eps)
-    return transform(
-        rules.Momentum, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state
-    )
+    return transform(rules.Momentum, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
 
 
 def _is_zero(x: Hyperparameter) -> bool:

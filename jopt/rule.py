@@ -26,10 +26,10 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from jopt import numerics
 
@@ -48,7 +48,7 @@ class Limit:
 
 
 def at_least_zero(message: str) -> Limit:
-    return Limit(lambda x: 0.0 <= x, message)
+    return Limit(lambda x: x >= 0.0, message)
 
 
 def fraction(message: str) -> Limit:
@@ -140,7 +140,7 @@ def _check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
             )
         if value.ndim:
             raise TypeError(f"{name}: expected a 0-d array, found shape {value.shape}")
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             return
         value = value.item()
     if limit is not None and not limit.accepts(value):

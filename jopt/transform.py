@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class State(NamedTuple):
       hyperparams: the hyperparameters by name, where the transformation keeps them in its state, else empty.
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a state
     scalars: dict[str, Array]
     slots: dict[str, Tree]
     hyperparams: dict[str, Array]
@@ -45,8 +45,8 @@ class Transform(optax.GradientTransformationExtraArgs):
 
     _lift: _Lift
 
-    def __new__(cls, lift: _Lift) -> Transform:
-        self = super().__new__(cls, lift.init, lift.update)
+    def __new__(cls, lift: _Lift) -> Self:
+        self = super().__new__(cls, lift.init, lift.update)  # type: ignore[arg-type]
         self._lift = lift
         return self
 
@@ -149,8 +149,7 @@ class _Lift:
         return State(
             count=count,
             scalars={
-                name: jnp.full((len(leaves),), value, jnp.float32)
-                for name, value in self.rule.init_scalars().items()
+                name: jnp.full((len(leaves),), value, jnp.float32) for name, value in self.rule.init_scalars().items()
             },
             slots={name: treedef.unflatten([s[name] for s in states]) for name in names},
             hyperparams=hyperparams,
@@ -182,14 +181,14 @@ class _Lift:
             c_leaf = {name: lax.index_in_dim(x, i, keepdims=False) if x.ndim else x for name, x in c.items()}
             state_leaf = {name: xs[i] for name, xs in slots.items()}
             new_leaves[i], state_leaf = step_leaf(
-                self.rule, c_leaf, grad, state_leaf, leaf, None if active is None else mask[i]
+                self.rule, c_leaf, grad, state_leaf, leaf, None if mask is None or active is None else mask[i]
             )
             for name, x in state_leaf.items():
                 new_slots[name][i] = x
         if mask is not None:
             scalars = {name: jnp.where(mask, x, state.scalars[name]) for name, x in scalars.items()}
         return treedef.unflatten(new_leaves), State(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             scalars=scalars,
             slots={name: treedef.unflatten(xs) for name, xs in new_slots.items()},
             hyperparams=state.hyperparams | scheduled,
@@ -286,7 +285,9 @@ def _check_array(name: str, x: Any) -> None:
 def _check_grad(path: str, grad: Any, param: Array) -> Array:
     name = f"grads{path}"
     if not hasattr(grad, "dtype") or not isinstance(grad, Array | np.ndarray | np.generic):
-        raise TypeError(f"{name}: expected an array or None, found {type(grad).__name__}; sparse gradients are not taken")
+        raise TypeError(
+            f"{name}: expected an array or None, found {type(grad).__name__}; sparse gradients are not taken"
+        )
     _check_floating(name, grad.dtype)
     if jnp.shape(grad) != param.shape:
         raise ValueError(f"{name}: expected the parameter's shape {param.shape}, found {jnp.shape(grad)}")

@@ -46,7 +46,9 @@ def test_gradients_come_packed():
     found = jax.jit(jax.grad(lambda packed: loss(jopt.unpack(packed))))(jopt.pack(tree()))
     assert isinstance(found, jopt.Packed)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), jopt.unpack(found), expected)
-    batched = jax.vmap(jax.grad(lambda p: loss(jopt.unpack(p))))(jax.tree.map(lambda x: jnp.stack([x, x]), jopt.pack(tree())))
+    batched = jax.vmap(jax.grad(lambda p: loss(jopt.unpack(p))))(
+        jax.tree.map(lambda x: jnp.stack([x, x]), jopt.pack(tree()))
+    )
     np.testing.assert_allclose(jax.tree.leaves(batched)[0][1], jax.tree.leaves(found)[0], rtol=1e-6)
 
 
@@ -65,7 +67,10 @@ def test_packed_step_is_the_tree_step(case, dtype):
             packed_grads = jopt.pack([jnp.asarray(g) for g in problem.grads(i, jopt.unpack(packed))])
             params, state = step(params, state, grads)
             packed, packed_state = step(packed, packed_state, packed_grads)
-        for name, a, b in [("param", params, packed), *((n, state.slots[n], packed_state.slots[n]) for n in state.slots)]:
+        for name, a, b in [
+            ("param", params, packed),
+            *((n, state.slots[n], packed_state.slots[n]) for n in state.slots),
+        ]:
             for x, y in zip(a, jopt.unpack(b), strict=True):
                 assert cases.difference(y, x) <= cases.FRONT_ENDS[dtype], name
 
@@ -110,7 +115,7 @@ def test_a_rule_over_tensors_refuses_a_buffer():
     tx = transform(Normalized, dict(lr=0.1))
     params = {"w": jnp.ones(4)}
     np.testing.assert_allclose(tx.step(params, tx.init(params), params)[0]["w"], 0.95)
-    with pytest.raises(ValueError, match="Normalized looks at whole tensors .scope 'tensor'., which a packed"):
+    with pytest.raises(ValueError, match=r"Normalized looks at whole tensors .scope 'tensor'., which a packed"):
         tx.init(jopt.pack(params))
 
 

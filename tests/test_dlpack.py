@@ -34,7 +34,9 @@ def test_every_type_there_and_back(dtype, copy):
 def test_wide_types_are_never_narrowed(dtype):
     x = torch.tensor([2**40 + 1, 3]).to(getattr(torch, dtype))
     for copy in (True, None, False):
-        with pytest.raises(TypeError, match=f"x: torch.{dtype} would be narrowed to 32 bits while jax_enable_x64 is off"):
+        with pytest.raises(
+            TypeError, match=f"x: torch.{dtype} would be narrowed to 32 bits while jax_enable_x64 is off"
+        ):
             interop.to_jax(x, copy=copy)
     with jax.enable_x64(True):
         array = interop.to_jax(x)
@@ -140,7 +142,9 @@ def test_dtensor_is_refused():
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         x = DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(TypeError, match=r"x: expected a plain tensor, found torch.distributed.tensor.DTensor; .*to_local"):
+        with pytest.raises(
+            TypeError, match=r"x: expected a plain tensor, found torch.distributed.tensor.DTensor; .*to_local"
+        ):
             interop.to_jax(x)
         assert interop.to_jax(x.to_local()).tolist() == [1, 1, 1, 1]
         del x

@@ -51,7 +51,8 @@ def pair(name="AdamW", dtype=torch.float32, **arguments):
     arguments = {"lr": 0.01} | arguments
     models = network(dtype), network(dtype)
     return models, [
-        getattr(module, name)(m.parameters(), **arguments) for module, m in zip((torch.optim, optim), models, strict=True)
+        getattr(module, name)(m.parameters(), **arguments)
+        for module, m in zip((torch.optim, optim), models, strict=True)
     ]
 
 
@@ -97,7 +98,9 @@ def test_classes_are_torchs(case):
     assert str(opts[1]) == str(opts[0])
 
 
-@pytest.mark.parametrize("name", ["StepLR", "OneCycleLR", "CosineAnnealingWarmRestarts", "CyclicLR", "ReduceLROnPlateau"])
+@pytest.mark.parametrize(
+    "name", ["StepLR", "OneCycleLR", "CosineAnnealingWarmRestarts", "CyclicLR", "ReduceLROnPlateau"]
+)
 def test_torchs_schedulers(name):
     arguments = {
         "StepLR": dict(step_size=2),
@@ -231,7 +234,7 @@ def test_state_views_stay_live_and_in_place():
 
 
 def test_the_program_aliases_every_buffer_and_makes_no_array():
-    model, opt = trained()
+    _model, opt = trained()
     for bucket in opt._plan.buckets:
         memory = bucket.program.memory_analysis()
         buffers = sum(b.array.nbytes for b in bucket.buffers)
@@ -356,7 +359,10 @@ def test_kinds_of_parameters_and_gradients(kind, grad_kind):
             assert p.untyped_storage().data_ptr() == storage  # left where it is
         results.append((p.detach().clone(), {k: v.clone() for k, v in opt.state[p].items()}))
     (a, s), (b, t) = results
-    assert cases.difference(torch.view_as_real(b) if b.is_complex() else b, torch.view_as_real(a) if a.is_complex() else a) <= 2e-6
+    assert (
+        cases.difference(torch.view_as_real(b) if b.is_complex() else b, torch.view_as_real(a) if a.is_complex() else a)
+        <= 2e-6
+    )
     for name in s:
         assert cases.difference(t[name].resolve_conj(), s[name].resolve_conj()) <= 2e-6
 
@@ -528,11 +534,13 @@ def test_edits_of_the_state_are_seen():
     assert_equal(*models)
 
 
-@cases.parametrize([c for c in cases.TORCH_CASES if c.id in ("sgd-dampening", "adam-amsgrad", "rmsprop-centered-momentum")])
+@cases.parametrize(
+    [c for c in cases.TORCH_CASES if c.id in ("sgd-dampening", "adam-amsgrad", "rmsprop-centered-momentum")]
+)
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
 def test_checkpoints_cross(case, direction):
     """Train here, go on there: equal to never having changed."""
-    (m1, m2), (o1, o2) = pair(case.torch, torch.float64, lr=case.lr, **case.arguments)
+    (m1, m2), (o1, _o2) = pair(case.torch, torch.float64, lr=case.lr, **case.arguments)
     train(m1, o1, 6)
     modules = (torch.optim, optim) if direction == "from torch" else (optim, torch.optim)
     first = getattr(modules[0], case.torch)(m2.parameters(), lr=case.lr, **case.arguments)
@@ -684,7 +692,13 @@ def test_memory_cannot_be_resized_away():
 
 def subprocess_run(code):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=240,
+    )
 
 
 def test_a_forked_child_is_told_rather_than_hung():
@@ -750,7 +764,11 @@ def test_interrupts_lose_no_memory():
     ("make", "error", "text"),
     [
         (lambda o: o.Adam([torch.ones(2)], lr=-1), ValueError, "Invalid learning rate: -1"),
-        (lambda o: o.Adam([torch.nn.Parameter(torch.ones(2))], lr=float("nan")), ValueError, "Invalid learning rate: nan"),
+        (
+            lambda o: o.Adam([torch.nn.Parameter(torch.ones(2))], lr=float("nan")),
+            ValueError,
+            "Invalid learning rate: nan",
+        ),
         (lambda o: o.Adam([torch.nn.Parameter(torch.ones(2))], betas=(1.0, 0.9)), ValueError, "Invalid beta parameter"),
         (lambda o: o.AdamW([torch.nn.Parameter(torch.ones(2))], eps=-1), ValueError, "Invalid epsilon value: -1"),
         (lambda o: o.SGD([torch.nn.Parameter(torch.ones(2))], nesterov=True), ValueError, "Nesterov momentum requires"),
@@ -845,7 +863,9 @@ def test_dtensor_is_refused_by_name():
         good = torch.nn.Parameter(torch.ones(2))
         opt = optim.SGD([("good", good), ("sharded", p)], lr=0.1)
         p.grad, good.grad = DTensor.from_local(torch.ones(4), mesh, [Shard(0)]), torch.ones(2)
-        with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[1\] \('sharded'\): .*DTensor; take its local"):
+        with pytest.raises(
+            TypeError, match=r"param_groups\[0\]\['params'\]\[1\] \('sharded'\): .*DTensor; take its local"
+        ):
             opt.step()
         assert good.tolist() == [1, 1]
         del opt, p
@@ -861,7 +881,7 @@ def test_meta_parameters_are_refused():
 def test_unsupported_types_are_named():
     p = torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
     p.grad = torch.ones(2).to(torch.float8_e4m3fn)
-    with pytest.raises(TypeError, match="expected one of torch.float16, .*, found torch.float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"expected one of torch.float16, .*, found torch.float8_e4m3fn"):
         optim.SGD([p]).step()
 
 
@@ -869,5 +889,7 @@ def test_a_model_converted_under_its_optimizer_is_named():
     model, opt = trained()
     model.double()
     backward(model)
-    with pytest.raises(TypeError, match=r"params'\]\[0\]: expected its state 'exp_avg' in the parameter's type torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"params'\]\[0\]: expected its state 'exp_avg' in the parameter's type torch.float64"
+    ):
         train(model, opt, 1)

@@ -137,7 +137,7 @@ def test_complex_parameters():
             params = jnp.asarray(start)
             state = tx.init(params)
             loss = jax.grad(lambda z: jnp.sum(jnp.abs(z - target) ** 2))
-            step = jax.jit(lambda params, state: tx.step(jnp.conj(loss(params)), state, params))
+            step = jax.jit(lambda params, state, tx=tx, loss=loss: tx.step(jnp.conj(loss(params)), state, params))
             for _ in range(20):
                 params, state = step(params, state)
             assert params.dtype == jnp.complex128
@@ -177,7 +177,7 @@ def test_hyperparameters_in_state_stay_close():
     params = [jnp.asarray(x) for x in problem.start]
     state = tx.init(params)
     step = jax.jit(lambda params, state, grads: tx.step(grads, state, params))
-    for i in range(100):
+    for _ in range(100):
         reference.step(200)  # every parameter has a gradient
         state.hyperparams["lr"] = jnp.float32(case.lr * cases.lr_factor(200))
         params, state = step(params, state, [jnp.asarray(g) for g in problem.grads(200, params)])

@@ -210,7 +210,10 @@ def test_absent_gradients_skip_the_parameter(case):
     # From here the parameter goes on as if it had taken one step fewer.
     alone = {"b": first["b"]}
     alone_state = jopt.State(
-        state.count, {k: v[:1] for k, v in state.scalars.items()}, {k: {"b": v["b"]} for k, v in state.slots.items()}, {}
+        state.count,
+        {k: v[:1] for k, v in state.scalars.items()},
+        {k: {"b": v["b"]} for k, v in state.slots.items()},
+        {},
     )
     then, _ = tx.step(gradients(by_none), state_none, by_none)
     expected, _ = tx.step(gradients(alone), alone_state, alone)
@@ -322,7 +325,9 @@ def test_every_number_takes_a_schedule():
     """Against the same steps with the numbers given anew each time."""
 
     def at(i):
-        return dict(lr=0.1 / (i + 1), betas=(0.9 - 0.01 * i, 0.99 + 0.001 * i), eps=1e-8 * (i + 1), weight_decay=0.1 * i)
+        return dict(
+            lr=0.1 / (i + 1), betas=(0.9 - 0.01 * i, 0.99 + 0.001 * i), eps=1e-8 * (i + 1), weight_decay=0.1 * i
+        )
 
     def schedule(*path):
         def value(step):
@@ -442,7 +447,11 @@ def test_bad_parameters(params, text):
 @pytest.mark.parametrize(
     ("grads", "error", "text"),
     [
-        ({"w": jnp.ones(3), "b": jnp.ones(1)}, ValueError, r"grads\['w'\]: expected the parameter's shape \(2,\), found"),
+        (
+            {"w": jnp.ones(3), "b": jnp.ones(1)},
+            ValueError,
+            r"grads\['w'\]: expected the parameter's shape \(2,\), found",
+        ),
         ({"w": jnp.ones(2)}, ValueError, "grads: expected the structure of params"),
         ({"w": jnp.ones(2), "b": jnp.arange(1)}, TypeError, r"grads\['b'\]: expected a floating point"),
         ({"w": jnp.ones(2), "b": jnp.ones(1, jnp.complex64)}, TypeError, r"grads\['b'\]: found complex64"),

@@ -1,0 +1,84 @@
+"""The demo and the benchmark, as their users run them, on less."""
+
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="both step torch models")
+for extra in ("matplotlib", "PIL", "sklearn", "tqdm"):
+    pytest.importorskip(extra, reason="of the demo extra")
+
+import jax  # noqa: E402
+
+from benchmarks import shapes, step  # noqa: E402
+from examples import digits  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def jax_as_users_have_it():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_the_demo_agrees(tmp_path, capsys):
+    assert digits.main(["--out", str(tmp_path / "digits.png")]) == 0
+    out = capsys.readouterr().out
+    assert "interop.optim agrees with torch.optim" in out
+    assert "jopt in JAX agrees with torch.optim" in out
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_the_demo_notices_a_wrong_optimizer(tmp_path, capsys, monkeypatch):
+    """optax's default weight decay instead of torch's: the verdict is no formality."""
+    monkeypatch.setattr(
+        digits.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.AdamW(p, lr=lr, weight_decay=1e-4)
+    )
+    assert digits.main(["--out", str(tmp_path / "digits.png")]) == 1
+    assert "interop.optim DOES NOT AGREE with torch.optim" in capsys.readouterr().out
+
+
+def test_the_demo_takes_a_folder_of_images(tmp_path, capsys):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(60):
+            pixels = np.clip(rng.normal(level, 20, (12, 10, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    digits.main(["--data", str(tmp_path / "images"), "--size", "8", "--epochs", "2", "--out", str(tmp_path / "a.png")])
+    assert "96 images to train on, 24 to test on" in capsys.readouterr().out
+
+
+def make_dataset():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 3
+    return torch.utils.data.TensorDataset(torch.randn(100, 8, 8, generator=generator) + labels[:, None, None], labels)
+
+
+def test_the_demo_takes_a_torch_dataset(tmp_path, capsys):
+    digits.main(["--data", "tests.test_examples:make_dataset", "--epochs", "1", "--out", str(tmp_path / "a.png")])
+    assert "80 images to train on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["no/such/folder", "empty"])
+def test_the_demo_says_what_is_wrong(tmp_path, data):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"--data .*(no such folder|expected images in one subfolder a class)"):
+        digits.main(["--data", str(tmp_path / data) if data == "empty" else data])
+
+
+def test_the_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(step.MODELS, "resnet50", lambda: [(40, 1000), (10,)])
+    monkeypatch.setattr(sys, "argv", ["step", "--models", "resnet50", "--rounds", "2", "--out", str(tmp_path)])
+    step.main()
+    assert "## AdamW, resnet50" in (tmp_path / "step.md").read_text()
+    assert {"step.json", "step.md", "step.png"} <= {x.name for x in tmp_path.iterdir()}
+
+
+def test_shapes_are_the_models():
+    """Tensors and parameters of torchvision's resnet50 and of GPT-2 small."""
+    for model, tensors, parameters in ((shapes.resnet50, 161, 25_557_032), (shapes.gpt2_small, 148, 124_439_808)):
+        assert len(model()) == tensors
+        assert sum(int(np.prod(s)) for s in model()) == parameters
