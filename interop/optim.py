@@ -11,12 +11,14 @@ Same names, signatures, defaults, errors, state keys and state_dict, since each 
 >>> optimizer.step()
 """
 
+from typing import Any
+
 import torch
 
 from interop.optimizer import CompiledStep
 from jopt import rules
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+__all__ = ["ASGD", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"]
 
 
 class SGD(CompiledStep, torch.optim.SGD):
@@ -25,12 +27,17 @@ class SGD(CompiledStep, torch.optim.SGD):
     rule = rules.SGD
     hidden_scalars = frozenset({"step"})
 
+    def sparse_error(self, group: dict[str, Any]) -> None:
+        return None
+
 
 class Adam(CompiledStep, torch.optim.Adam):
     """`torch.optim.Adam`, stepped by `jopt.rules.Adam`."""
 
     rule = rules.Adam
-    sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
+
+    def sparse_error(self, group: dict[str, Any]) -> str:
+        return "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
 class AdamW(CompiledStep, torch.optim.AdamW):
@@ -40,8 +47,55 @@ class AdamW(CompiledStep, torch.optim.AdamW):
     sparse_error = Adam.sparse_error
 
 
+class Adamax(CompiledStep, torch.optim.Adamax):
+    """`torch.optim.Adamax`, stepped by `jopt.rules.Adamax`."""
+
+    rule = rules.Adamax
+
+
+class NAdam(CompiledStep, torch.optim.NAdam):
+    """`torch.optim.NAdam`, stepped by `jopt.rules.NAdam`."""
+
+    rule = rules.NAdam
+
+
+class RAdam(CompiledStep, torch.optim.RAdam):
+    """`torch.optim.RAdam`, stepped by `jopt.rules.RAdam`."""
+
+    rule = rules.RAdam
+
+
+class Adagrad(CompiledStep, torch.optim.Adagrad):
+    """`torch.optim.Adagrad`, stepped by `jopt.rules.Adagrad`.
+
+    A sparse gradient is made dense: a row without gradient stays as it is either way.
+    """
+
+    rule = rules.Adagrad
+
+    def sparse_error(self, group: dict[str, Any]) -> str | None:
+        return "weight_decay option is not compatible with sparse gradients" if group["weight_decay"] != 0 else None
+
+
+class Adadelta(CompiledStep, torch.optim.Adadelta):
+    """`torch.optim.Adadelta`, stepped by `jopt.rules.Adadelta`."""
+
+    rule = rules.Adadelta
+
+
 class RMSprop(CompiledStep, torch.optim.RMSprop):
     """`torch.optim.RMSprop`, stepped by `jopt.rules.RMSprop`."""
 
     rule = rules.RMSprop
-    sparse_error = "RMSprop does not support sparse gradients"
+
+
+class Rprop(CompiledStep, torch.optim.Rprop):
+    """`torch.optim.Rprop`, stepped by `jopt.rules.Rprop`."""
+
+    rule = rules.Rprop
+
+
+class ASGD(CompiledStep, torch.optim.ASGD):
+    """`torch.optim.ASGD`, stepped by `jopt.rules.ASGD`."""
+
+    rule = rules.ASGD

@@ -48,7 +48,6 @@ class CompiledStep:
 
     rule: ClassVar[type[Rule]]
     hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
-    sparse_error: ClassVar[str | None] = None  # torch's text for a sparse gradient; None where it takes them
 
     param_groups: list[dict[str, Any]]
     state: Any
@@ -71,6 +70,10 @@ class CompiledStep:
                 f"interop.optim.{type(self).__name__}: differentiable=True would need torch's autograd through a "
                 "compiled step; differentiate through jopt's step with jax.grad, or use torch.optim"
             )
+
+    def sparse_error(self, group: dict[str, Any]) -> str | None:
+        """torch's text for a sparse gradient in the group; None where it takes one."""
+        return f"{type(self).__name__} does not support sparse gradients"
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -159,8 +162,8 @@ def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
                 continue
             if type(grad) is not Tensor or grad.layout is not torch.strided or grad.dtype is not p.dtype:
                 if grad.layout is not torch.strided and type(grad) is Tensor:
-                    if optimizer.sparse_error is not None:
-                        raise RuntimeError(optimizer.sparse_error)
+                    if (error := optimizer.sparse_error(group)) is not None:
+                        raise RuntimeError(error)
                     grad = grad.to_dense()
                 dlpack.check_tensor(f"the gradient of {_name(optimizer, index, p)}", grad)
                 grad = grad.to(p.dtype)
@@ -333,7 +336,7 @@ class _Bucket:
         self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.grads = dlpack.aligned_zeros(layout.size, self.dtype)
         self.grad_views: dict[Tensor, Tensor] = {}  # where the small leaves' gradients are gathered
-        self.scalars = self._init_scalars(optimizer)
+        self.scalars = self._init_scalars(optimizer, hyperparameters)
         self.buffers: list[dlpack.Buffer] = []
         for leaf in self.big:
             own = {name: dlpack.Buffer(leaf.size, d) for name, d in self.dtypes.items()}
@@ -346,23 +349,23 @@ class _Bucket:
             address = self.grads.ctypes.data + offset * self.dtype.itemsize
             self.grad_views[leaf.param] = dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads)
         for i, leaf in enumerate(self.leaves):
-            for name, vector in self.scalars.items():
-                if name not in optimizer.hidden_scalars:
-                    address = vector.ctypes.data + i * vector.itemsize
-                    view = dlpack.view(address, torch.from_numpy(vector).dtype, (), owner=vector)
-                    leaf.views = {name: view} | leaf.views  # in torch's order
+            scalars = {
+                name: dlpack.view(vector[i:].ctypes.data, torch.from_numpy(vector).dtype, (), owner=vector)
+                for name, vector in self.scalars.items()
+                if name not in optimizer.hidden_scalars
+            }
+            leaf.views = scalars | leaf.views  # in torch's order
             if leaf.views:
                 self._take_state(leaf, optimizer.state[leaf.param], hyperparameters[leaf.group])
             self._take_param(leaf)
 
     # --- memory
 
-    def _init_scalars(self, optimizer: Any) -> dict[str, np.ndarray]:
+    def _init_scalars(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
         """The scalar state, a vector over the leaves; torch's 0-d tensors are views of its entries."""
         vectors = {}
-        dtype = np.float64 if torch.get_default_dtype() is torch.float64 else np.float32
-        for name, initial in self.rule.init_scalars().items():
-            values = [initial] * len(self.leaves)
+        for name in self.rule.init_scalars(hyperparameters[0]):
+            values = [self.rule.init_scalars(hyperparameters[leaf.group])[name] for leaf in self.leaves]
             for i, leaf in enumerate(self.leaves):
                 state = optimizer.state.get(leaf.param)
                 if (
@@ -371,7 +374,7 @@ class _Bucket:
                     and any(state.get(s) is not None for s in leaf.state_dtypes)
                 ):
                     values[i] = 1.0  # of a hidden step only matters whether there was one
-            vectors[name] = np.array(values, dtype)
+            vectors[name] = np.array(values, _scalar_dtype())
         return vectors
 
     def _place(self, leaf: _Leaf, buffers: dict[str, dlpack.Buffer], offset: int) -> None:
@@ -393,7 +396,7 @@ class _Bucket:
         """Make torch's state of a leaf views of the buffers, with the values that it has, or else the rule's first."""
         first: dict[str, Any] = {}
         if any(state.get(name) is None for name in leaf.views):
-            first = self.rule.init_scalars() | self._first_slots(leaf, h)
+            first = self.rule.init_scalars(h) | self._first_slots(leaf, h)
         for name, view in leaf.views.items():
             value = first[name] if state.get(name) is None else state[name]
             if isinstance(value, Tensor):
@@ -462,11 +465,17 @@ class _Bucket:
             values = np.array([group.get(name, np.nan) for group in hyperparameters])
             h[name] = values[0] if (values == values[0]).all() else values[self.groups]
         with np.errstate(all="ignore"):
-            c, scalars = self.rule.scalars(h, {k: v.astype(np.float64) for k, v in self.scalars.items()}, np)
+            s = {name: x.astype(np.float64) for name, x in self.scalars.items()}
+            c, scalars = self.rule.scalars(h, s, np, lambda x: np.asarray(x).astype(_scalar_dtype()).astype(np.float64))
         table = np.empty((len(self.leaves), len(c) + 1), np.float64)
         for column, value in enumerate((*c.values(), active)):
             table[:, column] = value
         return table.astype(self._compute_dtype), scalars
+
+
+def _scalar_dtype() -> Any:
+    """The type of torch's scalar state."""
+    return np.float64 if torch.get_default_dtype() is torch.float64 else np.float32
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -488,8 +497,8 @@ def _slots(rule: Rule) -> tuple[str, ...]:
 def _coefficient_names(rule: Rule) -> tuple[str, ...]:
     with np.errstate(all="ignore"):
         h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
-        s = {name: np.full(1, x) for name, x in rule.init_scalars().items()}
-        return tuple(rule.scalars(h, s, np)[0])
+        s = {name: np.full(1, x) for name, x in rule.init_scalars(h).items()}
+        return tuple(rule.scalars(h, s, np, np.asarray)[0])
 
 
 @functools.lru_cache(maxsize=128)

@@ -113,6 +113,11 @@ def _partial(f: Callable[..., Any], i: int, elementwise: bool) -> Callable[..., 
     return partial
 
 
+def as_float32(x: Array) -> Array:
+    """Round a float64 scalar to float32's values."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
+
+
 # --- torch's tensor operations -----------------------------------------------------------------------
 # Each takes arrays of one type and 0-d (or broadcastable) scalars of that type's compute type, computes
 # in the compute type and rounds the result once. XLA may keep the excess precision of a bfloat16 value
@@ -155,6 +160,17 @@ def div(x: Array, y: Array) -> Array:
     """torch.div: x / y."""
     a, b = _up(x, y)
     return _round(a / b, x.dtype)
+
+
+def reciprocal(x: Array) -> Array:
+    """torch.reciprocal: 1 / x, which is also what torch makes of a number divided by a tensor."""
+    (a,) = _up(x)
+    return _round(1 / a, x.dtype)
+
+
+def cast(scalar: Array, like: Array) -> Array:
+    """A scalar of the compute type as an entry of a tensor of `like`'s type."""
+    return _round(scalar, like.dtype)
 
 
 def sqrt(x: Array) -> Array:

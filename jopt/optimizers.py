@@ -173,6 +173,234 @@ def rmsprop(
     return transform(rules.RMSprop, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
 
 
+def adamax(
+    lr: Hyperparameter = 2e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Adamax, as `torch.optim.Adamax`: Adam with the infinity norm; eps beside |g|, none in the denominator.
+
+    With g = grad + weight_decay * p:  m <- m + (1 - beta1) (g - m);  u <- max(beta2 * u, |g| + eps)
+    p <- p - lr / (1 - beta1^t) * m / u
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.adamax(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.9
+
+    State: `step`, `exp_avg`, `exp_inf`. Source: torch/optim/adamax.py; Kingma & Ba 2015, section 7.1.
+    """
+    arguments = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+    return transform(rules.Adamax, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
+def nadam(
+    lr: Hyperparameter = 2e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    momentum_decay: Hyperparameter = 4e-3,
+    *,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """NAdam, as `torch.optim.NAdam`: Nesterov momentum on the schedule mu_t, which optax's nadam has not.
+
+    mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);  M_t = mu_1 ... mu_t, in float32 as torch keeps it
+    With g = grad + weight_decay * p (or decoupled as in `adamw`), m and v as in `adam`,
+    d = sqrt(v / (1 - beta2^t)) + eps:
+    p <- p - lr * (1 - mu_t) / (1 - M_t) * g / d - lr * mu_{t+1} / (1 - M_t * mu_{t+1}) * m / d
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.nadam(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.89435
+
+    State: `step`, `mu_product`, `exp_avg`, `exp_avg_sq`. Source: torch/optim/nadam.py; Dozat 2016.
+    """
+    arguments = dict(
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum_decay=momentum_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+    return transform(rules.NAdam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
+def radam(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    *,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """RAdam, as `torch.optim.RAdam`: Adam without its second moment until that has enough samples.
+
+    rho_inf = 2 / (1 - beta2) - 1;  rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t)
+    With g, m and v as in `adam`, m' = m / (1 - beta1^t):
+    rho_t > 5:  p <- p - lr * m' * r_t * sqrt(1 - beta2^t) / (sqrt(v) + eps), eps beside the raw root,
+                r_t = sqrt((rho_t - 4)(rho_t - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho_t))
+    else:       p <- p - lr * m'
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.radam(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.8
+
+    State: `step`, `exp_avg`, `exp_avg_sq`. Source: torch/optim/radam.py; Liu et al. 2020.
+    """
+    arguments = dict(
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+    return transform(rules.RAdam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
+def adagrad(
+    lr: Hyperparameter = 1e-2,
+    lr_decay: Hyperparameter = 0,
+    weight_decay: Hyperparameter = 0,
+    initial_accumulator_value: Hyperparameter = 0,
+    eps: Hyperparameter = 1e-10,
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Adagrad, as `torch.optim.Adagrad`: eps outside the root, unlike optax.
+
+    With g = grad + weight_decay * p:  sum <- sum + g^2, from initial_accumulator_value
+    p <- p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(sum) + eps)
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.adagrad(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.9
+
+    State: `step`, `sum`. Source: torch/optim/adagrad.py; Duchi et al. 2011.
+    """
+    arguments = dict(
+        lr=lr,
+        lr_decay=lr_decay,
+        weight_decay=weight_decay,
+        initial_accumulator_value=initial_accumulator_value,
+        eps=eps,
+        maximize=maximize,
+    )
+    return transform(rules.Adagrad, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
+def adadelta(
+    lr: Hyperparameter = 1.0,
+    rho: Hyperparameter = 0.9,
+    eps: Hyperparameter = 1e-6,
+    weight_decay: Hyperparameter = 0,
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Adadelta, as `torch.optim.Adadelta`: steps in the parameter's own units.
+
+    With g = grad + weight_decay * p:  v <- rho * v + (1 - rho) * g^2
+    delta = sqrt(u + eps) / sqrt(v + eps) * g;  u <- rho * u + (1 - rho) * delta^2;  p <- p - lr * delta
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.adadelta()
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.99684
+
+    State: `step`, `square_avg`, `acc_delta`. Source: torch/optim/adadelta.py; Zeiler 2012.
+    """
+    arguments = dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
+    return transform(rules.Adadelta, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
+def rprop(
+    lr: Hyperparameter = 1e-2,
+    etas: tuple[Hyperparameter, Hyperparameter] = (0.5, 1.2),
+    step_sizes: tuple[Hyperparameter, Hyperparameter] = (1e-6, 50),
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Rprop, as `torch.optim.Rprop`: by the gradient's sign, with a step size for each element.
+
+    s <- clip(s * f, *step_sizes) with f = etas[1] where grad * grad_before > 0, etas[0] where < 0, else 1; s begins at lr,
+    which has no other use.  grad <- 0 where the sign changed;  p <- p - sign(grad) * s
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.rprop(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.9
+
+    State: `step`, `prev`, `step_size`. Source: torch/optim/rprop.py; Riedmiller & Braun 1993.
+    """
+    arguments = dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize)
+    return transform(rules.Rprop, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
+def asgd(
+    lr: Hyperparameter = 1e-2,
+    lambd: Hyperparameter = 1e-4,
+    alpha: Hyperparameter = 0.75,
+    t0: Hyperparameter = 1e6,
+    weight_decay: Hyperparameter = 0,
+    *,
+    maximize: bool = False,
+    state_dtype: Any = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
+    """Averaged SGD, as `torch.optim.ASGD`; the average is the state `ax`.
+
+    With g = grad + weight_decay * p:  p <- p * (1 - lambd * eta) - eta * g;  ax <- ax + (p - ax) * mu (p while mu is 1)
+    eta <- lr / (1 + lambd * lr * t)^alpha;  mu <- 1 / max(1, t - t0)
+    A step uses the eta and mu that the one before left (lr and 1 at first): a changed lr acts one step late.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.asgd(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.79999
+
+    State: `step`, `eta`, `mu`, `ax`. Source: torch/optim/asgd.py; Polyak & Juditsky 1992.
+    """
+    arguments = dict(lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize)
+    return transform(rules.ASGD, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+
+
 def gradient_descent(lr: Hyperparameter, *, state_dtype: Any = None, hyperparams_in_state: bool = False) -> Transform:
     """Plain gradient descent, p <- p - lr * grad: `sgd` with nothing else.
 

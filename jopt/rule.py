@@ -1,13 +1,14 @@
 """The contract: an optimizer is one rule over one leaf, and everything else is lifted from it.
 
     rule.init(h, param)                 -> state       arrays under torch's names: exp_avg, ...
-    rule.scalars(h, s, xp)              -> c, s        once a step, in float64: this step's coefficients and
+    rule.scalars(h, s, xp, stored)      -> c, s        once a step, in float64: this step's coefficients and
                                                        the next scalar state (step, mu_product, ...)
     rule.update(c, grad, state, param)  -> param, state
 
 `h` holds the step's hyperparameters by name and `s` the scalar state, both as float64. `scalars` is written
 once against an array namespace `xp`: NumPy on the host (the drop-in torch optimizer), jax.numpy inside
-`numerics.in_double` (everything in JAX). A scalar has no axis or one entry for each leaf, since torch counts
+`numerics.in_double` (everything in JAX). `stored` rounds to the type in which scalar state is kept (torch: float32,
+or float64 where that is its default type), for what torch computes in it. A scalar has no axis or one entry for each leaf, since torch counts
 steps by the parameter; `scalars` must therefore be elementwise. `update` sees one leaf, with that leaf's
 coefficients in its compute type, uses the operations of `jopt.numerics` alone, and is pure.
 
@@ -72,12 +73,12 @@ class Rule(ABC):
     def init(self, h: Scalars, param: Array) -> LeafState:
         """The state of a leaf before its first step, in arrays of their own."""
 
-    def init_scalars(self) -> dict[str, float]:
+    def init_scalars(self, h: Scalars) -> Scalars:
         """The scalar state of a leaf before its first step."""
         return {"step": 0.0}
 
     @abstractmethod
-    def scalars(self, h: Scalars, s: Scalars, xp: ModuleType) -> tuple[Scalars, Scalars]:
+    def scalars(self, h: Scalars, s: Scalars, xp: ModuleType, stored: Callable[[Any], Any]) -> tuple[Scalars, Scalars]:
         """This step's coefficients, and the next scalar state."""
 
     @abstractmethod

@@ -149,7 +149,7 @@ class _Lift:
         return State(
             count=count,
             scalars={
-                name: jnp.full((len(leaves),), value, jnp.float32) for name, value in self.rule.init_scalars().items()
+                name: jnp.full((len(leaves),), value, jnp.float32) for name, value in self.rule.init_scalars(h).items()
             },
             slots={name: treedef.unflatten([s[name] for s in states]) for name in names},
             hyperparams=hyperparams,
@@ -201,7 +201,7 @@ class _Lift:
 
         def evaluate(s: Any, scalars: Any) -> Any:
             h = self._at(*scalars)
-            c, s = self.rule.scalars(h, s, jnp)
+            c, s = self.rule.scalars(h, s, jnp, numerics.as_float32)
             return c, s, {name: h[name] for name in state.hyperparams if callable(self.hyperparameters[name])}
 
         arrays = self._arrays(state.hyperparams)

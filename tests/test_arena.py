@@ -106,7 +106,7 @@ def test_a_rule_over_tensors_refuses_a_buffer():
         def init(self, h, param):
             return {}
 
-        def scalars(self, h, s, xp):
+        def scalars(self, h, s, xp, stored):
             return {"lr": h["lr"]}, s | {"step": s["step"] + 1}
 
         def update(self, c, grad, state, param):

@@ -38,7 +38,7 @@ class Adam(Rule):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
         return {name: jnp.zeros_like(param) for name in names}
 
-    def scalars(self, h, s, xp):
+    def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         c = {
             "decay": 1 - h["lr"] * h["weight_decay"] if self.decoupled_weight_decay else h["weight_decay"],

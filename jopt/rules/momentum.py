@@ -31,10 +31,10 @@ class Momentum(Rule):
     def init(self, h, param):
         return {name: jnp.zeros_like(param) for name in ["exp_avg"] + ["exp_avg_sq"] * self.scaled}
 
-    def init_scalars(self):
+    def init_scalars(self, h):
         return {}
 
-    def scalars(self, h, s, xp):
+    def scalars(self, h, s, xp, stored):
         c = {"-lr": -h["lr"], "beta": h["beta"], "1-beta": 1 - h["beta"]}
         if self.scaled:
             c |= {"beta2": h["beta2"], "1-beta2": 1 - h["beta2"], "eps": h["eps"]}

@@ -38,7 +38,7 @@ class RMSprop(Rule):
         names = ["square_avg"] + ["momentum_buffer"] * self.momentum + ["grad_avg"] * self.centered
         return {name: jnp.zeros_like(param) for name in names}
 
-    def scalars(self, h, s, xp):
+    def scalars(self, h, s, xp, stored):
         c = {name: h[name] for name in ("alpha", "eps", "weight_decay", "momentum")}
         return c | {"-lr": -h["lr"], "1-alpha": 1 - h["alpha"]}, {"step": s["step"] + 1}
 

@@ -35,10 +35,10 @@ class SGD(Rule):
     def init(self, h, param):
         return {"momentum_buffer": jnp.zeros_like(param)} if self.momentum else {}
 
-    def init_scalars(self):
+    def init_scalars(self, h):
         return {"step": 0.0} if self.momentum else {}
 
-    def scalars(self, h, s, xp):
+    def scalars(self, h, s, xp, stored):
         c = {"-lr": -h["lr"], "weight_decay": h["weight_decay"], "momentum": h["momentum"]}
         if not self.momentum:
             return c, s

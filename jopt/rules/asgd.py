@@ -1,0 +1,56 @@
+"""ASGD (torch/optim/asgd.py, `_single_tensor_asgd`; Polyak & Juditsky 1992)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jopt import numerics as t
+from jopt.rule import Rule, at_least_zero
+
+
+@dataclasses.dataclass(frozen=True)
+class ASGD(Rule):
+    r"""Gradient descent on a falling rate, and the average of its iterates from step t0 on.
+
+    g = grad + weight_decay * p;  p = p * (1 - lambd * eta) - eta * g;  ax = ax + (p - ax) * mu  (p while mu is 1)
+    eta = lr / (1 + lambd * lr * t)^alpha;  mu = 1 / max(1, t - t0)
+    A step uses the eta and mu that the step before left, from lr and 1: a changed lr acts one step late.
+    """
+
+    weight_decay: bool
+    maximize: bool
+
+    hyperparameters = ("lr", "lambd", "alpha", "t0", "weight_decay")
+    limits = {
+        "lr": at_least_zero("Invalid learning rate: {}"),
+        "weight_decay": at_least_zero("Invalid weight_decay value: {}"),
+    }
+
+    def init(self, h, param):
+        return {"ax": jnp.zeros_like(param)}
+
+    def init_scalars(self, h):
+        return {"step": 0.0, "eta": h["lr"], "mu": 1.0}
+
+    def scalars(self, h, s, xp, stored):
+        step = s["step"] + 1
+        c = {
+            "weight_decay": h["weight_decay"],
+            "decay": 1 - h["lambd"] * s["eta"],
+            "-eta": -s["eta"],
+            "mu": s["mu"],
+        }
+        eta = stored(h["lr"] / (1 + h["lambd"] * h["lr"] * step) ** h["alpha"])
+        mu = stored(1 / xp.maximum(1.0, step - h["t0"]))
+        return c, {"step": step, "eta": eta, "mu": mu}
+
+    def update(self, c, grad, state, param):
+        if self.maximize:
+            grad = -grad
+        if self.weight_decay:
+            grad = t.add(grad, param, alpha=c["weight_decay"])
+        param = t.add(t.mul(param, c["decay"]), grad, alpha=c["-eta"])
+        averaged = t.add(state["ax"], t.mul(t.add(param, -state["ax"]), c["mu"]))
+        return param, {"ax": jnp.where(c["mu"] == 1, param, averaged)}

@@ -1,0 +1,67 @@
+"""NAdam (torch/optim/nadam.py, `_single_tensor_nadam`; Dozat 2016)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jopt import numerics as t
+from jopt.rule import Rule, at_least_zero
+from jopt.rules.adam import Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class NAdam(Rule):
+    r"""Adam with Nesterov momentum on a schedule of its own.
+
+    mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);  M_t = mu_1 ... mu_t, kept in float32 as torch keeps it
+    m = lerp(m, g, 1 - beta1);  v = beta2 * v + (1 - beta2) * g^2;  d = sqrt(v / (1 - beta2^t)) + eps
+    p = p - lr * (1 - mu_t) / (1 - M_t) * g / d - lr * mu_{t+1} / (1 - M_t * mu_{t+1}) * m / d
+    """
+
+    weight_decay: bool
+    maximize: bool
+    decoupled_weight_decay: bool
+
+    hyperparameters = (*Adam.hyperparameters, "momentum_decay")
+    tuples = Adam.tuples
+    limits = Adam.limits | {"momentum_decay": at_least_zero("Invalid momentum_decay value: {}")}
+
+    def init(self, h, param):
+        return {"exp_avg": jnp.zeros_like(param), "exp_avg_sq": jnp.zeros_like(param)}
+
+    def init_scalars(self, h):
+        return {"step": 0.0, "mu_product": 1.0}
+
+    def scalars(self, h, s, xp, stored):
+        step = s["step"] + 1
+        mu = h["beta1"] * (1 - 0.5 * 0.96 ** (step * h["momentum_decay"]))
+        mu_next = h["beta1"] * (1 - 0.5 * 0.96 ** ((step + 1) * h["momentum_decay"]))
+        mu_product = stored(s["mu_product"] * stored(mu))
+        c = {
+            "decay": 1 - h["lr"] * h["weight_decay"] if self.decoupled_weight_decay else h["weight_decay"],
+            "1-beta1": 1 - h["beta1"],
+            "beta2": h["beta2"],
+            "1-beta2": 1 - h["beta2"],
+            "bias_correction2": 1 - h["beta2"] ** step,
+            "eps": h["eps"],
+            "grad weight": -h["lr"] * (1 - mu) / (1 - mu_product),
+            "exp_avg weight": -h["lr"] * mu_next / (1 - mu_product * mu_next),
+        }
+        return c, {"step": step, "mu_product": mu_product}
+
+    def update(self, c, grad, state, param):
+        if self.maximize:
+            grad = -grad
+        if self.weight_decay:
+            if self.decoupled_weight_decay:
+                param = t.mul(param, c["decay"])
+            else:
+                grad = t.add(grad, param, alpha=c["decay"])
+        exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
+        exp_avg_sq = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
+        denom = t.add(t.sqrt(t.div(exp_avg_sq, c["bias_correction2"])), c["eps"])
+        param = t.addcdiv(param, grad, denom, c["grad weight"])
+        param = t.addcdiv(param, exp_avg, denom, c["exp_avg weight"])
+        return param, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

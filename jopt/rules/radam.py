@@ -1,0 +1,71 @@
+"""RAdam (torch/optim/radam.py, `_single_tensor_radam`; Liu et al. 2020)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jopt import numerics as t
+from jopt.rule import Rule
+from jopt.rules.adam import Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class RAdam(Rule):
+    r"""Adam whose second moment sets in once its variance is known; eps beside the raw sqrt(v).
+
+    rho_inf = 2 / (1 - beta2) - 1;  rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t);  m' = m / (1 - beta1^t)
+    rho_t > 5:  p = p - lr * m' * sqrt(1 - beta2^t) / (sqrt(v) + eps) * r_t,
+                r_t = sqrt((rho_t - 4)(rho_t - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho_t))
+    else:       p = p - lr * m'
+    """
+
+    weight_decay: bool
+    maximize: bool
+    decoupled_weight_decay: bool
+
+    hyperparameters = Adam.hyperparameters
+    tuples = Adam.tuples
+    limits = Adam.limits
+
+    def init(self, h, param):
+        return {"exp_avg": jnp.zeros_like(param), "exp_avg_sq": jnp.zeros_like(param)}
+
+    def scalars(self, h, s, xp, stored):
+        step = s["step"] + 1
+        bias_correction2 = 1 - h["beta2"] ** step
+        rho_inf = 2 / (1 - h["beta2"]) - 1
+        rho = rho_inf - 2 * step * h["beta2"] ** step / bias_correction2
+        rectified = rho > 5
+        # Elsewhere the root has no real value, nor its derivative: put a harmless 6 under it.
+        r, r_inf = xp.where(rectified, rho, 6.0), xp.where(rectified, rho_inf, 6.0)
+        c = {
+            "decay": 1 - h["lr"] * h["weight_decay"] if self.decoupled_weight_decay else h["weight_decay"],
+            "1-beta1": 1 - h["beta1"],
+            "beta2": h["beta2"],
+            "1-beta2": 1 - h["beta2"],
+            "bias_correction1": 1 - h["beta1"] ** step,
+            "sqrt(bias_correction2)": xp.sqrt(bias_correction2),
+            "eps": h["eps"],
+            "lr": h["lr"],
+            "rect": xp.sqrt((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)),
+            "rectified": xp.where(rectified, 1.0, 0.0),
+        }
+        return c, {"step": step}
+
+    def update(self, c, grad, state, param):
+        if self.maximize:
+            grad = -grad
+        if self.weight_decay:
+            if self.decoupled_weight_decay:
+                param = t.mul(param, c["decay"])
+            else:
+                grad = t.add(grad, param, alpha=c["decay"])
+        exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
+        exp_avg_sq = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
+        plain = t.mul(t.div(exp_avg, c["bias_correction1"]), c["lr"])
+        adaptive = t.mul(t.reciprocal(t.add(t.sqrt(exp_avg_sq), c["eps"])), c["sqrt(bias_correction2)"])
+        rectified = t.mul(t.mul(plain, adaptive), c["rect"])
+        param = t.add(param, -jnp.where(c["rectified"] != 0, rectified, plain))
+        return param, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

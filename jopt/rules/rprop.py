@@ -1,0 +1,51 @@
+"""Rprop (torch/optim/rprop.py, `_single_tensor_rprop`; Riedmiller & Braun 1993)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jopt import numerics as t
+from jopt.rule import Rule, at_least_zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Rprop(Rule):
+    r"""Steps by the gradient's sign alone; a step size for each element grows while the sign stays.
+
+    s = clip(s * (etaplus if g * g_prev > 0, etaminus if < 0, else 1), step_size_min, step_size_max), from lr
+    g = 0 where the sign changed;  p = p - sign(g) * s;  g_prev = g
+    """
+
+    maximize: bool
+
+    hyperparameters = ("lr", "etaminus", "etaplus", "step_size_min", "step_size_max")
+    tuples = {"etas": ("etaminus", "etaplus"), "step_sizes": ("step_size_min", "step_size_max")}
+    limits = {"lr": at_least_zero("Invalid learning rate: {}")}
+
+    @classmethod
+    def check(cls, h):
+        super().check(h)
+        low, high = h["etaminus"], h["etaplus"]
+        if isinstance(low, int | float) and isinstance(high, int | float) and not 0.0 < low < 1.0 < high:
+            raise ValueError(f"Invalid eta values: {low}, {high}")
+
+    def init(self, h, param):
+        return {"prev": jnp.zeros_like(param), "step_size": jnp.full_like(param, h["lr"])}
+
+    def scalars(self, h, s, xp, stored):
+        return {name: h[name] for name in self.hyperparameters if name != "lr"}, {"step": s["step"] + 1}
+
+    def update(self, c, grad, state, param):
+        if self.maximize:
+            grad = -grad
+        product = t.mul(grad, state["prev"])
+        factor = jnp.where(product == 0, jnp.ones_like(product), product)  # nan stays nan, as torch's sign does
+        factor = jnp.where(product > 0, t.cast(c["etaplus"], grad), factor)
+        factor = jnp.where(product < 0, t.cast(c["etaminus"], grad), factor)
+        step_size = t.mul(state["step_size"], factor)
+        step_size = jnp.maximum(step_size, t.cast(c["step_size_min"], grad))
+        step_size = jnp.minimum(step_size, t.cast(c["step_size_max"], grad))
+        grad = jnp.where(product < 0, jnp.zeros_like(grad), grad)
+        return t.addcmul(param, jnp.sign(grad), step_size, -1.0), {"prev": grad, "step_size": step_size}
