@@ -224,10 +224,16 @@ def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size * dtype.itemsize].view(dtype)
 
 
-def owns_its_memory(x: Tensor) -> bool:
-    """Whether nothing but `x` refers to its storage and `x` covers it, so that it may move elsewhere."""
+def may_move(x: Tensor, *, ours: bool) -> bool:
+    """Whether nothing but `x` refers to its memory and `x` covers it, so that it may live elsewhere.
+
+    Memory that is not torch's own (NumPy's, a file's, a shared block) has other owners, which no count shows; its
+    storage cannot be resized. Neither can a `Buffer`'s: `ours` says that x lives in one.
+    """
     if not x.is_contiguous() or x.storage_offset() or x.is_shared():
         return False
     storage = x.untyped_storage()
+    if not storage.resizable() and not ours:
+        return False
     # One use is the tensor's, one the storage object's that was just made.
     return storage.nbytes() == x.numel() * x.element_size() and torch._C._storage_Use_Count(storage._cdata) == 2

@@ -94,13 +94,25 @@ class CompiledStep:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but a state tensor wider than its parameter keeps its type (torch would round it)."""
-        super().load_state_dict(state_dict)  # type: ignore[misc]
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and _is_wide_state(value.dtype, p.dtype):
-                    self.state[p][name] = value.to(device=p.device, copy=True)
+        loaded: dict[str, Any] = {}  # what the user's hooks make of it
+
+        def widen(_: Any) -> None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            for i, p in zip(ids, params, strict=True):
+                for name, value in loaded["state"].get(i, {}).items():
+                    if isinstance(value, Tensor) and _is_wide_state(value.dtype, p.dtype):
+                        self.state[p][name] = value.to(device=p.device, copy=True)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, x: loaded.update(x)),  # type: ignore[attr-defined]
+            self.register_load_state_dict_post_hook(widen, prepend=True),  # type: ignore[attr-defined]
+        )
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[misc]
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _is_wide_state(state: torch.dtype, param: torch.dtype) -> bool:
@@ -186,11 +198,13 @@ class _Leaf:
     group: int
     dtype: torch.dtype
     shape: torch.Size
+    strides: tuple[int, ...]
     size: int  # in reals
     state_dtypes: dict[str, torch.dtype]
     pointer: int = 0  # where the parameter's values are; another one means that its storage was exchanged
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
     stays: bool = False  # its storage was exchanged once: it is left where its user puts it
+    moved_before: bool = False  # it lives in a buffer already, of the plan before
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
 
 
@@ -213,7 +227,12 @@ class _Plan:
         self.leaves: dict[Tensor, _Leaf] = {}
         members: dict[Any, list[_Leaf]] = {}
         known = previous.leaves if previous else {}
-        params = [p for group in optimizer.param_groups for p in group["params"] if p in grads or p in known]
+        params = [
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p in grads or (p in known and (optimizer.state.get(p) or not known[p].views))
+        ]
         self.waves = _waves(params)
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
@@ -226,43 +245,48 @@ class _Plan:
                     raise TypeError(f"{name}: expected one of {expected}, found {p.dtype}")
                 dtypes = _state_dtypes(name, p, rules[index], optimizer.state.get(p) or {})
                 size = p.numel() * (2 if p.is_complex() else 1)
-                stays = p in known and known[p].stays
-                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, size, dtypes, stays=stays)
+                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, p.stride(), size, dtypes)
+                if before := known.get(p):
+                    leaf.stays = before.stays
+                    leaf.moved_before = before.home is None and before.pointer == p.data_ptr()
                 real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
+        # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
         self.buckets = [
-            _Bucket(optimizer, rule, dtype, dict(slots), leaves, hyperparameters)
+            _Bucket(rule, dtype, dict(slots), leaves)
             for (_, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
         ]
+        with _SignalsWait():
+            for bucket in self.buckets:
+                bucket.take(optimizer, hyperparameters)
 
     def serves(self, optimizer: Any, rules: Sequence[Rule], grads: dict[Tensor, Tensor]) -> bool:
         """Whether this plan still fits the optimizer; takes note of parameters that moved."""
         if rules != self.rules:
             return False
-        moved = False
+        fits, moved = True, False
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 if p not in grads:
                     continue
                 leaf = self.leaves.get(p)
                 if leaf is None or leaf.group != index:
-                    return False
+                    fits = False
+                    continue
+                if leaf.dtype is not p.dtype or leaf.shape != p.shape or leaf.strides != p.stride():
+                    fits = False
                 if p.data_ptr() != leaf.pointer:
-                    if leaf.dtype is not p.dtype or leaf.shape != p.shape:
-                        return False
                     if leaf.home is None:
                         # Someone may still hold what it left: that memory cannot serve as its place.
                         leaf.stays = True
-                        return False
+                        fits = False
                     leaf.pointer = p.data_ptr()
                     moved = True
                 state = optimizer.state.get(p)
-                if state:
-                    for slot, dtype in leaf.state_dtypes.items():
-                        value = state.get(slot)
-                        if value is not leaf.views[slot] and value is not None and value.dtype is not dtype:
-                            return False
-        return not moved or _waves(list(self.leaves)) == self.waves
+                if state and any(state.get(slot) is not leaf.views[slot] for slot in leaf.state_dtypes):
+                    name = _name(optimizer, index, p)
+                    fits = fits and _state_dtypes(name, p, self.rules[index], state) == leaf.state_dtypes
+        return fits and not (moved and _waves(list(self.leaves)) != self.waves)
 
 
 def _waves(params: Sequence[Tensor]) -> dict[Tensor, int]:
@@ -291,6 +315,11 @@ def _state_dtypes(name: str, p: Tensor, rule: Rule, state: dict[str, Any]) -> di
     dtypes = {}
     for slot in _slots(rule):
         value = state.get(slot)
+        if value is not None and (not isinstance(value, Tensor) or value.shape != p.shape):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+            raise ValueError(
+                f"{name}: expected its state {slot!r} of the parameter's shape {tuple(p.shape)}, found {found}"
+            )
         dtype = p.dtype if value is None else value.dtype
         if dtype is not p.dtype and not _is_wide_state(dtype, p.dtype):
             raise TypeError(
@@ -310,12 +339,10 @@ class _Bucket:
 
     def __init__(
         self,
-        optimizer: Any,
         rule: Rule,
         dtype: torch.dtype,
         slots: dict[str, torch.dtype],
         leaves: list[_Leaf],
-        hyperparameters: Sequence[dict[str, float]],
     ):
         self.rule = rule
         self.big = [leaf for leaf in leaves if leaf.size >= BIG]
@@ -324,15 +351,21 @@ class _Bucket:
         self.groups = np.array([leaf.group for leaf in self.leaves])
         self.dtypes = {"param": dlpack.DTYPES[dtype]} | {slot: dlpack.DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
-        layout = Layout(tuple((leaf.size,) for leaf in self.small))
-        self.leaf_of_row = layout.leaf_of_row()
+        self.layout = Layout(tuple((leaf.size,) for leaf in self.small), ROW)
+        self.leaf_of_row = self.layout.leaf_of_row()
         self.program = _compile(
             rule,
             tuple(self.dtypes.items()),
             tuple(leaf.size for leaf in self.big),
             len(self.small),
-            layout.size,
+            self.layout.size,
         )
+
+    # --- memory
+
+    def take(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> None:
+        """Make the buffers, and move parameters and state into them."""
+        layout = self.layout
         self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.grads = dlpack.aligned_zeros(layout.size, self.dtype)
         self.grad_views: dict[Tensor, Tensor] = {}  # where the small leaves' gradients are gathered
@@ -356,10 +389,9 @@ class _Bucket:
             }
             leaf.views = scalars | leaf.views  # in torch's order
             if leaf.views:
-                self._take_state(leaf, optimizer.state[leaf.param], hyperparameters[leaf.group])
+                state = optimizer.state[leaf.param]
+                self._take_state(i, leaf, state, dict(state), hyperparameters[leaf.group])
             self._take_param(leaf)
-
-    # --- memory
 
     def _init_scalars(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
         """The scalar state, a vector over the leaves; torch's 0-d tensors are views of its entries."""
@@ -386,19 +418,24 @@ class _Bucket:
 
     def _take_param(self, leaf: _Leaf) -> None:
         """Move a parameter into its place, if nothing else refers to its storage."""
-        if leaf.size and not leaf.stays and dlpack.owns_its_memory(leaf.param):
+        if leaf.size and not leaf.stays and dlpack.may_move(leaf.param, ours=leaf.moved_before):
             assert leaf.home is not None
             leaf.param.data = leaf.home.copy_(leaf.param)
             leaf.home = None
         leaf.pointer = leaf.param.data_ptr()
 
-    def _take_state(self, leaf: _Leaf, state: dict[str, Any], h: dict[str, float]) -> None:
-        """Make torch's state of a leaf views of the buffers, with the values that it has, or else the rule's first."""
+    def _take_state(
+        self, i: int, leaf: _Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float]
+    ) -> None:
+        """Make torch's state of a leaf views of the buffers, with the values given, or else the rule's first."""
         first: dict[str, Any] = {}
-        if any(state.get(name) is None for name in leaf.views):
-            first = self.rule.init_scalars(h) | self._first_slots(leaf, h)
+        if any(values.get(name) is None for name in leaf.views):
+            scalars = self.rule.init_scalars(h)
+            first = scalars | self._first_slots(leaf, h)
+            for name in scalars.keys() - leaf.views.keys():
+                self.scalars[name][i] = scalars[name]
         for name, view in leaf.views.items():
-            value = first[name] if state.get(name) is None else state[name]
+            value = first[name] if values.get(name) is None else values[name]
             if isinstance(value, Tensor):
                 view.copy_(value.to_dense() if value.is_sparse else value)
             else:
@@ -423,12 +460,15 @@ class _Bucket:
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
         if not stepped:
             return
-        for leaf in stepped if stepped[0].views else ():
-            state = states[leaf.param]
-            for name, view in leaf.views.items():
-                if state.get(name) is not view:
-                    self._take_state(leaf, state, hyperparameters[leaf.group])
-                    break
+        foreign = []  # state that its user exchanged; all is read before any is written, since it may be other state
+        for i, leaf in enumerate(self.leaves):
+            if active[i] and leaf.views:
+                state = states[leaf.param]
+                if any(state.get(name) is not view for name, view in leaf.views.items()):
+                    values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
+                    foreign.append((i, leaf, state, values))
+        for i, leaf, state, values in foreign:
+            self._take_state(i, leaf, state, values, hyperparameters[leaf.group])
         copied = [leaf for leaf in stepped if leaf.home is not None]
         for leaf in copied:
             leaf.home.copy_(leaf.param)  # type: ignore[union-attr]
@@ -553,7 +593,7 @@ def _compile(
 
     sizes = [*big, *([small] if n_small else [])]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with jax.enable_x64(True):
+    with _own_settings():
 
         def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -570,6 +610,14 @@ def _compile(
             return lowered.compile()
 
 
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """The JAX settings that the program needs, whatever the user's: debug_nans raises after buffers were donated."""
+    with jax.enable_x64(True), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        yield
+
+
+_patching = threading.Lock()
 _FLAG = b"xla_cpu_use_multi_output_fusion"
 
 
@@ -581,21 +629,22 @@ def _multi_output_fusion() -> Iterator[None]:
     the user's and global. So the entry is appended to the compile options as they are serialized: fields 3
     (executable_build_options), 3 (debug_options), 500 (xla_backend_extra_options), then 1, the entry's key.
     """
-    original = compiler.get_compile_options
     thread = threading.get_ident()
+    with _patching:
+        original = compiler.get_compile_options
 
-    def get_compile_options(*args: Any, **kwargs: Any) -> Any:
-        options = original(*args, **kwargs)
-        if threading.get_ident() != thread:
-            return options
-        extra = _field(3, _field(3, _field(500, _field(1, _FLAG))))
-        return type(options).ParseFromString(options.SerializeAsString() + extra)
+        def get_compile_options(*args: Any, **kwargs: Any) -> Any:
+            options = original(*args, **kwargs)
+            if threading.get_ident() != thread:
+                return options
+            extra = _field(3, _field(3, _field(500, _field(1, _FLAG))))
+            return type(options).ParseFromString(options.SerializeAsString() + extra)
 
-    compiler.get_compile_options = get_compile_options  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        compiler.get_compile_options = original
+        compiler.get_compile_options = get_compile_options  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            compiler.get_compile_options = original
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -613,7 +662,7 @@ def _run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> Non
     The buffers are donated, so that an exception between the call and the taking of its results would lose the
     memory that torch sees: signals whose handlers could raise one wait.
     """
-    with _SignalsWait(), jax.enable_x64(True), jax.transfer_guard("allow"), jax.disable_jit(False):
+    with _SignalsWait(), _own_settings(), jax.transfer_guard("allow"):
         out = program([buffer.array for buffer in buffers], *arguments)
         jax.block_until_ready(out)
         for buffer, array in zip(buffers, out, strict=True):
@@ -639,7 +688,14 @@ class _SignalsWait:
                     signal.signal(number, lambda *args: self.arrived.append(args))
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        for number, frame in self.arrived:
-            self.handlers[number](number, frame)
+        for number in reversed(self.handlers):  # SIGINT last, as it came first: until then it cannot cut this short
+            signal.signal(number, self.handlers[number])
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self.arrived:
+            number, frame = self.arrived.pop(0)
+            try:
+                self.handlers[number](number, frame)
+            finally:
+                self._deliver()

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-ROW = 64  # elements: every leaf begins at a multiple, so that a row belongs to one leaf and is aligned
+ROW = 64  # elements: where rows matter, every leaf begins at one, so that a row belongs to one leaf and is aligned
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where each leaf of one type lies in its flat buffer."""
+    """Where each leaf of one type lies in its flat buffer: one after the other, each at a multiple of `row`."""
 
     shapes: tuple[tuple[int, ...], ...]
+    row: int = 1
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -33,30 +34,26 @@ class Layout:
     @functools.cached_property
     def rows(self) -> tuple[int, ...]:
         """How many rows each leaf has."""
-        return tuple(-(-size // ROW) for size in self.sizes)
+        return tuple(-(-size // self.row) for size in self.sizes)
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each leaf begins, in elements."""
-        return tuple(int(x) * ROW for x in np.cumsum((0, *self.rows))[:-1])
+        return tuple(int(x) * self.row for x in np.cumsum((0, *self.rows))[:-1])
 
     @property
     def size(self) -> int:
         """The buffer's length in elements."""
-        return sum(self.rows) * ROW
+        return sum(self.rows) * self.row
 
     def leaf_of_row(self) -> np.ndarray:
         """For each row the index of its leaf, int32."""
         return np.repeat(np.arange(len(self.rows), dtype=np.int32), self.rows)
 
     def pack(self, leaves: Sequence[Array]) -> Array:
-        """One flat buffer; the gaps are zero, which every elementwise rule keeps finite."""
-        pieces = []
-        for leaf, size, rows in zip(leaves, self.sizes, self.rows, strict=True):
-            pieces.append(leaf.reshape(size))
-            if gap := rows * ROW - size:
-                pieces.append(jnp.zeros((gap,), leaf.dtype))
-        return jnp.concatenate(pieces)
+        """One flat buffer, of leaves without gaps between them."""
+        assert self.row == 1
+        return jnp.concatenate([leaf.reshape(size) for leaf, size in zip(leaves, self.sizes, strict=True)])
 
     def unpack(self, buffer: Array) -> list[Array]:
         return [

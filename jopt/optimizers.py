@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from jopt import rules
-from jopt.rule import Hyperparameter
+from jopt.rule import Hyperparameter, is_number
 from jopt.transform import Transform, transform
 
 
@@ -47,7 +47,7 @@ def sgd(
 
     State: `momentum_buffer`, only with momentum. Source: torch/optim/sgd.py.
     """
-    if nesterov and (_is_zero(momentum) or not _is_zero(dampening)):
+    if nesterov and ((is_number(momentum) and momentum <= 0) or (is_number(dampening) and dampening != 0)):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     arguments = dict(
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
@@ -355,8 +355,8 @@ def rprop(
 ) -> Transform:
     """Rprop, as `torch.optim.Rprop`: by the gradient's sign, with a step size for each element.
 
-    s <- clip(s * f, *step_sizes) with f = etas[1] where grad * grad_before > 0, etas[0] where < 0, else 1; s begins at lr,
-    which has no other use.  grad <- 0 where the sign changed;  p <- p - sign(grad) * s
+    s <- clip(s * f, *step_sizes) with f = etas[1] where grad * grad_before > 0, etas[0] where < 0, else 1; s begins
+    at lr, which has no other use.  grad <- 0 where the sign changed;  p <- p - sign(grad) * s
 
     >>> import jax.numpy as jnp, jopt
     >>> tx = jopt.rprop(lr=0.1)
@@ -384,7 +384,8 @@ def asgd(
 ) -> Transform:
     """Averaged SGD, as `torch.optim.ASGD`; the average is the state `ax`.
 
-    With g = grad + weight_decay * p:  p <- p * (1 - lambd * eta) - eta * g;  ax <- ax + (p - ax) * mu (p while mu is 1)
+    With g = grad + weight_decay * p:  p <- p * (1 - lambd * eta) - eta * g
+    ax <- ax + (p - ax) * mu (p while mu is 1)
     eta <- lr / (1 + lambd * lr * t)^alpha;  mu <- 1 / max(1, t - t0)
     A step uses the eta and mu that the one before left (lr and 1 at first): a changed lr acts one step late.
 
@@ -439,7 +440,3 @@ def momentum(
     if beta2 is not None:
         arguments |= dict(beta2=beta2, eps=eps)
     return transform(rules.Momentum, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
-
-
-def _is_zero(x: Hyperparameter) -> bool:
-    return isinstance(x, int | float) and x <= 0

@@ -8,9 +8,9 @@
 `h` holds the step's hyperparameters by name and `s` the scalar state, both as float64. `scalars` is written
 once against an array namespace `xp`: NumPy on the host (the drop-in torch optimizer), jax.numpy inside
 `numerics.in_double` (everything in JAX). `stored` rounds to the type in which scalar state is kept (torch: float32,
-or float64 where that is its default type), for what torch computes in it. A scalar has no axis or one entry for each leaf, since torch counts
-steps by the parameter; `scalars` must therefore be elementwise. `update` sees one leaf, with that leaf's
-coefficients in its compute type, uses the operations of `jopt.numerics` alone, and is pure.
+or float64 where that is its default type), for what torch computes in it. A scalar has no axis or one entry for each
+leaf, since torch counts steps by the parameter; `scalars` must therefore be elementwise. `update` sees one leaf, with
+that leaf's coefficients in its compute type, uses the operations of `jopt.numerics` alone, and is pure.
 
 `Rule.scope` says what `update` may look at:
     element   every element on its own: leaves may be flattened and packed into one buffer
@@ -25,7 +25,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +108,7 @@ class Rule(ABC):
         flags = {}
         for field in dataclasses.fields(cls):
             if field.name in h:
-                flags[field.name] = dynamic or not _is_number(h[field.name]) or h[field.name] != 0
+                flags[field.name] = dynamic or not is_number(h[field.name]) or h[field.name] != 0
             else:
                 flags[field.name] = bool(arguments[field.name])
         return cls(**flags)
@@ -126,14 +126,14 @@ def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]
     return tuple(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
     if callable(value):
         return
-    if not _is_number(value):
+    if not is_number(value):
         if not (isinstance(value, np.ndarray | Array) and jnp.issubdtype(value.dtype, jnp.number)):
             raise TypeError(
                 f"{name}: expected a number, a 0-d array or a schedule (step -> value), "

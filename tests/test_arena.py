@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jopt
-from jopt import arena
 from jopt.rule import Rule
 from jopt.transform import transform
 from tests import cases
@@ -34,7 +33,7 @@ def test_unpack_inverts_pack():
     assert_equal(jopt.unpack(packed), tree())
     assert_equal(jax.jit(jopt.unpack)(packed), tree())
     assert len(jax.tree.leaves(packed)) == 2  # one buffer a type
-    assert all(x.ndim == 1 and x.size % arena.ROW == 0 for x in jax.tree.leaves(packed))
+    assert sorted(x.size for x in jax.tree.leaves(packed)) == [7, 15 + 65 + 1]  # and nothing between
     assert_equal(jopt.unpack(jopt.pack({})), {})
 
 
@@ -73,19 +72,6 @@ def test_packed_step_is_the_tree_step(case, dtype):
         ]:
             for x, y in zip(a, jopt.unpack(b), strict=True):
                 assert cases.difference(y, x) <= cases.FRONT_ENDS[dtype], name
-
-
-def test_the_gaps_stay_finite():
-    """The padding goes through the same arithmetic as the values."""
-    for case in cases.CASES:
-        packed = jopt.pack({"w": jnp.ones(3)})
-        tx = case.jopt()
-        state = tx.init(packed)
-        for _ in range(3):
-            packed, state = tx.step(jax.tree.map(jnp.zeros_like, packed), state, packed)
-        if case.name not in ("adam", "adamw", "rmsprop", "momentum"):
-            assert np.isfinite(jax.tree.leaves(packed)[0]).all(), case.id
-        assert np.isfinite(jax.tree.leaves(packed)[0][3:]).all(), case.id
 
 
 def test_program_size_does_not_grow_with_tensors():

@@ -1,11 +1,13 @@
 """Front end 3: a drop-in for torch.optim. In place, for every kind of parameter, and safe."""
 
+import concurrent.futures
 import contextlib
 import copy
 import gc
 import io
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import textwrap
@@ -443,6 +445,45 @@ def test_storages_exchanged_into_an_overlap():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("module", [torch.optim, optim])
+def test_parameters_over_foreign_memory_stay_there(module):
+    """NumPy's memory, say, or a shared block: its other owners see the updates."""
+    first, second, block = np.ones(4, np.float32), np.ones(4, np.float32), bytearray(16)
+    p = torch.nn.Parameter(torch.from_numpy(first))
+    q = torch.nn.Parameter(torch.frombuffer(block, dtype=torch.float32))
+    exchanged = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = module.SGD([p, q, *exchanged], lr=0.5)
+    new = [np.ones(4, np.float32) for _ in exchanged]
+    for i in range(2):
+        for x in (p, q, *exchanged):
+            x.grad = torch.ones(4)
+        opt.step()
+        if i == 0:
+            for x, a in zip(exchanged, new, strict=True):
+                x.data = torch.from_numpy(a)
+    assert first.tolist() == [0.0] * 4
+    assert np.frombuffer(block, np.float32).tolist() == [-1.0] * 4
+    assert [a.tolist() for a in new] == [[0.5] * 4] * 2
+    assert second.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("shape", [(256, 200), (2, 2), (3, 5)])
+def test_another_layout_at_the_same_address(shape):
+    results = []
+    for module in (torch.optim, optim):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.zeros(shape))
+        opt = module.SGD([p], lr=1.0)
+        p.grad = torch.randn(shape, generator=generator)
+        opt.step()
+        p.grad = None
+        p.data = p.data.t()
+        p.grad = torch.randn(p.shape, generator=generator)
+        opt.step()
+        results.append(p.detach().clone())
+    torch.testing.assert_close(*results)
+
+
 # --- gradients that come and go
 
 
@@ -637,6 +678,77 @@ def test_loading_does_not_share_storage_with_the_source():
     assert torch.equal(o1.state[m1[0].weight]["exp_avg"], value)
 
 
+def test_swapped_state_is_read_before_it_is_written():
+    results = []
+    for module in (torch.optim, optim):
+        p, q = (torch.nn.Parameter(torch.full((4,), x)) for x in (1.0, 2.0))
+        opt = module.Adam([p, q], lr=0.1)
+        for i in range(4):
+            p.grad, q.grad = torch.full((4,), 1.0 + i), torch.full((4,), -3.0)
+            opt.step()
+            if i == 1:
+                opt.state[p], opt.state[q] = opt.state[q], opt.state[p]
+        results.append(torch.stack([p.detach(), q.detach()]))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("reset", ["clear", "load"])
+def test_state_reset_begins_anew(reset):
+    """SGD's first step with momentum is undamped, again after its state is gone."""
+    results = []
+    for module in (torch.optim, optim):
+        p = torch.nn.Parameter(torch.ones(4))
+        opt = module.SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+        initial = copy.deepcopy(opt.state_dict())
+        for i in range(6):
+            p.grad = torch.ones(4)
+            opt.step()
+            if i == 2:
+                opt.state.clear() if reset == "clear" else opt.load_state_dict(initial)
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_deleted_state_of_a_parameter_without_gradient_stays_deleted():
+    model, opt = trained()
+    p = model[0].weight
+    del opt.state[p]
+    model[0].requires_grad_(False)
+    p.grad = None
+    opt.param_groups[0]["amsgrad"] = True  # the plan is made anew
+    opt.zero_grad()
+    backward(model)
+    p.grad = None
+    opt.step()
+    assert p not in opt.state
+
+
+def test_load_hooks_are_obeyed():
+    for module in (torch.optim, optim):
+        model = network()
+        opt = module.AdamW(model.parameters())
+        train(model, opt, 2)
+        saved = {"wrapped": copy.deepcopy(opt.state_dict())}
+        opt.register_load_state_dict_pre_hook(lambda _, x: x["wrapped"])
+        opt.register_load_state_dict_post_hook(lambda o: o.state.clear())
+        opt.load_state_dict(saved)
+        assert not opt.state
+        assert len(opt._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_a_state_of_another_shape_is_refused_before_anything_changes():
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    opt = optim.Adam([p, q], lr=0.1)
+    for bad, text in ((torch.zeros(5), "found shape .5,."), (1.0, "found float 1.0")):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        opt.step()
+        value, opt.state[q]["exp_avg"] = p.detach().clone(), bad
+        with pytest.raises(ValueError, match=r"params'\]\[1\]: expected its state 'exp_avg' of .* shape .4,., " + text):
+            opt.step()
+        assert torch.equal(p, value)
+        del opt.state[q]["exp_avg"]
+
+
 # --- torch around it
 
 
@@ -682,6 +794,77 @@ def test_jax_settings_do_not_reach_the_step():
     train(model, opt, 2)
     assert p.data_ptr() == address
     assert opt.state[p]["step"].item() == 9
+
+
+def test_debug_nans_does_not_free_the_parameters():
+    model, opt = trained()
+    with jax.debug_nans(True), jax.debug_infs(True):
+        backward(model)
+        model[2].bias.grad[0] = float("nan")
+        opt.step()
+        other = torch.nn.Parameter(torch.ones(777))
+        other.grad = torch.zeros(777)
+        optim.Adam([other], eps=0.0).step()  # 0 / 0, as with torch
+    assert model[2].bias.isnan().sum() == 1
+    assert torch.isfinite(model[0].weight).all()
+    assert other.isnan().all()
+
+
+def test_threads_compile_side_by_side():
+    from jax._src import compiler
+
+    original = compiler.get_compile_options
+    params = [torch.nn.Parameter(torch.ones(1000 + i)) for i in range(4)]
+
+    def first_step(p):
+        p.grad = torch.ones_like(p)
+        optim.AdamW([p], lr=0.1).step()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(first_step, params))
+    assert compiler.get_compile_options is original
+    assert all(torch.allclose(p, torch.tensor(0.899)) for p in params)
+
+
+def test_an_interrupted_first_step_can_be_taken_again(monkeypatch):
+    """Nothing moves before every program is compiled."""
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = optim.SGD([p, q], lr=0.1, momentum=0.9, dampening=0.5)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    compile_one, calls = optimizer._compile, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compile_one(*args)
+
+    monkeypatch.setattr(optimizer, "_compile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert not opt.state
+    opt.step()
+    assert torch.allclose(p, torch.tensor(0.9))
+    assert torch.allclose(q, torch.tensor(0.9, dtype=torch.float64))
+
+
+def test_every_waiting_signal_is_delivered():
+    seen = []
+
+    def terminate(*_):
+        seen.append("TERM")
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(KeyboardInterrupt), optimizer._SignalsWait():  # noqa: PT012 - what it waits for
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert not seen
+        assert seen == ["TERM"]
+        assert signal.getsignal(signal.SIGTERM) is terminate
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_memory_cannot_be_resized_away():
@@ -795,7 +978,7 @@ def test_duplicate_parameters():
             module.SGD([p, p])
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "RMSprop", "Rprop", "ASGD"])
 def test_sparse_gradients_raise_as_torch_does(name):
     texts = []
     for module in (torch.optim, optim):
@@ -807,22 +990,33 @@ def test_sparse_gradients_raise_as_torch_does(name):
         texts.append(str(raised.value))
         if module is optim:
             assert good.tolist() == [1, 1]
-            assert not opt.state  # before anything changed
+            assert not opt._plan  # before anything changed
     assert texts[0] == texts[1]
 
 
-def test_sgd_takes_sparse_gradients():
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch says so once of any sparse tensor it makes
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_sparse_gradients_are_taken_where_torch_takes_them(name):
     results = []
     for module in (torch.optim, optim):
         embedding = torch.nn.Embedding(10, 4, sparse=True)
         torch.nn.init.ones_(embedding.weight)
-        opt = module.SGD(embedding.parameters(), lr=0.1, momentum=0.9)
+        arguments = dict(momentum=0.9) if name == "SGD" else {}
+        opt = getattr(module, name)(embedding.parameters(), lr=0.1, **arguments)
         for i in range(3):
             opt.zero_grad()
             embedding(torch.tensor([i, i, 3])).pow(2).sum().backward()
             opt.step()
         results.append(embedding.weight.detach())
     torch.testing.assert_close(*results)
+
+
+def test_adagrad_refuses_sparse_gradients_with_weight_decay():
+    for module in (torch.optim, optim):
+        p = torch.nn.Parameter(torch.ones(3, 2))
+        p.grad = torch.eye(3, 2).to_sparse()
+        with pytest.raises(RuntimeError, match="weight_decay option is not compatible with sparse gradients"):
+            module.Adagrad([p], weight_decay=0.1).step()
 
 
 def test_integer_parameters_without_gradient_are_passed_over():

@@ -95,11 +95,11 @@ def test_grad_through_scan_of_steps(case, x64):
         (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), length=8)
         return jnp.sum(params**2)
 
-    h = case.lr / 100  # large, since ASGD keeps eta in float32, as torch does; hence the difference of fourth order
+    h = case.lr / 1000  # large, since ASGD keeps eta in float32, as torch does; hence the difference of fourth order
     expected = (8 * (loss(case.lr + h) - loss(case.lr - h)) - (loss(case.lr + 2 * h) - loss(case.lr - 2 * h))) / (
         12 * h
     )
-    assert jax.jit(jax.grad(loss))(case.lr) == pytest.approx(float(expected), rel=1e-4)
+    assert jax.jit(jax.grad(loss))(case.lr) == pytest.approx(float(expected), rel=3e-4)
 
 
 def test_grad_through_scan_with_x64_off():
@@ -421,6 +421,23 @@ def test_scheduled_hyperparameters_show_in_the_state():
             ValueError,
             "Nesterov momentum requires a momentum and zero dampening",
         ),
+        (
+            lambda: jopt.sgd(nesterov=True, momentum=np.float32(0)),
+            ValueError,
+            "Nesterov momentum requires a momentum and zero dampening",
+        ),
+        (
+            lambda: jopt.sgd(nesterov=True, momentum=0.9, dampening=-0.1),
+            ValueError,
+            "Nesterov momentum requires a momentum and zero dampening",
+        ),
+        (lambda: jopt.nadam(momentum_decay=-1), ValueError, "Invalid momentum_decay value: -1"),
+        (lambda: jopt.radam(lr=-1), ValueError, "Invalid learning rate: -1"),
+        (lambda: jopt.adamax(betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1: 1.0"),
+        (lambda: jopt.adagrad(lr_decay=-0.5), ValueError, "Invalid lr_decay value: -0.5"),
+        (lambda: jopt.adadelta(rho=1.1), ValueError, "Invalid rho value: 1.1"),
+        (lambda: jopt.rprop(etas=(1.0, 0.5)), ValueError, "Invalid eta values: 1.0, 0.5"),
+        (lambda: jopt.asgd(weight_decay=-0.5), ValueError, "Invalid weight_decay value: -0.5"),
         (lambda: jopt.sgd(dampening=math.nan), ValueError, "Invalid dampening value: nan"),
         (lambda: jopt.rmsprop(alpha=-1), ValueError, "Invalid alpha value: -1"),
         (lambda: jopt.momentum(0.1, beta=1.5), ValueError, "Invalid beta value: 1.5"),

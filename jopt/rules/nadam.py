@@ -26,7 +26,7 @@ class NAdam(Rule):
 
     hyperparameters = (*Adam.hyperparameters, "momentum_decay")
     tuples = Adam.tuples
-    limits = Adam.limits | {"momentum_decay": at_least_zero("Invalid momentum_decay value: {}")}
+    limits = {**Adam.limits, "momentum_decay": at_least_zero("Invalid momentum_decay value: {}")}
 
     def init(self, h, param):
         return {"exp_avg": jnp.zeros_like(param), "exp_avg_sq": jnp.zeros_like(param)}
