@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jopt import numerics as t
 from jopt.rule import Limit, Rule, at_least_zero
+from jopt.rules.common import decay, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +36,10 @@ class Adagrad(Rule):
 
     def scalars(self, h, s, xp, stored):
         clr = h["lr"] / (1 + s["step"] * h["lr_decay"])
-        return {"weight_decay": h["weight_decay"], "eps": h["eps"], "-clr": -clr}, {"step": s["step"] + 1}
+        return {"decay": decay(self, h), "eps": h["eps"], "-clr": -clr}, {"step": s["step"] + 1}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            grad = t.add(grad, param, alpha=c["weight_decay"])
+        grad, param = regularize(self, c, grad, param)
         total = t.addcmul(state["sum"], grad, grad)
         return t.addcdiv(param, grad, t.add(t.sqrt(total), c["eps"]), c["-clr"]), {"sum": total}
 
@@ -69,14 +67,11 @@ class Adadelta(Rule):
         return {"square_avg": jnp.zeros_like(param), "acc_delta": jnp.zeros_like(param)}
 
     def scalars(self, h, s, xp, stored):
-        c = {name: h[name] for name in ("weight_decay", "rho", "eps")}
+        c = {"decay": decay(self, h), "rho": h["rho"], "eps": h["eps"]}
         return c | {"1-rho": 1 - h["rho"], "-lr": -h["lr"]}, {"step": s["step"] + 1}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            grad = t.add(grad, param, alpha=c["weight_decay"])
+        grad, param = regularize(self, c, grad, param)
         square_avg = t.addcmul(t.mul(state["square_avg"], c["rho"]), grad, grad, c["1-rho"])
         std = t.sqrt(t.add(square_avg, c["eps"]))
         delta = t.mul(t.div(t.sqrt(t.add(state["acc_delta"], c["eps"])), std), grad)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jopt import numerics as t
 from jopt.rule import Rule, at_least_zero, fraction
+from jopt.rules.common import decay, moments, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Adam(Rule):
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         c = {
-            "decay": 1 - h["lr"] * h["weight_decay"] if self.decoupled_weight_decay else h["weight_decay"],
+            "decay": decay(self, h),
             "1-beta1": 1 - h["beta1"],
             "beta2": h["beta2"],
             "1-beta2": 1 - h["beta2"],
@@ -52,15 +53,8 @@ class Adam(Rule):
         return c, {"step": step}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            if self.decoupled_weight_decay:
-                param = t.mul(param, c["decay"])
-            else:
-                grad = t.add(grad, param, alpha=c["decay"])
-        exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
-        exp_avg_sq = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
+        grad, param = regularize(self, c, grad, param)
+        exp_avg, exp_avg_sq = moments(c, grad, state)
         new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if self.amsgrad:
             new["max_exp_avg_sq"] = exp_avg_sq = jnp.maximum(state["max_exp_avg_sq"], exp_avg_sq)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jopt import numerics as t
 from jopt.rule import Rule
 from jopt.rules.adam import Adam
+from jopt.rules.common import decay, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,11 @@ class Adamax(Rule):
 
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
-        c = {name: h[name] for name in ("weight_decay", "beta2", "eps")}
+        c = {"decay": decay(self, h), "beta2": h["beta2"], "eps": h["eps"]}
         return c | {"1-beta1": 1 - h["beta1"], "-clr": -h["lr"] / (1 - h["beta1"] ** step)}, {"step": step}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            grad = t.add(grad, param, alpha=c["weight_decay"])
+        grad, param = regularize(self, c, grad, param)
         exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
         exp_inf = jnp.maximum(t.mul(state["exp_inf"], c["beta2"]), t.add(jnp.abs(grad), c["eps"]))
         return t.addcdiv(param, exp_avg, exp_inf, c["-clr"]), {"exp_avg": exp_avg, "exp_inf": exp_inf}

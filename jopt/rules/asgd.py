@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jopt import numerics as t
 from jopt.rule import Rule, at_least_zero
+from jopt.rules.common import decay, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class ASGD(Rule):
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         c = {
-            "weight_decay": h["weight_decay"],
-            "decay": 1 - h["lambd"] * s["eta"],
+            "decay": decay(self, h),
+            "1-lambd*eta": 1 - h["lambd"] * s["eta"],
             "-eta": -s["eta"],
             "mu": s["mu"],
         }
@@ -47,10 +48,7 @@ class ASGD(Rule):
         return c, {"step": step, "eta": eta, "mu": mu}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            grad = t.add(grad, param, alpha=c["weight_decay"])
-        param = t.add(t.mul(param, c["decay"]), grad, alpha=c["-eta"])
+        grad, param = regularize(self, c, grad, param)
+        param = t.add(t.mul(param, c["1-lambd*eta"]), grad, alpha=c["-eta"])
         averaged = t.add(state["ax"], t.mul(t.add(param, -state["ax"]), c["mu"]))
         return param, {"ax": jnp.where(c["mu"] == 1, param, averaged)}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jopt import numerics as t
 from jopt.rule import Rule, at_least_zero
 from jopt.rules.adam import Adam
+from jopt.rules.common import decay, moments, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class NAdam(Rule):
         mu_next = h["beta1"] * (1 - 0.5 * 0.96 ** ((step + 1) * h["momentum_decay"]))
         mu_product = stored(s["mu_product"] * stored(mu))
         c = {
-            "decay": 1 - h["lr"] * h["weight_decay"] if self.decoupled_weight_decay else h["weight_decay"],
+            "decay": decay(self, h),
             "1-beta1": 1 - h["beta1"],
             "beta2": h["beta2"],
             "1-beta2": 1 - h["beta2"],
@@ -52,15 +53,8 @@ class NAdam(Rule):
         return c, {"step": step, "mu_product": mu_product}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            if self.decoupled_weight_decay:
-                param = t.mul(param, c["decay"])
-            else:
-                grad = t.add(grad, param, alpha=c["decay"])
-        exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
-        exp_avg_sq = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
+        grad, param = regularize(self, c, grad, param)
+        exp_avg, exp_avg_sq = moments(c, grad, state)
         denom = t.add(t.sqrt(t.div(exp_avg_sq, c["bias_correction2"])), c["eps"])
         param = t.addcdiv(param, grad, denom, c["grad weight"])
         param = t.addcdiv(param, exp_avg, denom, c["exp_avg weight"])

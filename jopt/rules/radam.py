@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jopt import numerics as t
 from jopt.rule import Rule
 from jopt.rules.adam import Adam
+from jopt.rules.common import decay, moments, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RAdam(Rule):
         # Elsewhere the root has no real value, nor its derivative: put a harmless 6 under it.
         r, r_inf = xp.where(rectified, rho, 6.0), xp.where(rectified, rho_inf, 6.0)
         c = {
-            "decay": 1 - h["lr"] * h["weight_decay"] if self.decoupled_weight_decay else h["weight_decay"],
+            "decay": decay(self, h),
             "1-beta1": 1 - h["beta1"],
             "beta2": h["beta2"],
             "1-beta2": 1 - h["beta2"],
@@ -55,15 +56,8 @@ class RAdam(Rule):
         return c, {"step": step}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            if self.decoupled_weight_decay:
-                param = t.mul(param, c["decay"])
-            else:
-                grad = t.add(grad, param, alpha=c["decay"])
-        exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
-        exp_avg_sq = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
+        grad, param = regularize(self, c, grad, param)
+        exp_avg, exp_avg_sq = moments(c, grad, state)
         plain = t.mul(t.div(exp_avg, c["bias_correction1"]), c["lr"])
         adaptive = t.mul(t.reciprocal(t.add(t.sqrt(exp_avg_sq), c["eps"])), c["sqrt(bias_correction2)"])
         rectified = t.mul(t.mul(plain, adaptive), c["rect"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jopt import numerics as t
 from jopt.rule import Rule, at_least_zero
+from jopt.rules.common import decay, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,11 @@ class RMSprop(Rule):
         return {name: jnp.zeros_like(param) for name in names}
 
     def scalars(self, h, s, xp, stored):
-        c = {name: h[name] for name in ("alpha", "eps", "weight_decay", "momentum")}
-        return c | {"-lr": -h["lr"], "1-alpha": 1 - h["alpha"]}, {"step": s["step"] + 1}
+        c = {name: h[name] for name in ("alpha", "eps", "momentum")}
+        return c | {"decay": decay(self, h), "-lr": -h["lr"], "1-alpha": 1 - h["alpha"]}, {"step": s["step"] + 1}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            grad = t.add(grad, param, alpha=c["weight_decay"])
+        grad, param = regularize(self, c, grad, param)
         square_avg = t.addcmul(t.mul(state["square_avg"], c["alpha"]), grad, grad, c["1-alpha"])
         new = {"square_avg": square_avg}
         if self.centered:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jopt import numerics as t
 from jopt.rule import Limit, Rule, at_least_zero
+from jopt.rules.common import decay, regularize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SGD(Rule):
         return {"step": 0.0} if self.momentum else {}
 
     def scalars(self, h, s, xp, stored):
-        c = {"-lr": -h["lr"], "weight_decay": h["weight_decay"], "momentum": h["momentum"]}
+        c = {"-lr": -h["lr"], "decay": decay(self, h), "momentum": h["momentum"]}
         if not self.momentum:
             return c, s
         # torch's buffer starts as a copy of the gradient, undamped, on the first step that has momentum.
@@ -51,10 +52,7 @@ class SGD(Rule):
         return c, {"step": s["step"] + has_momentum}
 
     def update(self, c, grad, state, param):
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay:
-            grad = t.add(grad, param, alpha=c["weight_decay"])
+        grad, param = regularize(self, c, grad, param)
         if self.momentum:
             buf = t.add(t.mul(state["momentum_buffer"], c["buffer weight"]), grad, alpha=c["grad weight"])
             state = {"momentum_buffer": buf}
