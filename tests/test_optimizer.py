@@ -854,7 +854,11 @@ def test_every_waiting_signal_is_delivered():
     def terminate(*_):
         seen.append("TERM")
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    # A background job starts with SIGINT ignored: set both.
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
+    }
     try:
         with pytest.raises(KeyboardInterrupt), optimizer._SignalsWait():  # noqa: PT012 - what it waits for
             signal.raise_signal(signal.SIGINT)
@@ -864,7 +868,8 @@ def test_every_waiting_signal_is_delivered():
         assert signal.getsignal(signal.SIGTERM) is terminate
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_memory_cannot_be_resized_away():
