@@ -15,10 +15,25 @@ from typing import Any
 
 import torch
 
-from interop.optimizer import CompiledStep
+from interop import sparse
+from interop.optimizer import CompiledStep, check_process
 from jopt import rules
 
-__all__ = ["ASGD", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"]
+__all__ = [
+    "ASGD",
+    "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Muon",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+]
 
 
 class SGD(CompiledStep, torch.optim.SGD):
@@ -99,3 +114,26 @@ class ASGD(CompiledStep, torch.optim.ASGD):
     """`torch.optim.ASGD`, stepped by `jopt.rules.ASGD`."""
 
     rule = rules.ASGD
+
+
+class Adafactor(CompiledStep, torch.optim.Adafactor):
+    """`torch.optim.Adafactor`, stepped by `jopt.rules.Adafactor`."""
+
+    rule = rules.Adafactor
+
+
+class Muon(CompiledStep, torch.optim.Muon):
+    """`torch.optim.Muon`, stepped by `jopt.rules.Muon`; matrices of one shape together."""
+
+    rule = rules.Muon
+
+
+class SparseAdam(CompiledStep, torch.optim.SparseAdam):
+    """`torch.optim.SparseAdam`, whose rows are stepped by `jopt.rules.SparseAdam`; its state is torch's own."""
+
+    rule = rules.SparseAdam
+
+    def _step(self) -> None:
+        check_process()
+        with torch.inference_mode(False), torch.no_grad():
+            sparse.step(self)

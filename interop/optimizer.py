@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import signal
 import threading
@@ -33,7 +34,7 @@ from torch import Tensor
 from interop import dlpack
 from jopt import numerics
 from jopt.arena import ROW, Layout
-from jopt.rule import Rule, init_leaf, step_leaf
+from jopt.rule import Rule, init_leaf, step_leaf, step_leaves
 
 BIG = 2**15  # elements
 
@@ -89,8 +90,13 @@ class CompiledStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _undynamo(_step)(self)
+        _undynamo(type(self)._step)(self)
         return loss
+
+    def _step(self) -> None:
+        check_process()
+        with torch.inference_mode(False), torch.no_grad():
+            _step(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but a state tensor wider than its parameter keeps its type (torch would round it)."""
@@ -139,25 +145,27 @@ os.register_at_fork(after_in_child=_mark_forked)
 # --- a step ------------------------------------------------------------------------------------------
 
 
-def _step(optimizer: Any) -> None:
+def check_process() -> None:
     if _forked:
         raise RuntimeError(
             "step() in a forked child process: XLA's threads do not survive a fork; start the process by 'spawn' "
             "or 'forkserver'"
         )
-    with torch.inference_mode(False), torch.no_grad():
-        grads = _gradients(optimizer)
-        if not grads:
-            return
-        hyperparameters = [_numbers(optimizer.rule.members(group)) for group in optimizer.param_groups]
-        rules = [
-            optimizer.rule.shaped_by(group, h) for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
-        ]
-        plan = optimizer._plan
-        if plan is None or not plan.serves(optimizer, rules, grads):
-            plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, grads, plan)
-        for bucket in plan.buckets:
-            bucket.step(optimizer.state, grads, hyperparameters)
+
+
+def _step(optimizer: Any) -> None:
+    grads = _gradients(optimizer)
+    if not grads:
+        return
+    hyperparameters = [_numbers(optimizer.rule.members(group)) for group in optimizer.param_groups]
+    rules = [
+        optimizer.rule.shaped_by(group, h) for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
+    ]
+    plan = optimizer._plan
+    if plan is None or not plan.serves(optimizer, rules, grads):
+        plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, grads, plan)
+    for bucket in plan.buckets:
+        bucket.step(optimizer.state, grads, hyperparameters)
 
 
 def _numbers(h: dict[str, Any]) -> dict[str, float]:
@@ -201,6 +209,7 @@ class _Leaf:
     strides: tuple[int, ...]
     size: int  # in reals
     state_dtypes: dict[str, torch.dtype]
+    state_shapes: dict[str, tuple[int, ...]]
     pointer: int = 0  # where the parameter's values are; another one means that its storage was exchanged
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
     stays: bool = False  # its storage was exchanged once: it is left where its user puts it
@@ -243,9 +252,11 @@ class _Plan:
                 if p.dtype not in dlpack.DTYPES:
                     expected = ", ".join(str(x) for x in dlpack.DTYPES)
                     raise TypeError(f"{name}: expected one of {expected}, found {p.dtype}")
+                rules[index].check_param(name, tuple(p.shape), dlpack.DTYPES[p.dtype])
                 dtypes = _state_dtypes(name, p, rules[index], optimizer.state.get(p) or {})
+                shapes = _slots(rules[index], tuple(p.shape))
                 size = p.numel() * (2 if p.is_complex() else 1)
-                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, p.stride(), size, dtypes)
+                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, p.stride(), size, dtypes, shapes)
                 if before := known.get(p):
                     leaf.stays = before.stays
                     leaf.moved_before = before.home is None and before.pointer == p.data_ptr()
@@ -313,13 +324,12 @@ def _extent(p: Tensor) -> tuple[int, int]:
 def _state_dtypes(name: str, p: Tensor, rule: Rule, state: dict[str, Any]) -> dict[str, torch.dtype]:
     """The type of each slot: the parameter's, or float32 where a narrower parameter's loaded state has it."""
     dtypes = {}
-    for slot in _slots(rule):
+    for slot, shape in _slots(rule, tuple(p.shape)).items():
         value = state.get(slot)
-        if value is not None and (not isinstance(value, Tensor) or value.shape != p.shape):
+        if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
-            raise ValueError(
-                f"{name}: expected its state {slot!r} of the parameter's shape {tuple(p.shape)}, found {found}"
-            )
+            whose = "the parameter's shape" if shape == tuple(p.shape) else "shape"
+            raise ValueError(f"{name}: expected its state {slot!r} of {whose} {shape}, found {found}")
         dtype = p.dtype if value is None else value.dtype
         if dtype is not p.dtype and not _is_wide_state(dtype, p.dtype):
             raise TypeError(
@@ -345,8 +355,8 @@ class _Bucket:
         leaves: list[_Leaf],
     ):
         self.rule = rule
-        self.big = [leaf for leaf in leaves if leaf.size >= BIG]
-        self.small = [leaf for leaf in leaves if leaf.size < BIG]
+        self.big = [leaf for leaf in leaves if leaf.size >= BIG or rule.scope == "tensor"]
+        self.small = [leaf for leaf in leaves if leaf.size < BIG and rule.scope == "element"]
         self.leaves = self.big + self.small
         self.groups = np.array([leaf.group for leaf in self.leaves])
         self.dtypes = {"param": dlpack.DTYPES[dtype]} | {slot: dlpack.DTYPES[d] for slot, d in slots.items()}
@@ -356,7 +366,7 @@ class _Bucket:
         self.program = _compile(
             rule,
             tuple(self.dtypes.items()),
-            tuple(leaf.size for leaf in self.big),
+            tuple(tuple(leaf.shape) if rule.scope == "tensor" else (leaf.size,) for leaf in self.big),
             len(self.small),
             self.layout.size,
         )
@@ -372,7 +382,11 @@ class _Bucket:
         self.scalars = self._init_scalars(optimizer, hyperparameters)
         self.buffers: list[dlpack.Buffer] = []
         for leaf in self.big:
-            own = {name: dlpack.Buffer(leaf.size, d) for name, d in self.dtypes.items()}
+            sizes = {
+                name: math.prod(shape) * (leaf.size // max(leaf.param.numel(), 1))
+                for name, shape in leaf.state_shapes.items()
+            }
+            own = {name: dlpack.Buffer(sizes.get(name, leaf.size), d) for name, d in self.dtypes.items()}
             self.buffers += own.values()
             self._place(leaf, own, 0)
         shared = {name: dlpack.Buffer(layout.size, d) for name, d in self.dtypes.items() if self.small}
@@ -411,10 +425,9 @@ class _Bucket:
 
     def _place(self, leaf: _Leaf, buffers: dict[str, dlpack.Buffer], offset: int) -> None:
         """Give a leaf its place `offset` elements into the buffers."""
-        shape = tuple(leaf.shape)
         for slot, dtype in leaf.state_dtypes.items():
-            leaf.views[slot] = buffers[slot].view(dtype, shape, offset * self.dtypes[slot].itemsize)
-        leaf.home = buffers["param"].view(leaf.dtype, shape, offset * self.dtype.itemsize)
+            leaf.views[slot] = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
+        leaf.home = buffers["param"].view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
 
     def _take_param(self, leaf: _Leaf) -> None:
         """Move a parameter into its place, if nothing else refers to its storage."""
@@ -527,11 +540,17 @@ def _dense(grad: Tensor) -> Tensor:
 # --- the compiled program ----------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=128)
-def _slots(rule: Rule) -> tuple[str, ...]:
-    """The names of a rule's tensor state, in torch's order, which a JAX tree would sort."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return tuple(rule.init(dict.fromkeys(rule.hyperparameters, jnp.zeros(())), jnp.zeros((1,))))
+@functools.lru_cache(maxsize=1024)
+def _slots(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a leaf's tensor state, in torch's order, which a JAX tree would sort."""
+    slots: dict[str, tuple[int, ...]] = {}
+
+    def init(param: Array) -> None:
+        state = rule.init(dict.fromkeys(rule.hyperparameters, jnp.zeros(())), param)
+        slots.update((name, x.shape) for name, x in state.items())
+
+    jax.eval_shape(init, jax.ShapeDtypeStruct(shape, np.float32))
+    return slots
 
 
 def _coefficient_names(rule: Rule) -> tuple[str, ...]:
@@ -545,7 +564,7 @@ def _coefficient_names(rule: Rule) -> tuple[str, ...]:
 def _compile(
     rule: Rule,
     dtypes: tuple[tuple[str, np.dtype], ...],
-    big: tuple[int, ...],
+    big: tuple[tuple[int, ...], ...],
     n_small: int,
     small: int,
 ) -> Any:
@@ -554,7 +573,7 @@ def _compile(
     Args:
       rule: what is stepped.
       dtypes: the types of `param` and of each slot.
-      big: the sizes of the leaves with buffers of their own.
+      big: the shapes of the leaves with buffers of their own; (size,) where the rule does not ask for it.
       n_small, small: how many leaves share buffers, and those buffers' size.
 
     The program takes and returns the buffers, leaf by leaf, `param` and the slots in the order of `dtypes`,
@@ -579,7 +598,21 @@ def _compile(
         copies = jax.lax.optimization_barrier(((list(buffers), grad),) * len(names))
         return [outputs(*copy)[k] for k, copy in enumerate(copies)]
 
+    def step_tensors(buffers: list[Array], grads: list[Array], coefficients: list[Array]) -> list[Array]:
+        leaves = []
+        for i, shape in enumerate(big):
+            param, *slots = buffers[i * len(names) : (i + 1) * len(names)]
+            shapes = _slots(rule, shape)
+            state = {name: x.reshape(shapes[name]) for name, x in zip(names[1:], slots, strict=True)}
+            c = {name: coefficients[i][j] for j, name in enumerate(columns)}
+            active = c.pop("active") != 0
+            leaves.append((c, grads[i].reshape(shape), state, param.reshape(shape), active))
+        results = step_leaves(rule, leaves)
+        return [x.reshape(-1) for param, state in results for x in (param, *(state[name] for name in names[1:]))]
+
     def program(buffers: list[Array], grads: list[Array], coefficients: list[Array], leaf_of_row: Array) -> list[Array]:
+        if rule.scope == "tensor":
+            return step_tensors(buffers, grads, coefficients)
         out: list[Array] = []
         width = len(names)
         for i in range(len(big)):
@@ -591,9 +624,13 @@ def _compile(
             out += [x.reshape(-1) for x in step_one(rows[:-1], rows[-1], c)]
         return out
 
-    sizes = [*big, *([small] if n_small else [])]
+    def buffer_sizes(shape: tuple[int, ...]) -> list[int]:
+        slots = _slots(rule, shape)
+        return [math.prod(shape), *(math.prod(slots[name]) for name in names[1:])]
+
+    sizes = [buffer_sizes(shape) for shape in (*big, *([(small,)] if n_small else []))]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with _own_settings():
+    with own_settings():
 
         def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -601,8 +638,8 @@ def _compile(
         compute = max((numerics.compute_dtype(d) for _, d in dtypes), key=lambda d: d.itemsize)
         grad_dtype = dict(dtypes)["param"]
         lowered = jax.jit(program, donate_argnums=0).lower(
-            [spec((size,), dtype) for size in sizes for _, dtype in dtypes],
-            [spec((size,), grad_dtype) for size in (*big, small)],
+            [spec((n,), dtype) for leaf in sizes for n, (_, dtype) in zip(leaf, dtypes, strict=True)],
+            [spec((n,), grad_dtype) for n in (*(math.prod(shape) for shape in big), small)],
             [*(spec((len(columns),), compute) for _ in big), spec((n_small, len(columns)), compute)],
             spec((small // ROW,), np.int32),
         )
@@ -611,7 +648,7 @@ def _compile(
 
 
 @contextlib.contextmanager
-def _own_settings() -> Iterator[None]:
+def own_settings() -> Iterator[None]:
     """The JAX settings that the program needs, whatever the user's: debug_nans raises after buffers were donated."""
     with jax.enable_x64(True), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         yield
@@ -662,7 +699,7 @@ def _run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> Non
     The buffers are donated, so that an exception between the call and the taking of its results would lose the
     memory that torch sees: signals whose handlers could raise one wait.
     """
-    with _SignalsWait(), _own_settings(), jax.transfer_guard("allow"):
+    with _SignalsWait(), own_settings(), jax.transfer_guard("allow"):
         out = program([buffer.array for buffer in buffers], *arguments)
         jax.block_until_ready(out)
         for buffer, array in zip(buffers, out, strict=True):

@@ -3,6 +3,7 @@
 from jopt.arena import Packed, pack, unpack
 from jopt.optimizers import (
     adadelta,
+    adafactor,
     adagrad,
     adam,
     adamax,
@@ -10,11 +11,13 @@ from jopt.optimizers import (
     asgd,
     gradient_descent,
     momentum,
+    muon,
     nadam,
     radam,
     rmsprop,
     rprop,
     sgd,
+    sparse_adam,
 )
 from jopt.transform import State, Transform
 
@@ -23,6 +26,7 @@ __all__ = [
     "State",
     "Transform",
     "adadelta",
+    "adafactor",
     "adagrad",
     "adam",
     "adamax",
@@ -30,12 +34,14 @@ __all__ = [
     "asgd",
     "gradient_descent",
     "momentum",
+    "muon",
     "nadam",
     "pack",
     "radam",
     "rmsprop",
     "rprop",
     "sgd",
+    "sparse_adam",
     "unpack",
 ]
 __version__ = "0.1.0"

@@ -136,6 +136,14 @@ def _round(x: Array, dtype: np.dtype) -> Array:
     return x.astype(dtype)
 
 
+def round_at_random(key: Array, x: Array) -> Array:
+    """float32 as bfloat16, up or down with probabilities that make the mean x. What is not finite stays."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
 def _up(*arrays: Array) -> list[Array]:
     return [a.astype(compute_dtype(a.dtype)) for a in arrays]
 
@@ -177,6 +185,35 @@ def sqrt(x: Array) -> Array:
     """torch.sqrt."""
     (a,) = _up(x)
     return _round(jnp.sqrt(a), x.dtype)
+
+
+def rsqrt(x: Array) -> Array:
+    """torch.rsqrt: 1 / sqrt(x)."""
+    (a,) = _up(x)
+    return _round(1 / jnp.sqrt(a), x.dtype)
+
+
+def norm(x: Array, axis: int | None = None) -> Array:
+    """torch.norm: the Euclidean norm over one axis, which is kept, or over all."""
+    (a,) = _up(x)
+    return _round(jnp.sqrt(jnp.sum(a * a, axis=axis, keepdims=axis is not None)), x.dtype)
+
+
+def mean(x: Array, axis: int) -> Array:
+    """torch.mean over an axis, which is kept."""
+    (a,) = _up(x)
+    return _round(jnp.mean(a, axis=axis, keepdims=True), x.dtype)
+
+
+def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | float) -> Array:
+    """torch.addmm: beta * x + alpha * (t1 @ t2), summed in the compute type and rounded once."""
+    product = jnp.matmul(t1, t2, preferred_element_type=compute_dtype(x.dtype))
+    return _round(beta * _up(x)[0] + alpha * product, x.dtype)
+
+
+def matmul(t1: Array, t2: Array) -> Array:
+    """torch.matmul, summed in the compute type and rounded once."""
+    return _round(jnp.matmul(t1, t2, preferred_element_type=compute_dtype(t1.dtype)), t1.dtype)
 
 
 def lerp(start: Array, end: Array, weight: Array) -> Array:

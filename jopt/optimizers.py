@@ -1,24 +1,41 @@
 """The optimizers under torch's names in lower case, with torch's arguments and defaults.
 
 Every number may be a number, a 0-d array (also traced) or a schedule `step -> value`, evaluated in float64 at
-the count of calls, from 0. Every function also takes
-
-    state_dtype: the type of the state's tensors where wider than the parameter's (float32 for bfloat16 parameters:
-        the step is then computed in float32 and rounded once; torch rounds after each operation).
-    hyperparams_in_state: keep all hyperparameters in `state.hyperparams`, to be read, saved, and set without
-        compiling again. They have JAX's default float type there, so that in float32 a beta2 of 0.999 is
-        0.99900001.
-
-and raises torch's ValueError for a number out of range, TypeError for what is no number.
+the count of calls, from 0. Every function also takes the `Options`, and raises torch's ValueError for a number out of
+range, TypeError for what is no number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
+
+from jax import Array
 
 from jopt import rules
 from jopt.rule import Hyperparameter, is_number
 from jopt.transform import Transform, transform
+
+
+class Options(TypedDict, total=False):
+    """What every function takes besides torch's arguments, by keyword.
+
+    Attributes:
+      state_dtype: the type of the state's tensors where wider than the parameter's (float32 for bfloat16 parameters:
+        the step is then computed in float32 and rounded once; torch rounds after each operation).
+      master_copy: keep a float32 copy of each bfloat16 and float16 parameter in the state (`state.slots["master"]`),
+        which is stepped in float32; the parameter is its rounded value. It is not read: set both, or call `init`, to
+        change a parameter from outside.
+      stochastic_rounding: a seed or a key of `jax.random`. bfloat16 parameters are stepped in float32 and rounded up or
+        down at random, with the probabilities that keep the mean: steps of less than an ulp add up instead of being
+        lost. Use `step`; the difference that `update` returns is rounded once more.
+      hyperparams_in_state: keep all hyperparameters in `state.hyperparams`, to be read, saved, and set without
+        compiling again. They have JAX's default float type there, so that in float32 a beta2 of 0.999 is 0.99900001.
+    """
+
+    state_dtype: Any
+    master_copy: bool
+    stochastic_rounding: int | Array | None
+    hyperparams_in_state: bool
 
 
 def sgd(
@@ -29,8 +46,7 @@ def sgd(
     nesterov: bool = False,
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Stochastic gradient descent, as `torch.optim.SGD`.
 
@@ -52,7 +68,7 @@ def sgd(
     arguments = dict(
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
     )
-    return transform(rules.SGD, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.SGD, arguments, **options)
 
 
 def adam(
@@ -64,8 +80,7 @@ def adam(
     *,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Adam, as `torch.optim.Adam`: the bias corrections in float64, AMSGrad's maximum over the raw moment.
 
@@ -93,7 +108,7 @@ def adam(
         maximize=maximize,
         decoupled_weight_decay=decoupled_weight_decay,
     )
-    return transform(rules.Adam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.Adam, arguments, **options)
 
 
 def adamw(
@@ -104,8 +119,7 @@ def adamw(
     amsgrad: bool = False,
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """AdamW, as `torch.optim.AdamW`: `adam` with p <- p * (1 - lr * weight_decay) before it, and no L2 term.
 
@@ -128,8 +142,7 @@ def adamw(
         amsgrad,
         maximize=maximize,
         decoupled_weight_decay=True,
-        state_dtype=state_dtype,
-        hyperparams_in_state=hyperparams_in_state,
+        **options,
     )
 
 
@@ -142,8 +155,7 @@ def rmsprop(
     centered: bool = False,
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """RMSprop, as `torch.optim.RMSprop`: eps outside the root, lr outside the momentum buffer.
 
@@ -170,7 +182,7 @@ def rmsprop(
         centered=centered,
         maximize=maximize,
     )
-    return transform(rules.RMSprop, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.RMSprop, arguments, **options)
 
 
 def adamax(
@@ -180,8 +192,7 @@ def adamax(
     weight_decay: Hyperparameter = 0,
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Adamax, as `torch.optim.Adamax`: Adam with the infinity norm; eps beside |g|, none in the denominator.
 
@@ -198,7 +209,7 @@ def adamax(
     State: `step`, `exp_avg`, `exp_inf`. Source: torch/optim/adamax.py; Kingma & Ba 2015, section 7.1.
     """
     arguments = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-    return transform(rules.Adamax, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.Adamax, arguments, **options)
 
 
 def nadam(
@@ -210,8 +221,7 @@ def nadam(
     *,
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """NAdam, as `torch.optim.NAdam`: Nesterov momentum on the schedule mu_t, which optax's nadam has not.
 
@@ -238,7 +248,7 @@ def nadam(
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
     )
-    return transform(rules.NAdam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.NAdam, arguments, **options)
 
 
 def radam(
@@ -249,8 +259,7 @@ def radam(
     *,
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """RAdam, as `torch.optim.RAdam`: Adam without its second moment until that has enough samples.
 
@@ -277,7 +286,7 @@ def radam(
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
     )
-    return transform(rules.RAdam, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.RAdam, arguments, **options)
 
 
 def adagrad(
@@ -288,8 +297,7 @@ def adagrad(
     eps: Hyperparameter = 1e-10,
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Adagrad, as `torch.optim.Adagrad`: eps outside the root, unlike optax.
 
@@ -313,7 +321,7 @@ def adagrad(
         eps=eps,
         maximize=maximize,
     )
-    return transform(rules.Adagrad, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.Adagrad, arguments, **options)
 
 
 def adadelta(
@@ -323,8 +331,7 @@ def adadelta(
     weight_decay: Hyperparameter = 0,
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Adadelta, as `torch.optim.Adadelta`: steps in the parameter's own units.
 
@@ -341,7 +348,7 @@ def adadelta(
     State: `step`, `square_avg`, `acc_delta`. Source: torch/optim/adadelta.py; Zeiler 2012.
     """
     arguments = dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
-    return transform(rules.Adadelta, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.Adadelta, arguments, **options)
 
 
 def rprop(
@@ -350,8 +357,7 @@ def rprop(
     step_sizes: tuple[Hyperparameter, Hyperparameter] = (1e-6, 50),
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Rprop, as `torch.optim.Rprop`: by the gradient's sign, with a step size for each element.
 
@@ -368,7 +374,7 @@ def rprop(
     State: `step`, `prev`, `step_size`. Source: torch/optim/rprop.py; Riedmiller & Braun 1993.
     """
     arguments = dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize)
-    return transform(rules.Rprop, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.Rprop, arguments, **options)
 
 
 def asgd(
@@ -379,8 +385,7 @@ def asgd(
     weight_decay: Hyperparameter = 0,
     *,
     maximize: bool = False,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Averaged SGD, as `torch.optim.ASGD`; the average is the state `ax`.
 
@@ -399,10 +404,121 @@ def asgd(
     State: `step`, `eta`, `mu`, `ax`. Source: torch/optim/asgd.py; Polyak & Juditsky 1992.
     """
     arguments = dict(lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize)
-    return transform(rules.ASGD, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.ASGD, arguments, **options)
 
 
-def gradient_descent(lr: Hyperparameter, *, state_dtype: Any = None, hyperparams_in_state: bool = False) -> Transform:
+def adafactor(
+    lr: Hyperparameter = 1e-2,
+    beta2_decay: Hyperparameter = -0.8,
+    eps: tuple[Hyperparameter | None, Hyperparameter] = (None, 1e-3),
+    d: Hyperparameter = 1.0,
+    weight_decay: Hyperparameter = 0.0,
+    *,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """Adafactor, as `torch.optim.Adafactor`: the second moment of a matrix from its row and column means.
+
+    rho = min(lr, 1 / sqrt(t));  alpha = max(eps[1], RMS(p)) * rho, p before its decay
+    p <- p * (1 - lr * weight_decay);  w = t^beta2_decay
+    R <- R + w (mean of g^2 over the last axis - R);  C likewise over the last but one
+    V = R C / max(mean of R, eps[0])
+    or of a vector  V <- V + w (g^2 - V)
+    U = g / sqrt(max(V, eps[0]^2));  p <- p - alpha / max(1, RMS(U) / d) * U
+
+    eps[0] None is the machine epsilon of each parameter's own type; torch takes that of the first parameter of a group
+    for all of them.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.adafactor(lr=0.1)
+    >>> params = jnp.array([[1.0, 1.0]])
+    >>> params, state = tx.step(jnp.array([[2.0, 2.0]]), tx.init(params), params)
+    >>> [round(x, 5) for x in params[0].tolist()]
+    [0.9, 0.9]
+
+    State: `step`, and `row_var` (..., n, 1) and `col_var` (..., 1, m), or for a vector `variance`.
+    Raises RuntimeError for a complex parameter. Source: torch/optim/_adafactor.py; Shazeer & Stern 2018.
+    """
+    arguments = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, maximize=maximize)
+    return transform(rules.Adafactor, arguments, **options)
+
+
+def muon(
+    lr: Hyperparameter = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    momentum: Hyperparameter = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (3.4445, -4.7750, 2.0315),
+    eps: Hyperparameter = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    **options: Unpack[Options],
+) -> Transform:
+    """Muon, as `torch.optim.Muon`: momentum made orthogonal, for matrices alone; the others need another optimizer.
+
+    b <- b + (1 - momentum) (g - b);  u = nesterov: g + momentum (b - g), else b
+    O = u's singular vectors, with singular values near 1: ns_steps of Newton-Schulz in bfloat16, with X = u / |u|,
+    X <- a X + (b A + c A^2) X, A = X X^T.  Matrices of one shape are iterated together.
+    p <- p * (1 - lr * weight_decay) - lr * s * O,  s = sqrt(max(1, rows / columns)), or for adjust_lr_fn
+    "match_rms_adamw" 0.2 * sqrt(max(rows, columns))
+
+    >>> import jax, jax.numpy as jnp, optax, jopt
+    >>> params = {"w": jnp.eye(2), "b": jnp.zeros(2)}
+    >>> labels = jax.tree.map(lambda p: "muon" if p.ndim == 2 else "adamw", params)
+    >>> tx = optax.partition({"muon": jopt.muon(lr=0.02), "adamw": jopt.adamw(lr=1e-3)}, labels)
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"].shape
+    (2, 2)
+
+    State: `momentum_buffer`. Raises ValueError for a parameter that is no matrix, RuntimeError for a complex one.
+    Source: torch/optim/_muon.py; Jordan et al. 2024; Liu et al. 2025 (match_rms_adamw).
+    """
+    arguments = dict(
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        ns_coefficients=ns_coefficients,
+        eps=eps,
+        ns_steps=ns_steps,
+        adjust_lr_fn=adjust_lr_fn,
+    )
+    return transform(rules.Muon, arguments, **options)
+
+
+def sparse_adam(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """SparseAdam, as `torch.optim.SparseAdam`: Adam on the rows that have a gradient, at the cost of those rows.
+
+    m <- m + (1 - beta1) (g - m);  v <- v + (1 - beta2) (g^2 - v);  rows without gradient keep both
+    p <- p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps), t counted by the parameter
+
+    A gradient is a `jax.experimental.sparse.BCOO`, JAX's type of sparse arrays: rows and their indices, of a fixed
+    number under jit. As in torch a row may come several times (its entries are summed) or not at all; an index outside
+    of the parameter is padding. Donate state and parameters, or they are copied whole.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> from jax.experimental.sparse import BCOO
+    >>> tx = jopt.sparse_adam(lr=0.1)
+    >>> table = jnp.zeros((4, 2))
+    >>> indices, rows = jnp.array([2, 0, 2]), jnp.ones((3, 2))
+    >>> grad = BCOO((rows, indices[:, None]), shape=table.shape)
+    >>> table, state = tx.step(grad, tx.init(table), table)
+    >>> [round(x, 5) for x in table[:, 0].tolist()]
+    [-0.1, 0.0, -0.1, 0.0]
+
+    State: `step`, `exp_avg`, `exp_avg_sq`. Raises RuntimeError for a dense gradient, ValueError for a complex
+    parameter. Source: torch/optim/sparse_adam.py.
+    """
+    return transform(rules.SparseAdam, dict(lr=lr, betas=betas, eps=eps, maximize=maximize), **options)
+
+
+def gradient_descent(lr: Hyperparameter, **options: Unpack[Options]) -> Transform:
     """Plain gradient descent, p <- p - lr * grad: `sgd` with nothing else.
 
     >>> import jax.numpy as jnp, jopt
@@ -411,7 +527,7 @@ def gradient_descent(lr: Hyperparameter, *, state_dtype: Any = None, hyperparams
     >>> tx.step(jnp.array([1.0]), tx.init(params), params)[0].item()
     0.5
     """
-    return sgd(lr, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return sgd(lr, **options)
 
 
 def momentum(
@@ -419,9 +535,7 @@ def momentum(
     beta: Hyperparameter = 0.9,
     beta2: Hyperparameter | None = None,
     eps: Hyperparameter = 1e-8,
-    *,
-    state_dtype: Any = None,
-    hyperparams_in_state: bool = False,
+    **options: Unpack[Options],
 ) -> Transform:
     """Momentum as a running average, without bias correction; torch has no name for it.
 
@@ -439,4 +553,4 @@ def momentum(
     arguments: dict[str, Any] = dict(lr=lr, beta=beta, scaled=beta2 is not None)
     if beta2 is not None:
         arguments |= dict(beta2=beta2, eps=eps)
-    return transform(rules.Momentum, arguments, state_dtype=state_dtype, hyperparams_in_state=hyperparams_in_state)
+    return transform(rules.Momentum, arguments, **options)

@@ -15,22 +15,27 @@ that leaf's coefficients in its compute type, uses the operations of `jopt.numer
 `Rule.scope` says what `update` may look at:
     element   every element on its own: leaves may be flattened and packed into one buffer
     tensor    a whole tensor at a time (a norm, a matrix): never a packed buffer, nor a shard of a tensor
+    rows      as element, and its gradients are sparse: it sees the rows that have one, gathered
 A complex leaf reaches a rule as pairs of reals, as torch steps it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self, TypeGuard
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from jax.experimental.sparse import BCOO
 
 from jopt import numerics
 
@@ -61,13 +66,15 @@ class Rule(ABC):
     """An optimizer's mathematics. Fields are flags that shape the computation; numbers come in as `h`.
 
     A flag with the name of a hyperparameter says whether its term exists at all: torch leaves weight decay
-    and momentum out when they are 0.
+    and momentum out when they are 0. Other fields are torch's arguments of their names: booleans, and what else
+    chooses among programs (Muon's number of iterations).
     """
 
     hyperparameters: ClassVar[tuple[str, ...]]
     tuples: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # torch's argument -> its members' names here
     limits: ClassVar[Mapping[str, Limit]] = {}
-    scope: ClassVar[Literal["element", "tensor"]] = "element"
+    scope: ClassVar[Literal["element", "tensor", "rows"]] = "element"
+    batched: ClassVar[bool] = False  # leaves of equal shapes are stacked and stepped at once
 
     @abstractmethod
     def init(self, h: Scalars, param: Array) -> LeafState:
@@ -110,7 +117,8 @@ class Rule(ABC):
             if field.name in h:
                 flags[field.name] = dynamic or not is_number(h[field.name]) or h[field.name] != 0
             else:
-                flags[field.name] = bool(arguments[field.name])
+                value = arguments[field.name]
+                flags[field.name] = bool(value) if field.type == "bool" else value
         return cls(**flags)
 
     @classmethod
@@ -118,6 +126,9 @@ class Rule(ABC):
         """Raise TypeError for what is no hyperparameter, torch's ValueError for a number out of its range."""
         for name, value in h.items():
             _check_hyperparameter(name, value, cls.limits.get(name))
+
+    def check_param(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:  # noqa: B027  # most take all
+        """Raise torch's error for a parameter that this optimizer does not step."""
 
 
 def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]:
@@ -153,7 +164,10 @@ def _check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
 # --- one leaf ----------------------------------------------------------------------------------------
 
 
-def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None) -> LeafState:
+MASTER = "master"  # the slot of a leaf's float32 copy
+
+
+def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None, *, master_copy: bool = False) -> LeafState:
     """rule.init for a leaf of any type; a complex leaf's state is complex too, as in torch."""
     real = _as_real(param)
     if state_dtype is not None and not jnp.iscomplexobj(param):
@@ -161,22 +175,35 @@ def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None) -> 
     state = rule.init(h, real)
     if jnp.iscomplexobj(param):
         state = {name: _as_complex(x) if x.shape == real.shape else x for name, x in state.items()}
+    if master_copy and param.dtype in numerics.LOW_PRECISION:
+        state[MASTER] = param.astype(jnp.float32)
     return state
 
 
 def step_leaf(
-    rule: Rule, c: Scalars, grad: Array, state: LeafState, param: Array, active: Array | None = None
+    rule: Rule,
+    c: Scalars,
+    grad: Array,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
 ) -> tuple[Array, LeafState]:
     """rule.update for a leaf of any type.
 
-    The leaf is stepped in its state's type where that is wider (`state_dtype`), rounded once at the end.
-    `active` (a bool array that broadcasts against the leaf) keeps the leaf and its state where False.
+    The leaf is stepped in its state's type where that is wider (`state_dtype`), rounded once at the end, with a `key`
+    and in bfloat16 at random: up or down with the probability that keeps the mean. A master copy in the state is what
+    is stepped in the leaf's place. `active` (a bool array that broadcasts against the leaf) keeps the leaf and its
+    state where False.
     """
     old_state, old_param = state, param
     wide = {x.dtype for x in state.values()} | {param.dtype}
+    at_random = key is not None and param.dtype == jnp.bfloat16
+    if at_random:
+        wide.add(jnp.dtype(jnp.float32))
     dtype = max(wide, key=lambda d: jnp.finfo(d).bits)
-    grad, param = (_as_real(x.astype(dtype)) for x in (grad, param))
-    state = {name: _as_real(x.astype(dtype)) for name, x in state.items()}
+    grad, param = (_as_real(x.astype(dtype)) for x in (grad, state.get(MASTER, param)))
+    state = {name: _as_real(x.astype(dtype)) for name, x in state.items() if name != MASTER}
     c = {name: lax.convert_element_type(x, numerics.compute_dtype(dtype)) for name, x in c.items()}
 
     param, state = rule.update(c, grad, state, param)
@@ -184,12 +211,81 @@ def step_leaf(
     if jnp.iscomplexobj(old_param):
         param = _as_complex(param)
         state = {name: _as_complex(x) if jnp.iscomplexobj(old_state[name]) else x for name, x in state.items()}
-    param = param.astype(old_param.dtype)
+    if MASTER in old_state:
+        state[MASTER] = param
     state = {name: state[name].astype(old_state[name].dtype) for name in old_state}
+    if at_random:
+        assert key is not None
+        param = numerics.round_at_random(key, param)
+    param = param.astype(old_param.dtype)
     if active is not None:
         param = jnp.where(active, param, old_param)
         state = {name: jnp.where(active, state[name], old_state[name]) for name in old_state}
     return param, state
+
+
+def step_rows(
+    rule: Rule,
+    c: Scalars,
+    grad: BCOO,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
+) -> tuple[Array, LeafState]:
+    """step_leaf on the rows that `grad` has, in as many operations as it has entries.
+
+    Entries of one row are summed, in their order, as torch's `coalesce` does; those outside of the parameter are
+    padding.
+    """
+    lead = param.shape[: grad.n_sparse]
+    n = math.prod(lead)
+    ids = jnp.zeros(grad.nse, grad.indices.dtype)
+    inside = jnp.ones(grad.nse, bool)
+    for axis, size in enumerate(lead):
+        index = grad.indices[:, axis]
+        ids = ids * size + index
+        inside &= (index >= 0) & (index < size)
+    ids = jnp.where(inside, ids, n)
+    order = jnp.argsort(ids, stable=True)
+    ids = ids[order]
+    first = jnp.concatenate([jnp.ones(min(1, grad.nse), bool), ids[1:] != ids[:-1]])
+    turn = jnp.cumsum(first) - 1
+    rows = jax.ops.segment_sum(grad.data[order], turn, grad.nse, indices_are_sorted=True)
+    ids = jnp.full_like(ids, n).at[turn].set(ids)
+    if active is not None:
+        ids = jnp.where(active, ids, n)
+
+    def gather(x: Array) -> Array:
+        return x.reshape(n, *param.shape[grad.n_sparse :]).at[ids].get(mode="fill", fill_value=0)
+
+    def scatter(x: Array, rows: Array) -> Array:
+        flat = x.reshape(n, *param.shape[grad.n_sparse :])
+        return flat.at[ids].set(rows, mode="drop").reshape(param.shape)
+
+    new, new_state = step_leaf(rule, c, rows, {k: gather(x) for k, x in state.items()}, gather(param), key=key)
+    return scatter(param, new), {name: scatter(x, new_state[name]) for name, x in state.items()}
+
+
+def step_leaves(rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[tuple[Array, LeafState]]:
+    """`step_leaf(rule, *leaf)`, or `step_rows`, for each; leaves of equal shapes at once where the rule says so."""
+    if not rule.batched:
+        step = step_rows if rule.scope == "rows" else step_leaf
+        return [step(rule, *leaf) for leaf in leaves]
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        flat, treedef = jax.tree.flatten(leaf)
+        groups.setdefault((treedef, tuple((x.shape, x.dtype) for x in flat)), []).append(i)
+    results: dict[int, tuple[Array, LeafState]] = {}
+    for members in groups.values():
+        if len(members) == 1:
+            results[members[0]] = step_leaf(rule, *leaves[members[0]])
+            continue
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(leaves[i] for i in members))
+        out = jax.vmap(functools.partial(step_leaf, rule))(*stacked)
+        for k, i in enumerate(members):
+            results[i] = jax.tree.map(operator.itemgetter(k), out)
+    return [results[i] for i in range(len(leaves))]
 
 
 def _state_dtype(param_dtype: Any, state_dtype: Any) -> Any:

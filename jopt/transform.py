@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.experimental.sparse import BCOO
 
 from jopt import numerics
 from jopt.arena import Packed
-from jopt.rule import Hyperparameter, Rule, init_leaf, step_leaf
+from jopt.rule import Hyperparameter, Rule, init_leaf, step_leaves
 
 Tree = Any
 
@@ -26,7 +27,8 @@ class State(NamedTuple):
       count: int32, the calls of `step` or `update` so far; what schedules are evaluated at.
       scalars: torch's scalar state by name, float32, one entry for each leaf of the parameters in the order
         of `jax.tree.leaves`: torch counts `step` by the parameter.
-      slots: torch's tensor state by name (`exp_avg`, ...), each a tree like the parameters.
+      slots: torch's tensor state by name (`exp_avg`, ...), each a tree like the parameters; None for a parameter
+        that has no such state (Adafactor's `row_var` of a vector). With a master copy also `master`.
       hyperparams: the hyperparameters by name, where the transformation keeps them in its state, else empty.
     """
 
@@ -83,7 +85,8 @@ class Transform(optax.GradientTransformationExtraArgs):
         Args:
           grads: a tree like `params`; a leaf may be None, and such a parameter is skipped as torch skips one
             without gradient: it, its state and its step count are kept. For a complex parameter torch's
-            gradient is the conjugate of `jax.grad`'s; give that.
+            gradient is the conjugate of `jax.grad`'s; give that. For `sparse_adam` the leaves are
+            `jax.experimental.sparse.BCOO`.
           state: from `init` or the last step.
           params: the parameters; floating or complex arrays. None and `optax.MaskedNode` are left alone.
           active: a tree of bools like `params`, possibly traced: skip the leaves that are False.
@@ -92,7 +95,8 @@ class Transform(optax.GradientTransformationExtraArgs):
           `(params, state)`, of the structure, shapes and types that came in.
 
         Raises:
-          TypeError: a parameter or gradient is no floating or complex array (sparse ones neither).
+          TypeError: a parameter or gradient is no floating or complex array.
+          RuntimeError: a sparse gradient, or for `sparse_adam` a dense one.
           ValueError: trees, shapes or the state do not fit `params`, or `params` is None.
         """
         return self._lift.step(grads, state, params, active=active)
@@ -103,6 +107,8 @@ def transform(
     arguments: Mapping[str, Any],
     *,
     state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
     hyperparams_in_state: bool = False,
 ) -> Transform:
     """The transformation that a rule class and torch's arguments for it make.
@@ -112,6 +118,11 @@ def transform(
       arguments: torch's names -> numbers, 0-d arrays or schedules; flags -> bools.
       state_dtype: the type of the state's tensors where wider than the parameter's. With float32 a bfloat16
         leaf is stepped in float32 and rounded once, instead of after each operation as torch does.
+      master_copy: keep a float32 copy of each bfloat16 and float16 parameter in the state (`master`): that is what is
+        stepped, in float32, and the parameter is it, rounded.
+      stochastic_rounding: a seed or a key of `jax.random`: bfloat16 parameters are stepped in float32 and rounded at
+        random, up or down with the probability that keeps the mean, so that steps smaller than an ulp are not lost.
+        The same seed, count and position in the tree give the same rounding.
       hyperparams_in_state: keep every hyperparameter in `State.hyperparams`, in JAX's default float type, to be
         read, saved, and set without a new compilation. A scheduled one is shown there, and set by its schedule.
 
@@ -125,7 +136,12 @@ def transform(
     if state_dtype is not None:
         state_dtype = _check_floating("state_dtype", jnp.dtype(state_dtype))
     shaped = rule.shaped_by(arguments, h, dynamic=hyperparams_in_state)
-    return Transform(_Lift(shaped, h, state_dtype, hyperparams_in_state))
+    key = stochastic_rounding
+    if isinstance(key, int) and not isinstance(key, bool):
+        key = jax.random.key(key)
+    if key is not None and not isinstance(key, Array):
+        raise TypeError(f"stochastic_rounding: expected a seed, a key of jax.random, or None, found {key!r}")
+    return Transform(_Lift(shaped, h, state_dtype, bool(master_copy), key, hyperparams_in_state))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +151,8 @@ class _Lift:
     rule: Rule
     hyperparameters: Mapping[str, Hyperparameter]
     state_dtype: np.dtype | None
+    master_copy: bool
+    key: Array | None
     hyperparams_in_state: bool
 
     def init(self, params: Tree) -> State:
@@ -144,14 +162,14 @@ class _Lift:
         h = numerics.in_double(
             lambda _, scalars: self._at(*scalars), (), (count, self._arrays(hyperparams)), dtype=_widest(leaves)
         )
-        states = [init_leaf(self.rule, h, leaf, self.state_dtype) for leaf in leaves]
-        names = states[0] if states else init_leaf(self.rule, h, jnp.zeros((0,)))
+        states = [init_leaf(self.rule, h, leaf, self.state_dtype, master_copy=self.master_copy) for leaf in leaves]
+        names = dict.fromkeys(name for state in states for name in state)
         return State(
             count=count,
             scalars={
                 name: jnp.full((len(leaves),), value, jnp.float32) for name, value in self.rule.init_scalars(h).items()
             },
-            slots={name: treedef.unflatten([s[name] for s in states]) for name in names},
+            slots={name: treedef.unflatten([s.get(name) for s in states]) for name in names},
             hyperparams=hyperparams,
         )
 
@@ -167,22 +185,32 @@ class _Lift:
         leaves, treedef = self._flatten(params)
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         grads = [
-            None if g is None or isinstance(g, optax.MaskedNode) else _check_grad(path, g, leaf)
+            None if g is None or isinstance(g, optax.MaskedNode) else _check_grad(self.rule, path, g, leaf)
             for path, g, leaf in zip(paths, _match(treedef, "grads", grads), leaves, strict=True)
         ]
         slots = {name: _match(treedef, f"state.slots[{name!r}]", tree) for name, tree in state.slots.items()}
         mask = self._active(grads, None if active is None else _match(treedef, "active", active))
 
         c, scalars, scheduled = self._scalars(state, _widest(leaves))
+        key = None if self.key is None else jax.random.fold_in(self.key, state.count)
+        stepped = [i for i, grad in enumerate(grads) if grad is not None]
+        results = step_leaves(
+            self.rule,
+            [
+                (
+                    {name: lax.index_in_dim(x, i, keepdims=False) if x.ndim else x for name, x in c.items()},
+                    grads[i],
+                    {name: xs[i] for name, xs in slots.items() if xs[i] is not None},
+                    leaves[i],
+                    None if mask is None or active is None else mask[i],
+                    None if key is None else jax.random.fold_in(key, i),
+                )
+                for i in stepped
+            ],
+        )
         new_leaves, new_slots = list(leaves), {name: list(xs) for name, xs in slots.items()}
-        for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
-            if grad is None:
-                continue
-            c_leaf = {name: lax.index_in_dim(x, i, keepdims=False) if x.ndim else x for name, x in c.items()}
-            state_leaf = {name: xs[i] for name, xs in slots.items()}
-            new_leaves[i], state_leaf = step_leaf(
-                self.rule, c_leaf, grad, state_leaf, leaf, None if mask is None or active is None else mask[i]
-            )
+        for i, (leaf, state_leaf) in zip(stepped, results, strict=True):
+            new_leaves[i] = leaf
             for name, x in state_leaf.items():
                 new_slots[name][i] = x
         if mask is not None:
@@ -232,12 +260,14 @@ class _Lift:
         packed = [x for x in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(x)]
         if packed and self.rule.scope != "element":
             raise ValueError(
-                f"{type(self.rule).__name__} looks at whole tensors (scope {self.rule.scope!r}), which a packed "
-                "buffer hides: give it the unpacked parameters"
+                f"{type(self.rule).__name__} looks at whole tensors or rows (scope {self.rule.scope!r}), which a "
+                "packed buffer hides: give it the unpacked parameters"
             )
         with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
         for path, leaf in with_path:
-            _check_array(f"params{jax.tree_util.keystr(path)}", leaf)
+            name = f"params{jax.tree_util.keystr(path)}"
+            _check_array(name, leaf)
+            self.rule.check_param(name, jnp.shape(leaf), jnp.result_type(leaf))
         return [jnp.asarray(leaf) for _, leaf in with_path], treedef
 
     def _active(self, grads: list[Array | None], active: list[Any] | None) -> Array | None:
@@ -282,15 +312,25 @@ def _check_array(name: str, x: Any) -> None:
     _check_floating(name, jnp.result_type(x))
 
 
-def _check_grad(path: str, grad: Any, param: Array) -> Array:
+def _check_grad(rule: Rule, path: str, grad: Any, param: Array) -> Array | BCOO:
     name = f"grads{path}"
-    if not hasattr(grad, "dtype") or not isinstance(grad, Array | np.ndarray | np.generic):
-        raise TypeError(
-            f"{name}: expected an array or None, found {type(grad).__name__}; sparse gradients are not taken"
+    if isinstance(grad, BCOO) != (rule.scope == "rows"):
+        if isinstance(grad, BCOO):
+            raise RuntimeError(f"{name}: {type(rule).__name__} does not support sparse gradients")
+        raise RuntimeError(
+            f"{name}: {type(rule).__name__} does not support dense gradients, please consider Adam instead, or give "
+            "jax.experimental.sparse.BCOO((rows, indices[:, None]), shape=param.shape)"
         )
+    if isinstance(grad, BCOO):
+        if grad.n_batch or not grad.n_sparse:
+            raise ValueError(
+                f"{name}: expected n_batch=0 and n_sparse>=1, found n_batch={grad.n_batch}, n_sparse={grad.n_sparse}"
+            )
+    elif not isinstance(grad, Array | np.ndarray | np.generic):
+        raise TypeError(f"{name}: expected an array or None, found {type(grad).__name__}")
     _check_floating(name, grad.dtype)
-    if jnp.shape(grad) != param.shape:
-        raise ValueError(f"{name}: expected the parameter's shape {param.shape}, found {jnp.shape(grad)}")
-    if jnp.iscomplexobj(grad) and not jnp.iscomplexobj(param):
+    if grad.shape != param.shape:
+        raise ValueError(f"{name}: expected the parameter's shape {param.shape}, found {grad.shape}")
+    if jnp.issubdtype(grad.dtype, jnp.complexfloating) and not jnp.iscomplexobj(param):
         raise TypeError(f"{name}: found {grad.dtype} for a parameter of {param.dtype}; take its real part")
-    return jnp.asarray(grad)
+    return grad if isinstance(grad, BCOO) else jnp.asarray(grad)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +24,7 @@ class Case:
       arguments: what both take.
       lr: the base learning rate, which tests vary by the step.
       slots: torch's state keys for a parameter, `step` left out.
+      matrices: it steps two-dimensional parameters alone.
     """
 
     id: str
@@ -30,12 +33,18 @@ class Case:
     arguments: dict[str, Any]
     slots: tuple[str, ...]
     lr: float = 0.02
+    matrices: bool = False
+
+    def tree(self, params: Any) -> Any:
+        """The parameters, in shapes that the optimizer takes."""
+        return jax.tree.map(jnp.atleast_2d, params) if self.matrices else params
 
     def jopt(self, **overrides: Any) -> jopt.Transform:
         return getattr(jopt, self.name)(**({"lr": self.lr} | self.arguments | overrides))
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FACTORS = ("row_var", "col_var", "variance")
 CASES = [
     Case("sgd", "sgd", "SGD", {}, ()),
     Case("sgd-l2", "sgd", "SGD", dict(weight_decay=0.1), ()),
@@ -98,6 +107,19 @@ CASES = [
     Case("asgd", "asgd", "ASGD", {}, ("ax",)),
     Case("asgd-averaging", "asgd", "ASGD", dict(t0=20, lambd=0.01, weight_decay=0.1), ("ax",)),
     Case("asgd-maximize", "asgd", "ASGD", dict(t0=5, maximize=True), ("ax",), 0.002),
+    Case("adafactor", "adafactor", "Adafactor", {}, FACTORS),
+    Case("adafactor-l2", "adafactor", "Adafactor", dict(weight_decay=0.1, d=1.5, beta2_decay=-0.5), FACTORS),
+    Case("adafactor-eps", "adafactor", "Adafactor", dict(eps=(1e-2, 0.5), maximize=True), FACTORS, 0.002),
+    Case("muon", "muon", "Muon", {}, ("momentum_buffer",), matrices=True),
+    Case("muon-no-nesterov", "muon", "Muon", dict(nesterov=False, momentum=0.8), ("momentum_buffer",), matrices=True),
+    Case(
+        "muon-match-rms",
+        "muon",
+        "Muon",
+        dict(adjust_lr_fn="match_rms_adamw", ns_steps=3, weight_decay=0, ns_coefficients=(2, -1.5, 0.5)),
+        ("momentum_buffer",),
+        matrices=True,
+    ),
     Case("gradient_descent", "gradient_descent", None, {}, ()),
     Case("momentum", "momentum", None, {}, ("exp_avg",)),
     Case("momentum-scaled", "momentum", None, dict(beta2=0.999), MOMENTS),
@@ -144,12 +166,14 @@ class Problem:
     """
 
     shapes = ((256,), (8, 16, 2), (64, 4))
+    matrices = ((16, 16), (8, 32), (64, 4))
 
-    def __init__(self, dtype: str, seed: int = 0):
+    def __init__(self, dtype: str, seed: int = 0, matrices: bool = False):
         rng = np.random.default_rng(seed)
+        shapes = self.matrices if matrices else self.shapes
         self.dtype = np.dtype(dtype) if dtype != "bfloat16" else np.dtype("float32")
-        self.start = [self._round(rng.standard_normal(s), dtype) for s in self.shapes]
-        self.target = [rng.standard_normal(s) for s in self.shapes]
+        self.start = [self._round(rng.standard_normal(s), dtype) for s in shapes]
+        self.target = [rng.standard_normal(s) for s in shapes]
         self.seed = seed
         self.name = dtype
 

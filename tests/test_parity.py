@@ -63,7 +63,7 @@ class JaxRun:
     def values(self):
         yield from ((f"param {i}", np.asarray(p)) for i, p in enumerate(self.params))
         for i in range(len(self.params)):
-            yield from ((f"{name} {i}", np.asarray(x[i])) for name, x in self.state.slots.items())
+            yield from ((f"{name} {i}", np.asarray(x[i])) for name, x in self.state.slots.items() if x[i] is not None)
             yield from ((f"{name} {i}", np.asarray(x[i])) for name, x in self.state.scalars.items())
 
 
@@ -71,7 +71,7 @@ class JaxRun:
 @cases.parametrize(cases.TORCH_CASES)
 def test_equals_torch(case, dtype):
     with jax.enable_x64(dtype == "float64"):
-        problem = cases.Problem(dtype)
+        problem = cases.Problem(dtype, matrices=case.matrices)
         reference = TorchRun(getattr(torch.optim, case.torch), case, problem)
         runs = {"jopt": JaxRun(case, problem), "interop": TorchRun(getattr(optim, case.torch), case, problem)}
         worst = dict.fromkeys(runs, (0.0, "", 0))

@@ -1,0 +1,107 @@
+"""Muon (torch/optim/_muon.py, `_single_tensor_muon`; Jordan 2024, Liu et al. 2025)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jopt import numerics as t
+from jopt.rule import Rule, at_least_zero
+
+ADJUSTMENTS = {
+    None: lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(Rule):
+    r"""Momentum, made orthogonal by a Newton-Schulz iteration in bfloat16. Matrices only.
+
+    b = lerp(b, g, 1 - momentum);  u = lerp(g, b, momentum), or without nesterov b
+    X = u / max(|u|, eps), transposed if it has more rows than columns; then ns_steps times
+        A = X X^T;  X = a X + (b A + c A^2) X
+    p = p * (1 - lr * weight_decay) - lr * adjustment(shape) * X
+    adjustment = sqrt(max(1, rows / columns)), or match_rms_adamw: 0.2 sqrt(max(rows, columns))
+
+    The momentum buffer is as stated also for bfloat16 gradients without nesterov; torch normalizes it in place there
+    (`ortho_grad = grad.bfloat16()` is the buffer itself, then `ortho_grad.div_`).
+    """
+
+    nesterov: bool
+    ns_steps: int
+    adjust_lr_fn: str | None
+
+    hyperparameters = ("lr", "weight_decay", "momentum", "a", "b", "c", "eps")
+    tuples = {"ns_coefficients": ("a", "b", "c")}
+    limits = {
+        "lr": at_least_zero("Learning rate should be >= 0 but is: {}"),
+        "momentum": at_least_zero("momentum should be >= 0 but is: {}"),
+        "weight_decay": at_least_zero("weight decay should be >= 0 but is: {}"),
+    }
+    scope = "tensor"
+    batched = True
+
+    def __post_init__(self):
+        if self.ns_steps >= 100:
+            raise ValueError("Number of steps must be less than 100 for computational efficiency")
+        if self.adjust_lr_fn not in ADJUSTMENTS:
+            raise ValueError(f"Adjust learning rate function {self.adjust_lr_fn} is not supported")
+
+    @classmethod
+    def members(cls, arguments):
+        if len(arguments["ns_coefficients"]) != 3:
+            raise ValueError("Coefficients must be a tuple of exactly 3 values")
+        return super().members(arguments)
+
+    def check_param(self, name, shape, dtype):
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise RuntimeError(f"Muon does not support complex parameters: {name} is {jnp.dtype(dtype)}")
+        if len(shape) != 2:
+            raise ValueError(
+                f"Muon only supports 2D parameters whereas we found a parameter with size: {tuple(shape)} ({name}); "
+                "step the others with another optimizer, as with optax.partition"
+            )
+
+    def init(self, h, param):
+        return {"momentum_buffer": jnp.zeros_like(param)}
+
+    def init_scalars(self, h):
+        return {}
+
+    def scalars(self, h, s, xp, stored):
+        c = {
+            "decay": 1 - h["lr"] * h["weight_decay"],
+            "momentum": h["momentum"],
+            "1-momentum": 1 - h["momentum"],
+            "-lr": -h["lr"],
+        }
+        return c | {name: h[name] for name in ("a", "b", "c", "eps")}, {}
+
+    def update(self, c, grad, state, param):
+        buffer = t.lerp(state["momentum_buffer"], grad, c["1-momentum"])
+        update = t.lerp(grad, buffer, c["momentum"]) if self.nesterov else buffer
+        update = orthogonalize(c, update, self.ns_steps).astype(param.dtype)
+        step_size = c["-lr"] * ADJUSTMENTS[self.adjust_lr_fn](*param.shape)
+        return t.add(t.mul(param, c["decay"]), update, alpha=step_size), {"momentum_buffer": buffer}
+
+
+def orthogonalize(c, matrix: Array, steps: int) -> Array:
+    """A bfloat16 matrix of the same singular vectors, with singular values near 1."""
+    rows, columns = matrix.shape
+    c = {name: x.astype(jnp.float32) for name, x in c.items()}
+    x = matrix.astype(jnp.bfloat16)
+    if rows > columns:
+        x = x.T
+    x = t.div(x, jnp.maximum(t.norm(x), t.cast(c["eps"], x)))
+
+    def iterate(_, x):
+        gram = t.matmul(x, x.T)
+        return t.addmm(x, t.addmm(gram, gram, gram, beta=c["b"], alpha=c["c"]), x, beta=c["a"], alpha=1)
+
+    x = lax.fori_loop(0, steps, iterate, x)
+    return x.T if rows > columns else x
