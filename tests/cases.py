@@ -35,6 +35,14 @@ class Case:
     lr: float = 0.02
     matrices: bool = False
 
+    @property
+    def scope(self) -> str:
+        return self.jopt().rule.scope
+
+    @property
+    def takes_complex(self) -> bool:
+        return self.torch not in ("Adafactor", "Muon")
+
     def tree(self, params: Any) -> Any:
         """The parameters, in shapes that the optimizer takes."""
         return jax.tree.map(jnp.atleast_2d, params) if self.matrices else params
@@ -142,6 +150,13 @@ TOLERANCES = {
     # a rounding, which then stays in the moments. An ulp is 2^-7.
     "bfloat16": 2**-6,
 }
+# Muon iterates in bfloat16: where matrix products are summed in another order an entry of the update, of about 1, is
+# rounded the other way, by 2^-8. From float64 parameters that is seldom, from float32 ones started an ulp apart torch
+# differs from itself by 7e-3 over these steps, from bfloat16 ones by 0.15.
+MUON = {"float64": 0.01, "float32": 0.02, "bfloat16": 0.15}
+# Where a gradient has few directions (a batch of 16, 200 rows), the iteration multiplies what rounding leaves in the
+# others by up to 3.4445^5.
+MUON_OF_LOW_RANK = {"float64": 0.05}
 # The same two in a network trained for a few steps: its gradients multiply a difference of an ulp, and where a second
 # moment is next to nothing Adam divides by it. A step too many or too few shows at 1e-3 and more.
 NETWORK = {"float64": 1e-10, "float32": 1e-4}

@@ -26,10 +26,11 @@ from tests import cases  # noqa: E402
 BIG = optimizer.BIG
 
 
-def network(dtype=torch.float32, seed=0):
+def network(dtype=torch.float32, seed=0, bias=True):
     """Two layers: one tensor with a buffer of its own, three in the shared one."""
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Tanh(), torch.nn.Linear(200, 3)).to(dtype)
+    first, second = torch.nn.Linear(300, 200, bias=bias), torch.nn.Linear(200, 3, bias=bias)
+    return torch.nn.Sequential(first, torch.nn.Tanh(), second).to(dtype)
 
 
 def backward(model, seed=0):
@@ -51,18 +52,18 @@ def train(model, opt, steps=5, hook=lambda i: None):
 def pair(name="AdamW", dtype=torch.float32, **arguments):
     """The same model twice, for torch's optimizer and for ours."""
     arguments = {"lr": 0.01} | arguments
-    models = network(dtype), network(dtype)
+    models = [network(dtype, bias=name != "Muon") for _ in range(2)]
     return models, [
         getattr(module, name)(m.parameters(), **arguments)
         for module, m in zip((torch.optim, optim), models, strict=True)
     ]
 
 
-def assert_equal(theirs, ours):
+def assert_equal(theirs, ours, tolerances=cases.NETWORK):
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         assert p.dtype is q.dtype
         distance = cases.difference(q.detach().double(), p.detach().double())
-        assert distance <= cases.NETWORK[str(p.dtype).removeprefix("torch.")]
+        assert distance <= tolerances[str(p.dtype).removeprefix("torch.")]
 
 
 def compilations():
@@ -89,7 +90,7 @@ def test_classes_are_torchs(case):
     for model, opt in zip(models, opts, strict=True):
         train(model, opt)
     assert opts[1].defaults == opts[0].defaults
-    assert_equal(*models)
+    assert_equal(*models, cases.MUON_OF_LOW_RANK if case.matrices else cases.NETWORK)
     a, b = (opt.state_dict() for opt in opts)
     assert a["param_groups"] == b["param_groups"]
     assert a["state"].keys() == b["state"].keys()
@@ -576,7 +577,11 @@ def test_edits_of_the_state_are_seen():
 
 
 @cases.parametrize(
-    [c for c in cases.TORCH_CASES if c.id in ("sgd-dampening", "adam-amsgrad", "rmsprop-centered-momentum")]
+    [
+        c
+        for c in cases.TORCH_CASES
+        if c.id in ("sgd-dampening", "adam-amsgrad", "rmsprop-centered-momentum", "adafactor-l2")
+    ]
 )
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
 def test_checkpoints_cross(case, direction):

@@ -24,6 +24,15 @@ def from_numpy(x):
     return torch.from_numpy(np.array(x))
 
 
+@pytest.fixture(autouse=True)
+def torchs_muon_without_its_bug(monkeypatch):
+    """For bfloat16 without nesterov the iteration would normalize the momentum buffer in place."""
+    iteration = torch.optim._muon._zeropower_via_newtonschulz
+    monkeypatch.setattr(
+        torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *args: iteration(grad.clone(), *args)
+    )
+
+
 class TorchRun:
     """torch.optim, or the drop-in, on the problem."""
 
@@ -85,7 +94,8 @@ def test_equals_torch(case, dtype):
                 for key, value in expected.items():
                     worst[name] = max(worst[name], (cases.difference(found[key], value), key, i))
         for name, (distance, key, step) in worst.items():
-            assert distance <= cases.TOLERANCES[dtype], (name, key, step)
+            tolerance = (cases.MUON if case.name == "muon" else cases.TOLERANCES)[dtype]
+            assert distance <= tolerance, (name, key, step)
 
 
 def test_the_problem_moves():
@@ -107,7 +117,8 @@ def test_one_low_precision_step_is_bit_equal(case, dtype):
     """torch's rounding after each operation, on values of any size."""
     torch_dtype = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(0)
-    start, grad = (torch.randn(4096, generator=generator).to(torch_dtype) for _ in range(2))
+    shape = (64, 64) if case.matrices else (4096,)
+    start, grad = (torch.randn(shape, generator=generator).to(torch_dtype) for _ in range(2))
     p = torch.nn.Parameter(start.clone())
     p.grad = grad.clone()
     getattr(torch.optim, case.torch)([p], lr=case.lr, **case.arguments).step()
@@ -115,14 +126,15 @@ def test_one_low_precision_step_is_bit_equal(case, dtype):
     params = jnp.asarray(start.float().numpy()).astype(dtype)
     new, _ = jax.jit(tx.step)(jnp.asarray(grad.float().numpy()).astype(dtype), tx.init(params), params)
     different = np.asarray(new.astype(jnp.float32)) != p.detach().float().numpy()
-    assert different.mean() <= 1e-3  # where a contracted a * b + c rounds the other way
+    # Where a contracted a * b + c rounds the other way; Muon iterates such roundings.
+    assert different.mean() <= (0.05 if case.name == "muon" else 1e-3)
 
 
 def test_complex_parameters():
     """A complex parameter is stepped as pairs of reals; jax.grad's conjugate is torch's gradient."""
     rng = np.random.default_rng(0)
     start, target = (rng.standard_normal(16) + 1j * rng.standard_normal(16) for _ in range(2))
-    for case in cases.TORCH_CASES:
+    for case in (case for case in cases.TORCH_CASES if case.takes_complex):
         runs = []
         for cls in (getattr(torch.optim, case.torch), getattr(optim, case.torch)):
             p = torch.nn.Parameter(torch.from_numpy(start.copy()))
@@ -149,11 +161,11 @@ def test_complex_parameters():
 @cases.parametrize([case for case in cases.TORCH_CASES if case.slots])
 def test_float32_state_of_bfloat16_parameters(case):
     """state_dtype: the step in float32 throughout, rounded once; against torch on float32 copies."""
-    problem = cases.Problem("bfloat16")
+    problem = cases.Problem("bfloat16", matrices=case.matrices)
     tx = case.jopt(state_dtype=jnp.float32)
     params = [jnp.asarray(x) for x in problem.start]
     state = tx.init(params)
-    assert {x.dtype for slot in state.slots.values() for x in slot} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves(state.slots)} == {jnp.dtype(jnp.float32)}
     grads = problem.grads(0, problem.start)
     new, state = tx.step([jnp.asarray(g) for g in grads], state, params)
     ps = [torch.nn.Parameter(from_numpy(x).float()) for x in problem.start]
@@ -164,8 +176,9 @@ def test_float32_state_of_bfloat16_parameters(case):
     for i, p in enumerate(ps):
         assert new[i].dtype == jnp.bfloat16
         assert cases.difference(np.asarray(new[i].astype(jnp.float32)), p.detach().bfloat16().float()) <= 2**-7
-        for slot in case.slots:
-            assert cases.difference(state.slots[slot][i], optimizer.state[p][slot]) <= 1e-6
+        for slot, value in optimizer.state[p].items():
+            if slot in case.slots:
+                assert cases.difference(state.slots[slot][i], value) <= 1e-6
 
 
 def test_hyperparameters_in_state_stay_close():
