@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from interop import sparse
+from interop.lbfgs import LBFGS
 from interop.optimizer import CompiledStep, check_process
 from jopt import rules
 
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",
@@ -33,6 +35,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "SparseAdam",
 ]
 
 

@@ -90,7 +90,7 @@ class CompiledStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _undynamo(type(self)._step)(self)
+        undynamo(type(self)._step)(self)
         return loss
 
     def _step(self) -> None:
@@ -126,7 +126,7 @@ def _is_wide_state(state: torch.dtype, param: torch.dtype) -> bool:
 
 
 @functools.cache
-def _undynamo(f: Callable[..., Any]) -> Callable[..., Any]:
+def undynamo(f: Callable[..., Any]) -> Callable[..., Any]:
     """Keep torch.compile out of f. Lazily, since it imports torch._dynamo."""
     return torch.compiler.disable(f)
 
@@ -267,7 +267,7 @@ class _Plan:
             _Bucket(rule, dtype, dict(slots), leaves)
             for (_, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
         ]
-        with _SignalsWait():
+        with SignalsWait():
             for bucket in self.buckets:
                 bucket.take(optimizer, hyperparameters)
 
@@ -699,14 +699,14 @@ def _run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> Non
     The buffers are donated, so that an exception between the call and the taking of its results would lose the
     memory that torch sees: signals whose handlers could raise one wait.
     """
-    with _SignalsWait(), own_settings(), jax.transfer_guard("allow"):
+    with SignalsWait(), own_settings(), jax.transfer_guard("allow"):
         out = program([buffer.array for buffer in buffers], *arguments)
         jax.block_until_ready(out)
         for buffer, array in zip(buffers, out, strict=True):
             buffer.replace(array)
 
 
-class _SignalsWait:
+class SignalsWait:
     """Python's signal handlers run after the block rather than inside it."""
 
     signals = [

@@ -1,6 +1,7 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
 from jopt.arena import Packed, pack, unpack
+from jopt.lbfgs import lbfgs
 from jopt.optimizers import (
     adadelta,
     adafactor,
@@ -33,6 +34,7 @@ __all__ = [
     "adamw",
     "asgd",
     "gradient_descent",
+    "lbfgs",
     "momentum",
     "muon",
     "nadam",

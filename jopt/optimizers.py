@@ -1,41 +1,32 @@
 """The optimizers under torch's names in lower case, with torch's arguments and defaults.
 
 Every number may be a number, a 0-d array (also traced) or a schedule `step -> value`, evaluated in float64 at
-the count of calls, from 0. Every function also takes the `Options`, and raises torch's ValueError for a number out of
-range, TypeError for what is no number.
+the count of calls, from 0. Every function also takes
+
+    state_dtype: the type of the state's tensors where wider than the parameter's (float32 for bfloat16 parameters:
+        the step is then computed in float32 and rounded once; torch rounds after each operation).
+    master_copy: keep a float32 copy of each bfloat16 and float16 parameter in the state (`state.slots["master"]`),
+        which is stepped in float32; the parameter is its rounded value and is not read: to change a parameter from
+        outside, change both, or call `init` again.
+    stochastic_rounding: a seed or a key of `jax.random`. bfloat16 parameters are stepped in float32 and rounded up or
+        down at random, with the probabilities that keep the mean: steps of less than an ulp add up instead of being
+        lost. Use `step`; the difference that `update` returns is rounded once more.
+    hyperparams_in_state: keep all hyperparameters in `state.hyperparams`, to be read, saved, and set without
+        compiling again. They have JAX's default float type there, so that in float32 a beta2 of 0.999 is
+        0.99900001.
+
+and raises torch's ValueError for a number out of range, TypeError for what is no number.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from jax import Array
 
 from jopt import rules
 from jopt.rule import Hyperparameter, is_number
 from jopt.transform import Transform, transform
-
-
-class Options(TypedDict, total=False):
-    """What every function takes besides torch's arguments, by keyword.
-
-    Attributes:
-      state_dtype: the type of the state's tensors where wider than the parameter's (float32 for bfloat16 parameters:
-        the step is then computed in float32 and rounded once; torch rounds after each operation).
-      master_copy: keep a float32 copy of each bfloat16 and float16 parameter in the state (`state.slots["master"]`),
-        which is stepped in float32; the parameter is its rounded value. It is not read: set both, or call `init`, to
-        change a parameter from outside.
-      stochastic_rounding: a seed or a key of `jax.random`. bfloat16 parameters are stepped in float32 and rounded up or
-        down at random, with the probabilities that keep the mean: steps of less than an ulp add up instead of being
-        lost. Use `step`; the difference that `update` returns is rounded once more.
-      hyperparams_in_state: keep all hyperparameters in `state.hyperparams`, to be read, saved, and set without
-        compiling again. They have JAX's default float type there, so that in float32 a beta2 of 0.999 is 0.99900001.
-    """
-
-    state_dtype: Any
-    master_copy: bool
-    stochastic_rounding: int | Array | None
-    hyperparams_in_state: bool
 
 
 def sgd(
@@ -46,7 +37,10 @@ def sgd(
     nesterov: bool = False,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Stochastic gradient descent, as `torch.optim.SGD`.
 
@@ -68,7 +62,14 @@ def sgd(
     arguments = dict(
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
     )
-    return transform(rules.SGD, arguments, **options)
+    return transform(
+        rules.SGD,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def adam(
@@ -80,7 +81,10 @@ def adam(
     *,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Adam, as `torch.optim.Adam`: the bias corrections in float64, AMSGrad's maximum over the raw moment.
 
@@ -108,7 +112,14 @@ def adam(
         maximize=maximize,
         decoupled_weight_decay=decoupled_weight_decay,
     )
-    return transform(rules.Adam, arguments, **options)
+    return transform(
+        rules.Adam,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def adamw(
@@ -119,7 +130,10 @@ def adamw(
     amsgrad: bool = False,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """AdamW, as `torch.optim.AdamW`: `adam` with p <- p * (1 - lr * weight_decay) before it, and no L2 term.
 
@@ -142,7 +156,10 @@ def adamw(
         amsgrad,
         maximize=maximize,
         decoupled_weight_decay=True,
-        **options,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
     )
 
 
@@ -155,7 +172,10 @@ def rmsprop(
     centered: bool = False,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """RMSprop, as `torch.optim.RMSprop`: eps outside the root, lr outside the momentum buffer.
 
@@ -182,7 +202,14 @@ def rmsprop(
         centered=centered,
         maximize=maximize,
     )
-    return transform(rules.RMSprop, arguments, **options)
+    return transform(
+        rules.RMSprop,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def adamax(
@@ -192,7 +219,10 @@ def adamax(
     weight_decay: Hyperparameter = 0,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Adamax, as `torch.optim.Adamax`: Adam with the infinity norm; eps beside |g|, none in the denominator.
 
@@ -209,7 +239,14 @@ def adamax(
     State: `step`, `exp_avg`, `exp_inf`. Source: torch/optim/adamax.py; Kingma & Ba 2015, section 7.1.
     """
     arguments = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-    return transform(rules.Adamax, arguments, **options)
+    return transform(
+        rules.Adamax,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def nadam(
@@ -221,7 +258,10 @@ def nadam(
     *,
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """NAdam, as `torch.optim.NAdam`: Nesterov momentum on the schedule mu_t, which optax's nadam has not.
 
@@ -248,7 +288,14 @@ def nadam(
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
     )
-    return transform(rules.NAdam, arguments, **options)
+    return transform(
+        rules.NAdam,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def radam(
@@ -259,7 +306,10 @@ def radam(
     *,
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """RAdam, as `torch.optim.RAdam`: Adam without its second moment until that has enough samples.
 
@@ -286,7 +336,14 @@ def radam(
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
     )
-    return transform(rules.RAdam, arguments, **options)
+    return transform(
+        rules.RAdam,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def adagrad(
@@ -297,7 +354,10 @@ def adagrad(
     eps: Hyperparameter = 1e-10,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Adagrad, as `torch.optim.Adagrad`: eps outside the root, unlike optax.
 
@@ -321,7 +381,14 @@ def adagrad(
         eps=eps,
         maximize=maximize,
     )
-    return transform(rules.Adagrad, arguments, **options)
+    return transform(
+        rules.Adagrad,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def adadelta(
@@ -331,7 +398,10 @@ def adadelta(
     weight_decay: Hyperparameter = 0,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Adadelta, as `torch.optim.Adadelta`: steps in the parameter's own units.
 
@@ -348,7 +418,14 @@ def adadelta(
     State: `step`, `square_avg`, `acc_delta`. Source: torch/optim/adadelta.py; Zeiler 2012.
     """
     arguments = dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
-    return transform(rules.Adadelta, arguments, **options)
+    return transform(
+        rules.Adadelta,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def rprop(
@@ -357,7 +434,10 @@ def rprop(
     step_sizes: tuple[Hyperparameter, Hyperparameter] = (1e-6, 50),
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Rprop, as `torch.optim.Rprop`: by the gradient's sign, with a step size for each element.
 
@@ -374,7 +454,14 @@ def rprop(
     State: `step`, `prev`, `step_size`. Source: torch/optim/rprop.py; Riedmiller & Braun 1993.
     """
     arguments = dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize)
-    return transform(rules.Rprop, arguments, **options)
+    return transform(
+        rules.Rprop,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def asgd(
@@ -385,7 +472,10 @@ def asgd(
     weight_decay: Hyperparameter = 0,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Averaged SGD, as `torch.optim.ASGD`; the average is the state `ax`.
 
@@ -404,7 +494,14 @@ def asgd(
     State: `step`, `eta`, `mu`, `ax`. Source: torch/optim/asgd.py; Polyak & Juditsky 1992.
     """
     arguments = dict(lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize)
-    return transform(rules.ASGD, arguments, **options)
+    return transform(
+        rules.ASGD,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def adafactor(
@@ -415,7 +512,10 @@ def adafactor(
     weight_decay: Hyperparameter = 0.0,
     *,
     maximize: bool = False,
-    **options: Unpack[Options],
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Adafactor, as `torch.optim.Adafactor`: the second moment of a matrix from its row and column means.
 
@@ -440,7 +540,14 @@ def adafactor(
     Raises RuntimeError for a complex parameter. Source: torch/optim/_adafactor.py; Shazeer & Stern 2018.
     """
     arguments = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, maximize=maximize)
-    return transform(rules.Adafactor, arguments, **options)
+    return transform(
+        rules.Adafactor,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def muon(
@@ -452,7 +559,11 @@ def muon(
     eps: Hyperparameter = 1e-7,
     ns_steps: int = 5,
     adjust_lr_fn: str | None = None,
-    **options: Unpack[Options],
+    *,
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Muon, as `torch.optim.Muon`: momentum made orthogonal, for matrices alone; the others need another optimizer.
 
@@ -483,7 +594,14 @@ def muon(
         ns_steps=ns_steps,
         adjust_lr_fn=adjust_lr_fn,
     )
-    return transform(rules.Muon, arguments, **options)
+    return transform(
+        rules.Muon,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def sparse_adam(
@@ -491,7 +609,11 @@ def sparse_adam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,
     maximize: bool = False,
-    **options: Unpack[Options],
+    *,
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """SparseAdam, as `torch.optim.SparseAdam`: Adam on the rows that have a gradient, at the cost of those rows.
 
@@ -515,10 +637,24 @@ def sparse_adam(
     State: `step`, `exp_avg`, `exp_avg_sq`. Raises RuntimeError for a dense gradient, ValueError for a complex
     parameter. Source: torch/optim/sparse_adam.py.
     """
-    return transform(rules.SparseAdam, dict(lr=lr, betas=betas, eps=eps, maximize=maximize), **options)
+    return transform(
+        rules.SparseAdam,
+        dict(lr=lr, betas=betas, eps=eps, maximize=maximize),
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
-def gradient_descent(lr: Hyperparameter, **options: Unpack[Options]) -> Transform:
+def gradient_descent(
+    lr: Hyperparameter,
+    *,
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
+) -> Transform:
     """Plain gradient descent, p <- p - lr * grad: `sgd` with nothing else.
 
     >>> import jax.numpy as jnp, jopt
@@ -527,7 +663,13 @@ def gradient_descent(lr: Hyperparameter, **options: Unpack[Options]) -> Transfor
     >>> tx.step(jnp.array([1.0]), tx.init(params), params)[0].item()
     0.5
     """
-    return sgd(lr, **options)
+    return sgd(
+        lr,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )
 
 
 def momentum(
@@ -535,7 +677,11 @@ def momentum(
     beta: Hyperparameter = 0.9,
     beta2: Hyperparameter | None = None,
     eps: Hyperparameter = 1e-8,
-    **options: Unpack[Options],
+    *,
+    state_dtype: Any = None,
+    master_copy: bool = False,
+    stochastic_rounding: int | Array | None = None,
+    hyperparams_in_state: bool = False,
 ) -> Transform:
     """Momentum as a running average, without bias correction; torch has no name for it.
 
@@ -553,4 +699,11 @@ def momentum(
     arguments: dict[str, Any] = dict(lr=lr, beta=beta, scaled=beta2 is not None)
     if beta2 is not None:
         arguments |= dict(beta2=beta2, eps=eps)
-    return transform(rules.Momentum, arguments, **options)
+    return transform(
+        rules.Momentum,
+        arguments,
+        state_dtype=state_dtype,
+        master_copy=master_copy,
+        stochastic_rounding=stochastic_rounding,
+        hyperparams_in_state=hyperparams_in_state,
+    )

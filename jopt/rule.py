@@ -125,7 +125,7 @@ class Rule(ABC):
     def check(cls, h: Mapping[str, Any]) -> None:
         """Raise TypeError for what is no hyperparameter, torch's ValueError for a number out of its range."""
         for name, value in h.items():
-            _check_hyperparameter(name, value, cls.limits.get(name))
+            check_hyperparameter(name, value, cls.limits.get(name))
 
     def check_param(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:  # noqa: B027  # most take all
         """Raise torch's error for a parameter that this optimizer does not step."""
@@ -141,7 +141,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
+def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
     if callable(value):
         return
     if not is_number(value):

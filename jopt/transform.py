@@ -163,7 +163,12 @@ class _Lift:
             lambda _, scalars: self._at(*scalars), (), (count, self._arrays(hyperparams)), dtype=_widest(leaves)
         )
         states = [init_leaf(self.rule, h, leaf, self.state_dtype, master_copy=self.master_copy) for leaf in leaves]
-        names = dict.fromkeys(name for state in states for name in state)
+        # Every slot that some shape has, so that the structure does not depend on which shapes there are.
+        probes = [
+            init_leaf(self.rule, h, jnp.zeros(shape, jnp.bfloat16), master_copy=self.master_copy)
+            for shape in ((0,), (0, 0))
+        ]
+        names = dict.fromkeys(name for state in (*states, *probes) for name in state)
         return State(
             count=count,
             scalars={
@@ -266,7 +271,7 @@ class _Lift:
         with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
         for path, leaf in with_path:
             name = f"params{jax.tree_util.keystr(path)}"
-            _check_array(name, leaf)
+            check_array(name, leaf)
             self.rule.check_param(name, jnp.shape(leaf), jnp.result_type(leaf))
         return [jnp.asarray(leaf) for _, leaf in with_path], treedef
 
@@ -306,7 +311,8 @@ def _check_floating(name: str, dtype: np.dtype) -> np.dtype:
     return dtype
 
 
-def _check_array(name: str, x: Any) -> None:
+def check_array(name: str, x: Any) -> None:
+    """Raise TypeError for what is no parameter."""
     if isinstance(x, bool | int | str) or not (isinstance(x, float | complex) or hasattr(x, "dtype")):
         raise TypeError(f"{name}: expected a floating point or complex array, found {type(x).__name__}")
     _check_floating(name, jnp.result_type(x))

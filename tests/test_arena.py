@@ -101,7 +101,7 @@ def test_a_rule_over_tensors_refuses_a_buffer():
     tx = transform(Normalized, dict(lr=0.1))
     params = {"w": jnp.ones(4)}
     np.testing.assert_allclose(tx.step(params, tx.init(params), params)[0]["w"], 0.95)
-    with pytest.raises(ValueError, match=r"Normalized looks at whole tensors .scope 'tensor'., which a packed"):
+    with pytest.raises(ValueError, match=r"Normalized looks at whole tensors or rows .scope 'tensor'., which a packed"):
         tx.init(jopt.pack(params))
 
 

@@ -865,7 +865,7 @@ def test_every_waiting_signal_is_delivered():
         signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
     }
     try:
-        with pytest.raises(KeyboardInterrupt), optimizer._SignalsWait():  # noqa: PT012 - what it waits for
+        with pytest.raises(KeyboardInterrupt), optimizer.SignalsWait():  # noqa: PT012 - what it waits for
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
             assert not seen

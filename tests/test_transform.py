@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jopt
+from jopt import numerics
 from tests import cases
 
 
@@ -309,17 +310,84 @@ def test_multi_steps():
     assert_trees_close(updates, expected)
 
 
-def test_tree_map_params():
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
+def test_tree_map_params(name):
     """optax's way to tell the parameter-like parts of a state from the rest."""
-    tx = jopt.adam(0.1)
+    tx = getattr(jopt, name)(0.1)
     state = optax.tree.map_params(tx, lambda x: x + 1, tx.init(tree()))
-    assert_trees_equal(state.slots["exp_avg"], jax.tree.map(jnp.ones_like, tree()))
+    for slot in state.slots.values():
+        assert_trees_equal(slot, jax.tree.map(jnp.ones_like, slot))
     assert_trees_equal(state.scalars["step"], jnp.zeros(3))
 
 
 def test_transform_pickles():
     tx = pickle.loads(pickle.dumps(jopt.adamw(0.1, weight_decay=0.2)))
     assert_trees_equal(run(tx, tree()), run(jopt.adamw(0.1, weight_decay=0.2), tree()))
+
+
+# --- bfloat16: master copies, stochastic rounding
+
+
+@cases.parametrize(cases.CASES)
+def test_a_master_copy_is_stepped_as_a_float32_parameter(case):
+    """Parameters that are rounded float32 ones, and whose gradients are the same, as if they were float32."""
+    low = case.tree(jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree()))
+    full = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    tx, reference = case.jopt(master_copy=True, state_dtype=jnp.float32), case.jopt()
+    state, reference_state = tx.init(low), reference.init(full)
+    for _ in range(10):
+        grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradients(full))
+        low, state = jax.jit(tx.step)(grads, state, low)
+        full, reference_state = jax.jit(reference.step)(grads, reference_state, full)
+    assert_trees_close(state.slots["master"], full)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), low, state.slots["master"])
+    assert types(tx.init(low)) == types(state)
+
+
+def test_a_master_copy_of_what_needs_none():
+    tx, params = jopt.adam(master_copy=True), {"f32": jnp.ones(2), "f16": jnp.ones(2, jnp.float16)}
+    state = tx.init(params)
+    assert state.slots["master"]["f32"] is None
+    assert state.slots["master"]["f16"].dtype == jnp.float32
+    new, _ = tx.step(params, state, params)
+    assert types(new) == types(params)
+
+
+def test_stochastic_rounding_keeps_what_nearest_loses():
+    """1000 steps of 2^-14 from 1, an ulp of bfloat16 being 2^-7: nearest stays, at random the mean is right."""
+    params = jnp.ones(4096, jnp.bfloat16)
+    grads = -jnp.ones(4096, jnp.bfloat16)
+
+    def walk(tx):
+        def body(carry, _):
+            return tx.step(grads, carry[1], carry[0]), None
+
+        return jax.jit(lambda: jax.lax.scan(body, (params, tx.init(params)), length=1000)[0])()[0].astype(jnp.float32)
+
+    assert (walk(jopt.sgd(lr=2**-14)) == 1).all()
+    walked = walk(jopt.sgd(lr=2**-14, stochastic_rounding=0))
+    # Each of the 4096 walks adds a variance of at most ulp * step a step: sqrt(1000 * 2^-7 * 2^-14 / 4096) = 3.4e-4.
+    assert abs(walked.mean() - (1 + 1000 * 2**-14)) < 5 * 3.4e-4
+    assert walked.std() > 0
+    again = walk(jopt.sgd(lr=2**-14, stochastic_rounding=jax.random.key(0)))
+    assert_trees_equal(walked, again)
+    assert (walked != walk(jopt.sgd(lr=2**-14, stochastic_rounding=1))).any()
+
+
+def test_stochastic_rounding_of_exact_infinite_and_wide_values():
+    x = jnp.array([1.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 3.0e38, 1e-40], jnp.float32)
+    rounded = numerics.round_at_random(jax.random.key(0), x).astype(jnp.float32)
+    np.testing.assert_array_equal(rounded[:5], x[:5])
+    assert abs(rounded[5] / x[5] - 1) < 2**-7
+    params = {"f32": jnp.ones(3), "bf16": jnp.ones(3, jnp.bfloat16)}
+    new, _ = run(jopt.adam(stochastic_rounding=0), params)
+    expected, _ = run(jopt.adam(), params)
+    assert_trees_equal(new["f32"], expected["f32"])
+    assert new["bf16"].dtype == jnp.bfloat16
+    with pytest.raises(
+        TypeError, match=r"stochastic_rounding: expected a seed, a key of jax\.random, or None, found True"
+    ):
+        jopt.adam(stochastic_rounding=True)
 
 
 # --- hyperparameters
@@ -493,14 +561,6 @@ def test_bad_gradients(grads, error, text):
     params = {"w": jnp.ones(2), "b": jnp.ones(1)}
     with pytest.raises(error, match=text):
         tx.step(grads, tx.init(params), params)
-
-
-def test_sparse_gradients_are_refused():
-    from jax.experimental import sparse
-
-    tx, params = jopt.adam(), jnp.ones((2, 2))
-    with pytest.raises(TypeError, match="grads: expected an array or None, found BCOO; sparse gradients are not taken"):
-        tx.step(sparse.BCOO.fromdense(jnp.eye(2)), tx.init(params), params)
 
 
 def test_missing_parameters_and_foreign_states():

@@ -1,0 +1,244 @@
+"""torch's LBFGS with its arithmetic compiled: the closure stays torch's, `jopt.advance` runs between its calls.
+
+torch's state is read when a step begins and written when it ends. The history, by far its largest part, lives in two
+JAX buffers, which torch's lists `old_dirs` and `old_stps` see row by row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import Tensor
+
+from interop import dlpack
+from interop.optimizer import SignalsWait, check_process, own_settings, undynamo
+from jopt.lbfgs import DONE, START, LBFGSState, Run, Settings, advance, initial_run, initial_state
+
+FIRST_CAPACITY = 8  # pairs; the history grows by doubling, as torch's grows by the pair
+
+
+class LBFGS(torch.optim.LBFGS):
+    """`torch.optim.LBFGS`, whose directions and line search are compiled (`jopt.lbfgs`).
+
+    Parameters of bfloat16 and float16 are searched in float32. A copy and an unpickled one can step, unlike torch's.
+    """
+
+    _history: _History | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._params = self.param_groups[0]["params"]
+        self._numel_cache = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The loss of the first evaluation.
+
+        Raises:
+            RuntimeError: a forked child process, or another line_search_fn than None and 'strong_wolfe'.
+            TypeError: a parameter that cannot be stepped; said before anything changes.
+        """
+        return undynamo(_step)(self, torch.enable_grad()(closure))
+
+
+def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
+    check_process()
+    if len(optimizer.param_groups) != 1:
+        raise AssertionError(f"Expected exactly one param_group, but got {len(optimizer.param_groups)}")
+    group = optimizer.param_groups[0]
+    settings = Settings(**{field.name: group[field.name] for field in dataclasses.fields(Settings)})
+    for i, p in enumerate(optimizer._params):
+        dlpack.check_tensor(f"param_groups[0]['params'][{i}]", p)
+    search = settings.line_search_fn is not None
+
+    first = closure()
+    loss, grad = float(first), _gradient(optimizer)
+    history = optimizer._history
+    if history is None or not history.serves(settings, grad, optimizer):
+        history = optimizer._history = _History(settings, grad, optimizer)
+    state, run = history.read(optimizer)
+    try:
+        while True:
+            before = state.d
+            state, run, taken, moves = history.advance(state, run, float(group["lr"]), loss, grad)
+            if moves and search:
+                optimizer._add_grad(float(taken), _tensor(before))
+            if run.unseen:
+                optimizer._add_grad(float(state.t), _tensor(state.d))
+            if run.phase == DONE:
+                return first
+            start = optimizer._clone_param() if search else None
+            optimizer._add_grad(float(state.t), _tensor(state.d))
+            loss, grad = float(closure()), _gradient(optimizer)
+            if start is not None:
+                optimizer._set_param(start)
+    finally:
+        history.write(optimizer, state, begun=bool(run.n_iter))
+
+
+def _gradient(optimizer: LBFGS) -> Tensor:
+    grad = optimizer._gather_flat_grad()
+    return grad if grad.dtype is torch.float64 else grad.float()
+
+
+def _tensor(x: Any) -> Tensor:
+    return dlpack.to_torch(x, copy=None)
+
+
+class _History:
+    """The pairs, and the program for their number."""
+
+    def __init__(self, settings: Settings, grad: Tensor, optimizer: LBFGS):
+        self.settings, self.n, self.dtype = settings, grad.numel(), grad.dtype
+        state = optimizer.state[optimizer._params[0]]
+        columns = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
+        pairs: list[Any] = list(zip(*columns, strict=True))
+        pairs = pairs[-settings.history_size :]
+        self._allocate(max(FIRST_CAPACITY, len(pairs)), pairs)
+
+    def _allocate(self, capacity: int, pairs: list[tuple[Tensor, Tensor, Any]]) -> None:
+        self.capacity = min(capacity, self.settings.history_size)
+        self.buffers = [dlpack.Buffer(self.capacity * self.n, self._numpy) for _ in range(2)]
+        self.stored = len(pairs)
+        self.ro = np.zeros(self.capacity, self._numpy)
+        for i, (y, s, ro) in enumerate(pairs):
+            for j, x in enumerate((y, s)):
+                self._row(j, i).copy_(x)
+            self.ro[i] = float(ro)
+        self.lists: list[list[Tensor]] = []
+        self.program = _compile(dataclasses.replace(self.settings, history_size=self.capacity), self.n, self._numpy)
+
+    @property
+    def _numpy(self) -> np.dtype:
+        return dlpack.DTYPES[self.dtype]
+
+    def _row(self, buffer: int, index: int) -> Tensor:
+        offset = index * self.n * self._numpy.itemsize
+        return self.buffers[buffer].view(self.dtype, (self.n,), offset)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor, float]]:
+        """From the oldest to the newest."""
+        first = max(0, self.stored - self.capacity)
+        indices = [i % self.capacity for i in range(first, self.stored)]
+        return [(self._row(0, i), self._row(1, i), float(self.ro[i])) for i in indices]
+
+    def serves(self, settings: Settings, grad: Tensor, optimizer: LBFGS) -> bool:
+        """Whether this still is the state's history."""
+        state = optimizer.state[optimizer._params[0]]
+        found = [state.get("old_dirs") or [], state.get("old_stps") or []]
+        return (
+            (settings, grad.numel(), grad.dtype) == (self.settings, self.n, self.dtype)
+            and len(self.lists) == 2
+            and all(a is b for a, b in zip(found, self.lists, strict=True))
+            and all(x is y for a, b in zip(found, self.rows, strict=True) for x, y in zip(a, b, strict=True))
+        )
+
+    def read(self, optimizer: LBFGS) -> tuple[LBFGSState, Run]:
+        state = optimizer.state[optimizer._params[0]]
+        state.setdefault("func_evals", 0)
+        state.setdefault("n_iter", 0)
+
+        def number(name: str) -> np.ndarray:
+            return np.array(float(state.get(name) or 0), self._numpy)
+
+        def vector(name: str) -> np.ndarray:
+            x = state.get(name)
+            return np.zeros(self.n, self._numpy) if x is None else x.detach().to(self.dtype).numpy().copy()
+
+        values: dict[str, Any] = dict(
+            count=np.int32(0),
+            n_iter=np.int32(state["n_iter"]),
+            func_evals=np.int32(state["func_evals"]),
+            d=vector("d"),
+            t=number("t"),
+            old_dirs=self.buffers[0].array,
+            old_stps=self.buffers[1].array,
+            ro=self.ro,
+            stored=np.int32(self.stored),
+            H_diag=number("H_diag"),
+            prev_flat_grad=vector("prev_flat_grad"),
+            prev_loss=number("prev_loss"),
+        )
+        return LBFGSState(**values), _first_run(self.n, self._numpy)
+
+    def advance(self, state: LBFGSState, run: Run, lr: float, loss: float, grad: Tensor) -> Any:
+        if self.stored == self.capacity < self.settings.history_size:
+            self._allocate(2 * self.capacity, self._pairs())
+            state = state._replace(ro=self.ro)
+        rest = _without_rings(state)
+        new = [np.array(x, self._numpy) for x in (lr, loss)]
+        with SignalsWait(), own_settings(), jax.transfer_guard("allow"):
+            gradient = dlpack.host_array(grad, self._numpy)
+            out = self.program([b.array for b in self.buffers], rest, run, *new, gradient)
+            rings, state, run, taken, moves = jax.block_until_ready(out)
+            for buffer, array in zip(self.buffers, rings, strict=True):
+                buffer.replace(array)
+        self.stored, self.ro = int(state.stored), np.array(state.ro)
+        return state, run, taken, bool(moves)
+
+    def write(self, optimizer: LBFGS, x: LBFGSState, *, begun: bool) -> None:
+        state = optimizer.state[optimizer._params[0]]
+        state["func_evals"], state["n_iter"] = int(x.func_evals), int(x.n_iter)
+        if not begun:
+            return
+        if state["n_iter"] > 1:
+            state.setdefault("al", [None] * self.settings.history_size)  # torch's working memory
+        pairs = self._pairs()
+        plain = self.settings.line_search_fn is None and state["n_iter"] > 1
+        state["d"] = _own(x.d)
+        state["t"] = float(x.t) if plain else _own(x.t)
+        state["old_dirs"], state["old_stps"] = self.lists = [[y for y, _, _ in pairs], [s for _, s, _ in pairs]]
+        self.rows = [list(rows) for rows in self.lists]
+        state["ro"] = [torch.tensor(ro, dtype=self.dtype) for _, _, ro in pairs]
+        state["H_diag"] = _own(x.H_diag) if pairs else 1
+        state["prev_flat_grad"] = _own(x.prev_flat_grad)
+        state["prev_loss"] = float(x.prev_loss)
+
+
+def _without_rings(state: LBFGSState) -> LBFGSState:
+    none: Any = None
+    return state._replace(old_dirs=none, old_stps=none)
+
+
+def _own(x: Any) -> Tensor:
+    return torch.from_numpy(np.array(x))
+
+
+def _first_run(n: int, dtype: np.dtype) -> Run:
+    with own_settings():
+        shapes = jax.eval_shape(lambda: initial_run(n, dtype))
+    return jax.tree.map(lambda x: np.full(x.shape, START, x.dtype), shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(settings: Settings, n: int, dtype: np.dtype) -> Any:
+    def program(rings: list[Any], state: LBFGSState, run: Run, lr: Any, loss: Any, grad: Any) -> Any:
+        old_dirs, old_stps = (x.reshape(settings.history_size, n) for x in rings)
+        state = state._replace(old_dirs=old_dirs, old_stps=old_stps)
+        state, run, taken, moves = advance(settings, state, run, lr, loss, grad)
+        rings = [state.old_dirs.reshape(-1), state.old_stps.reshape(-1)]
+        return rings, _without_rings(state), run, taken, moves
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with own_settings():
+        state, run = jax.eval_shape(
+            lambda: (initial_state(settings, n, dtype), initial_run(n, dtype)),
+        )
+        rings = [jax.ShapeDtypeStruct((settings.history_size * n,), dtype)] * 2
+        scalar = jax.ShapeDtypeStruct((), dtype)
+        rest = _without_rings(state)
+        specs = (rings, rest, run, scalar, scalar, jax.ShapeDtypeStruct((n,), dtype))
+        specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), specs)
+        return jax.jit(program, donate_argnums=0).lower(*specs).compile()
