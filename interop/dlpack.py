@@ -164,16 +164,16 @@ def _array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
 
 
 class Buffer:
-    """A flat JAX array, zero at first, that torch sees at one address across donated steps.
+    """A JAX array, zero at first, that torch sees at one address across donated steps.
 
     torch's views are made over the address, so JAX knows of none and donates the array in place. Each view keeps
     this object alive, and it keeps the current array: the memory lives as long as any view of it, and
     no view outlives it.
     """
 
-    def __init__(self, size: int, dtype: np.dtype):
+    def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
         with jax.enable_x64(True):
-            zeros = jnp.zeros((size,), dtype, device=jax.local_devices(backend="cpu")[0])
+            zeros = jnp.zeros(shape, dtype, device=jax.local_devices(backend="cpu")[0])
         self.array: Array = zeros.block_until_ready()
         self.address: int = zeros.unsafe_buffer_pointer()
 

@@ -110,9 +110,9 @@ class _History:
 
     def _allocate(self, capacity: int, pairs: list[tuple[Tensor, Tensor, Any]]) -> None:
         self.capacity = min(capacity, self.settings.history_size)
-        self.buffers = [dlpack.Buffer(self.capacity * self.n, self._numpy) for _ in range(2)]
+        self.buffers = [dlpack.Buffer((self._rows, self.n), self._numpy) for _ in range(2)]
         self.stored = len(pairs)
-        self.ro = np.zeros(self.capacity, self._numpy)
+        self.ro = np.zeros(self._rows, self._numpy)
         for i, (y, s, ro) in enumerate(pairs):
             for j, x in enumerate((y, s)):
                 self._row(j, i).copy_(x)
@@ -124,6 +124,10 @@ class _History:
     def _numpy(self) -> np.dtype:
         return dlpack.DTYPES[self.dtype]
 
+    @property
+    def _rows(self) -> int:
+        return self.capacity + 1
+
     def _row(self, buffer: int, index: int) -> Tensor:
         offset = index * self.n * self._numpy.itemsize
         return self.buffers[buffer].view(self.dtype, (self.n,), offset)
@@ -131,7 +135,7 @@ class _History:
     def _pairs(self) -> list[tuple[Tensor, Tensor, float]]:
         """From the oldest to the newest."""
         first = max(0, self.stored - self.capacity)
-        indices = [i % self.capacity for i in range(first, self.stored)]
+        indices = [i % self._rows for i in range(first, self.stored)]
         return [(self._row(0, i), self._row(1, i), float(self.ro[i])) for i in indices]
 
     def serves(self, settings: Settings, grad: Tensor, optimizer: LBFGS) -> bool:
@@ -225,18 +229,16 @@ def _first_run(n: int, dtype: np.dtype) -> Run:
 @functools.lru_cache(maxsize=64)
 def _compile(settings: Settings, n: int, dtype: np.dtype) -> Any:
     def program(rings: list[Any], state: LBFGSState, run: Run, lr: Any, loss: Any, grad: Any) -> Any:
-        old_dirs, old_stps = (x.reshape(settings.history_size, n) for x in rings)
-        state = state._replace(old_dirs=old_dirs, old_stps=old_stps)
+        state = state._replace(old_dirs=rings[0], old_stps=rings[1])
         state, run, taken, moves = advance(settings, state, run, lr, loss, grad)
-        rings = [state.old_dirs.reshape(-1), state.old_stps.reshape(-1)]
-        return rings, _without_rings(state), run, taken, moves
+        return [state.old_dirs, state.old_stps], _without_rings(state), run, taken, moves
 
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with own_settings():
         state, run = jax.eval_shape(
             lambda: (initial_state(settings, n, dtype), initial_run(n, dtype)),
         )
-        rings = [jax.ShapeDtypeStruct((settings.history_size * n,), dtype)] * 2
+        rings = [jax.ShapeDtypeStruct((settings.history_size + 1, n), dtype)] * 2
         scalar = jax.ShapeDtypeStruct((), dtype)
         rest = _without_rings(state)
         specs = (rings, rest, run, scalar, scalar, jax.ShapeDtypeStruct((n,), dtype))

@@ -34,9 +34,9 @@ class LBFGSState(NamedTuple):
       count: int32, the calls of `step` so far; what a schedule of lr is evaluated at.
       n_iter, func_evals: int32, iterations and evaluations so far.
       d, t: the last direction, (n,), and how far along it the last iteration went.
-      old_dirs, old_stps, ro: (history_size, n) differences of gradients y and of parameters s, and 1 / (y . s),
-        (history_size,); a ring.
-      stored: int32, how many pairs were ever stored: the last went to `(stored - 1) % history_size`.
+      old_dirs, old_stps, ro: (history_size + 1, n) differences of gradients y and of parameters s, and 1 / (y . s),
+        (history_size + 1,). Rings: row `stored % (history_size + 1)` is where the next pair goes, and no part of it.
+      stored: int32, how many pairs were ever stored.
       H_diag: the scale of the first inverse Hessian, (s . y) / (y . y).
       prev_flat_grad, prev_loss: gradient, (n,), and loss where the last iteration began.
     """
@@ -112,16 +112,16 @@ def initial_state(settings: Settings, n: int, dtype: Any) -> LBFGSState:
     def integer() -> Array:
         return jnp.zeros((), jnp.int32)
 
-    history = (settings.history_size, n)
+    rows = settings.history_size + 1
     return LBFGSState(
         count=integer(),
         n_iter=integer(),
         func_evals=integer(),
         d=jnp.zeros(n, dtype),
         t=jnp.zeros((), dtype),
-        old_dirs=jnp.zeros(history, dtype),
-        old_stps=jnp.zeros(history, dtype),
-        ro=jnp.zeros(settings.history_size, dtype),
+        old_dirs=jnp.zeros((rows, n), dtype),
+        old_stps=jnp.zeros((rows, n), dtype),
+        ro=jnp.zeros(rows, dtype),
         stored=integer(),
         H_diag=jnp.ones((), dtype),
         prev_flat_grad=jnp.zeros(n, dtype),
@@ -234,16 +234,18 @@ def advance(
 def _remember(settings: Settings, state: LBFGSState, when: Array, y: Array, s: Array) -> LBFGSState:
     ys = _dot(y, s)
     when &= ys > 1e-10
-    slot = state.stored % settings.history_size
+    slot = state.stored % (settings.history_size + 1)
 
     def write(ring: Array, new: Array) -> Array:
-        old = lax.dynamic_index_in_dim(ring, slot, keepdims=False)
-        return lax.dynamic_update_index_in_dim(ring, jnp.where(when, new, old), slot, 0)
+        return lax.dynamic_update_index_in_dim(ring, new, slot, 0)
 
+    # Written in any case, to the row that no stored pair is in: a choice between old and new would copy the ring.
+    rings = lax.optimization_barrier((write(state.old_dirs, y), write(state.old_stps, s), write(state.ro, 1 / ys)))
+    old_dirs, old_stps, ro = rings
     return state._replace(
-        old_dirs=write(state.old_dirs, y),
-        old_stps=write(state.old_stps, s),
-        ro=write(state.ro, 1 / ys),
+        old_dirs=old_dirs,
+        old_stps=old_stps,
+        ro=ro,
         stored=state.stored + when.astype(jnp.int32),
         H_diag=jnp.where(when, ys / _dot(y, y), jnp.where(state.n_iter == 0, jnp.ones_like(ys), state.H_diag)),
     )
@@ -251,8 +253,8 @@ def _remember(settings: Settings, state: LBFGSState, when: Array, y: Array, s: A
 
 def _two_loops(settings: Settings, state: LBFGSState, grad: Array) -> Array:
     """-H grad, H the inverse Hessian that the pairs and H_diag make."""
-    size = settings.history_size
-    n = jnp.minimum(state.stored, size)
+    size = settings.history_size + 1
+    n = jnp.minimum(state.stored, settings.history_size)
 
     def pair(i: Array) -> tuple[Array, Array, Array, Array]:
         index = (state.stored - n + i) % size
@@ -274,7 +276,7 @@ def _two_loops(settings: Settings, state: LBFGSState, grad: Array) -> Array:
 
 
 def _dot(x: Array, y: Array) -> Array:
-    return jnp.vdot(x, y, precision=lax.Precision.HIGHEST)
+    return jnp.sum(x * y)
 
 
 # --- in JAX ------------------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ class LBFGS:
     settings: Settings
 
     def init(self, params: Tree) -> LBFGSState:
-        """The state before the first step: `(2 * history_size + 2) * n` numbers.
+        """The state before the first step: `(2 * history_size + 4) * n` numbers.
 
         Raises:
           TypeError: a parameter is no floating or complex array.

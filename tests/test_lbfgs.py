@@ -111,8 +111,8 @@ def test_history_is_torchs(search, x64):
         for run in (*runs, pure):
             run.step()
         a, b = (run.state for run in runs)
-        stored, size = int(pure.state.stored), 11
-        order = [i % size for i in range(max(0, stored - size), stored)]
+        stored, size = int(pure.state.stored), 12
+        order = [i % size for i in range(max(0, stored - 11), stored)]
         assert len(order) == len(a["ro"])
         for name in ("old_dirs", "old_stps", "ro"):
             for x, y, z in zip(a[name], b[name], np.asarray(getattr(pure.state, name))[order], strict=True):
