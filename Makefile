@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-all test-versions bench lint clean
+.PHONY: demo test test-all test-versions bench parity lint clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -21,6 +21,9 @@ test-versions:  ## the oldest and the newest JAX that pyproject.toml admits, and
 
 bench: $(VENV)/.dev  ## time a step; table and plot in benchmarks/results
 	$(BIN)/python -m benchmarks.step --out benchmarks/results
+
+parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
+	$(BIN)/python -m benchmarks.parity
 
 lint: $(VENV)/.dev  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
