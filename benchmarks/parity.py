@@ -512,6 +512,8 @@ def markdown(result: dict[str, Any]) -> str:
     paths = result["paths"]
     followed = [r for r in paths if not any(r["configuration"] == q["configuration"] for q in chaotic)]
     ratios = [max(r["float32"]["jopt"], r["float32"]["interop"]) for r in rows]
+    distances = [r["float64"][side] for r in exact for side in ("jopt", "interop")]
+    other = number(max(r["float64"] for r in followed))
     low = [r["bfloat16"] for r in rows if "bfloat16" in r]
     lines = [
         "# Parity with torch",
@@ -521,16 +523,14 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "![The error of float32 over the steps](parity.png)",
         "",
-        f"- **float64**: {len(exact)} of {len(rows)} configurations stay within "
-        f"{number(max(max(r['float64']['jopt'], r['float64']['interop']) for r in exact))} of torch: largest difference "
-        "over largest value, of each parameter and each tensor of the state.",
+        f"- **float64**: {len(exact)} of {len(rows)} configurations stay within {number(max(distances))} of torch: largest "
+        "difference over largest value, of each parameter and each tensor of the state.",
         f"- **float32**: our root mean square error against the float64 trajectory over torch's own, the median over "
         f"{result['seeds']} seeds, is {number(min(ratios))} to {number(max(ratios))}.",
         f"- **bfloat16**: {sum(x['equal'] == 1 for x in low)} of {len(low)} configurations end with every parameter "
         "equal to the bit.",
         f"- **torch's other paths** (fused, differentiable), {len(paths)} configurations in all: the drop-in is within "
-        f"{number(max(r['float64'] for r in followed))} of each in float64, the {len(paths) - len(followed)} of Muon and "
-        "of chaotic LBFGS aside.",
+        f"{other} of each in float64, the {len(paths) - len(followed)} of Muon and of chaotic LBFGS aside.",
         "",
         "optax is its nearest optimizer with the same numbers, by the same measure as ours in float32: about 1 is the "
         "same algorithm, more is another one. A dash: there is none.",
@@ -549,8 +549,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "## What is not equal to rounding, and why",
         "",
-        "Muon iterates in bfloat16: sums of matrix products in another order round an entry of the update the other way "
-        "now and then, by 2^-8 of it; the largest in units of the last place is of the smallest parameters. LBFGS with "
+        "Muon iterates in bfloat16: sums of matrix products in another order round an entry of the update the other "
+        "way now and then, by 2^-8 of it; the largest in units of the last place is of the smallest parameters. LBFGS with "
         "a step of 1 multiplies differences: torch itself, started one unit in the last place away, ends as far from "
         "itself.",
         "",

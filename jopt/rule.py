@@ -74,6 +74,7 @@ class Rule(ABC):
     tuples: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # torch's argument -> its members' names here
     limits: ClassVar[Mapping[str, Limit]] = {}
     scope: ClassVar[Literal["element", "tensor", "rows"]] = "element"
+    real_only: ClassVar[bool] = False  # no complex leaves
     batched: ClassVar[bool] = False  # leaves of equal shapes are stacked and stepped at once
 
     @abstractmethod
@@ -127,8 +128,12 @@ class Rule(ABC):
         for name, value in h.items():
             check_hyperparameter(name, value, cls.limits.get(name))
 
-    def check_param(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:  # noqa: B027  # most take all
+    def check_param(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise torch's error for a parameter that this optimizer does not step."""
+        if self.real_only and jnp.issubdtype(dtype, jnp.complexfloating):
+            raise RuntimeError(
+                f"{type(self).__name__} does not support complex parameters: {name} is {jnp.dtype(dtype)}"
+            )
 
 
 def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]:

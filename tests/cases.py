@@ -41,7 +41,7 @@ class Case:
 
     @property
     def takes_complex(self) -> bool:
-        return self.torch not in ("Adafactor", "Muon")
+        return not self.jopt().rule.real_only
 
     def tree(self, params: Any) -> Any:
         """The parameters, in shapes that the optimizer takes."""
@@ -130,6 +130,7 @@ CASES = [
     ),
     Case("gradient_descent", "gradient_descent", None, {}, ()),
     Case("momentum", "momentum", None, {}, ("exp_avg",)),
+    Case("mars", "mars", None, dict(amsgrad=True), (*MOMENTS, "max_exp_avg_sq", "last_grad")),
     Case("momentum-scaled", "momentum", None, dict(beta2=0.999), MOMENTS),
 ]
 TORCH_CASES = [case for case in CASES if case.torch]

@@ -5,6 +5,7 @@ from jopt.rules.adagrad import Adadelta, Adagrad
 from jopt.rules.adam import Adam
 from jopt.rules.adamax import Adamax
 from jopt.rules.asgd import ASGD
+from jopt.rules.mars import Mars
 from jopt.rules.momentum import Momentum
 from jopt.rules.muon import Muon
 from jopt.rules.nadam import NAdam
@@ -22,6 +23,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Adamax",
+    "Mars",
     "Momentum",
     "Muon",
     "NAdam",

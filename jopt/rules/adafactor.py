@@ -40,6 +40,7 @@ class Adafactor(Rule):
         "weight_decay": at_least_zero("weight_decay should be >= 0 but is: {}"),
     }
     scope = "tensor"
+    real_only = True
 
     @classmethod
     def members(cls, arguments):
@@ -48,10 +49,6 @@ class Adafactor(Rule):
     @classmethod
     def shaped_by(cls, arguments, h, *, dynamic=False):
         return super().shaped_by({**arguments, "eps1_given": "eps1" in h}, h, dynamic=dynamic)
-
-    def check_param(self, name, shape, dtype):
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise RuntimeError(f"Adafactor does not support complex parameters: {name} is {jnp.dtype(dtype)}")
 
     def init(self, h, param):
         if param.ndim < 2:

@@ -44,6 +44,7 @@ class Muon(Rule):
         "weight_decay": at_least_zero("weight decay should be >= 0 but is: {}"),
     }
     scope = "tensor"
+    real_only = True
     batched = True
 
     def __post_init__(self):
@@ -59,8 +60,7 @@ class Muon(Rule):
         return super().members(arguments)
 
     def check_param(self, name, shape, dtype):
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise RuntimeError(f"Muon does not support complex parameters: {name} is {jnp.dtype(dtype)}")
+        super().check_param(name, shape, dtype)
         if len(shape) != 2:
             raise ValueError(
                 f"Muon only supports 2D parameters whereas we found a parameter with size: {tuple(shape)} ({name}); "

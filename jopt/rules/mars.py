@@ -1,0 +1,81 @@
+"""MARS-AdamW (Yuan et al. 2024, "MARS: Unleashing the Power of Variance Reduction for Training Large Models")."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jopt import numerics as t
+from jopt.rule import Rule, at_least_zero, fraction
+
+
+@dataclasses.dataclass(frozen=True)
+class Mars(Rule):
+    r"""AdamW on a gradient that is corrected by its change, with the last step's gradient (the paper's "approximate").
+
+    c = g + gamma * beta1 / (1 - beta1) * (g - g_before);  c = c / max(1, |c|)
+    m = beta1 * m + (1 - beta1) * c;  v = beta2 * v + (1 - beta2) * c^2;  amsgrad: v_max = max(v_max, v)
+    p = p - lr * (weight_decay * p + m / ((1 - beta1^t) * (sqrt(v or v_max) / sqrt(1 - beta2^t) + eps)))
+
+    What is no matrix takes c = g with lr_1d, betas_1d and weight_decay_1d instead, unless optimize_1d.
+    """
+
+    amsgrad: bool
+    optimize_1d: bool
+
+    hyperparameters = (
+        *("lr", "beta1", "beta2", "eps", "weight_decay", "gamma"),
+        *("lr_1d", "beta1_1d", "beta2_1d", "weight_decay_1d"),
+    )
+    tuples = {"betas": ("beta1", "beta2"), "betas_1d": ("beta1_1d", "beta2_1d")}
+    limits = {
+        "lr": at_least_zero("Invalid learning rate: {}"),
+        "eps": at_least_zero("Invalid epsilon value: {}"),
+        "beta1": fraction("Invalid beta parameter at index 0: {}"),
+        "beta2": fraction("Invalid beta parameter at index 1: {}"),
+        "beta1_1d": fraction("Invalid beta_1d parameter at index 0: {}"),
+        "beta2_1d": fraction("Invalid beta_1d parameter at index 1: {}"),
+    }
+    scope = "tensor"
+    real_only = True
+
+    def init(self, h, param):
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
+        return {name: jnp.zeros_like(param) for name in names + ["last_grad"] * self._corrects(param)}
+
+    def _corrects(self, param):
+        return self.optimize_1d or param.ndim == 2
+
+    def scalars(self, h, s, xp, stored):
+        step = s["step"] + 1
+        c = {"correction": h["gamma"] * h["beta1"] / (1 - h["beta1"]), "eps": h["eps"]}
+        for suffix in ("", "_1d"):
+            lr, beta1, beta2, weight_decay = (h[name + suffix] for name in ("lr", "beta1", "beta2", "weight_decay"))
+            c |= {
+                "-lr" + suffix: -lr,
+                "weight_decay" + suffix: weight_decay,
+                "beta1" + suffix: beta1,
+                "1-beta1" + suffix: 1 - beta1,
+                "beta2" + suffix: beta2,
+                "1-beta2" + suffix: 1 - beta2,
+                "bias_correction1" + suffix: 1 - beta1**step,
+                "1/sqrt(bias_correction2)" + suffix: 1 / xp.sqrt(1 - beta2**step),
+            }
+        return c, {"step": step}
+
+    def update(self, c, grad, state, param):
+        new = {}
+        if "last_grad" in state:
+            new["last_grad"] = grad
+            grad = t.add(t.mul(t.add(grad, -state["last_grad"]), c["correction"]), grad)
+            grad = t.div(grad, jnp.maximum(t.norm(grad), 1).astype(grad.dtype))
+        else:
+            c = {name: c.get(name + "_1d", x) for name, x in c.items()}
+        new["exp_avg"] = t.add(t.mul(state["exp_avg"], c["beta1"]), grad, alpha=c["1-beta1"])
+        new["exp_avg_sq"] = v = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
+        if self.amsgrad:
+            new["max_exp_avg_sq"] = v = jnp.maximum(state["max_exp_avg_sq"], v)
+        denom = t.mul(t.add(t.mul(t.sqrt(v), c["1/sqrt(bias_correction2)"]), c["eps"]), c["bias_correction1"])
+        direction = t.add(t.mul(param, c["weight_decay"]), t.div(new["exp_avg"], denom))
+        return t.add(param, t.mul(direction, c["-lr"])), new
