@@ -1,0 +1,65 @@
+"""The pages of docs/optimizers: their examples run and learn, and their tables are the functions' signatures."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import jopt
+
+PAGES = Path(__file__).parent.parent / "docs" / "optimizers"
+OPTIMIZERS = sorted(p.stem for p in PAGES.glob("*.md") if p.stem != "README")
+SHARED = {"state_dtype", "master_copy", "stochastic_rounding", "hyperparams_in_state"}
+
+
+def examples():
+    for page in sorted(PAGES.glob("*.md")):
+        for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+            yield pytest.param(code, id=f"{page.stem}-{i}")
+
+
+def rows(page):
+    return dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|required) \|", (PAGES / f"{page}.md").read_text(), re.MULTILINE))
+
+
+def test_every_optimizer_has_a_page():
+    functions = {name for name in jopt.__all__ if name.islower()} - {"pack", "unpack"}
+    assert functions == set(OPTIMIZERS)
+    index = (PAGES / "README.md").read_text()
+    assert all(f"]({name}.md) | `jopt.{name}`" in index for name in OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_arguments_are_the_functions(name):
+    parameters = inspect.signature(getattr(jopt, name)).parameters.values()
+    shared = {} if name == "lbfgs" else rows("README")
+    expected = {p.name: "" if p.default is p.empty else repr(p.default) for p in parameters}
+    assert rows(name) | shared == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_torch_takes_the_same(name):
+    torch = pytest.importorskip("torch", reason="torch's signatures")
+    found = re.search(r"`interop\.optim\.(\w+)` take", (PAGES / f"{name}.md").read_text())
+    if found is None:
+        assert name in ("gradient_descent", "mars", "momentum")
+        return
+    theirs = inspect.signature(getattr(torch.optim, found[1])).parameters
+    for argument, default in rows(name).items():
+        assert repr(theirs[argument].default) == default
+
+
+@pytest.mark.parametrize("code", list(examples()))
+def test_examples_run_and_learn(code):
+    import jax
+
+    if "torch" in code:
+        pytest.importorskip("torch", reason="a torch example")
+    names = {}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        exec(code, names)
+    if "losses" in names:
+        assert names["losses"][-1] < 0.1 * names["losses"][0]
+    else:
+        assert "params" in names
