@@ -382,10 +382,8 @@ class _Bucket:
         self.scalars = self._init_scalars(optimizer, hyperparameters)
         self.buffers: list[dlpack.Buffer] = []
         for leaf in self.big:
-            sizes = {
-                name: math.prod(shape) * (leaf.size // max(leaf.param.numel(), 1))
-                for name, shape in leaf.state_shapes.items()
-            }
+            reals = 2 if leaf.dtype.is_complex else 1
+            sizes = {name: math.prod(shape) * reals for name, shape in leaf.state_shapes.items()}
             own = {name: dlpack.Buffer(sizes.get(name, leaf.size), d) for name, d in self.dtypes.items()}
             self.buffers += own.values()
             self._place(leaf, own, 0)

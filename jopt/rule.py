@@ -201,6 +201,8 @@ def step_leaf(
     is stepped in the leaf's place. `active` (a bool array that broadcasts against the leaf) keeps the leaf and its
     state where False.
     """
+    if not param.size:
+        return param, state
     old_state, old_param = state, param
     wide = {x.dtype for x in state.values()} | {param.dtype}
     at_random = key is not None and param.dtype == jnp.bfloat16

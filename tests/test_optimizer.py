@@ -1097,3 +1097,111 @@ def test_a_model_converted_under_its_optimizer_is_named():
         TypeError, match=r"params'\]\[0\]: expected its state 'exp_avg' in the parameter's type torch.float64"
     ):
         train(model, opt, 1)
+
+
+# --- optimizers of whole tensors
+
+
+def step_with(cls, params, grads, steps=3, **arguments):
+    ps = [torch.nn.Parameter(p.clone()) for p in params]
+    opt = cls(ps, **arguments)
+    for _ in range(steps):
+        for p, g in zip(ps, grads, strict=True):
+            p.grad = None if g is None else g.clone()
+        opt.step()
+    return ps, opt
+
+
+SHAPES = [(), (1,), (0,), (5,), (0, 3), (1, 1), (3, 7), (7, 3), (3, 7), (2, 3, 4), (2, 3, 4, 5), (300, 200)]
+
+
+def test_adafactor_of_every_shape():
+    generator = torch.Generator().manual_seed(0)
+    params, grads = ([torch.randn(s, generator=generator) for s in SHAPES if 0 not in s] for _ in range(2))
+    grads[3] = None
+    (ps, a), (qs, b) = (
+        step_with(m.Adafactor, params, grads, lr=0.1, weight_decay=0.1, maximize=True) for m in (torch.optim, optim)
+    )
+    for p, q in zip(ps, qs, strict=True):
+        assert cases.difference(q.detach(), p.detach()) <= 1e-6
+        assert list(b.state.get(q, {})) == list(a.state.get(p, {}))
+        for name, x in a.state.get(p, {}).items():
+            assert b.state[q][name].shape == x.shape
+            assert cases.difference(b.state[q][name], x) <= 1e-6
+
+
+def test_empty_tensors_of_whole_tensor_optimizers():
+    empty = [torch.zeros(0), torch.zeros(0, 3), torch.zeros(3, 0)]
+    for name, params in (("Adafactor", empty), ("Muon", empty[1:])):
+        ps, opt = step_with(getattr(optim, name), [*params, torch.ones(2, 2)], [*params, torch.ones(2, 2)])
+        assert [p.shape for p in ps[:-1]] == [p.shape for p in params]
+        assert torch.isfinite(ps[-1]).all()
+        assert (ps[-1] < 1).all()
+        assert all(opt.state[p] for p in ps)
+
+
+def test_adafactors_eps_is_of_each_parameters_type():
+    """torch gives a float32 parameter the bfloat16 epsilon of one before it; here the order says nothing."""
+    low, high = torch.ones(4, dtype=torch.bfloat16), torch.ones(4)
+    small = 1e-4 * torch.ones(4)  # beside bfloat16's epsilon of 2^-7 it counts for less than by itself
+    alone, _ = step_with(torch.optim.Adafactor, [high], [small], lr=0.1)
+    after, _ = step_with(optim.Adafactor, [low, high], [small.bfloat16(), small], lr=0.1)
+    torchs, _ = step_with(torch.optim.Adafactor, [low, high], [small.bfloat16(), small], lr=0.1)
+    assert cases.difference(after[1].detach(), alone[0].detach()) <= 1e-6
+    assert cases.difference(torchs[1].detach(), alone[0].detach()) > 0.1
+
+
+def test_muons_buffer_is_kept_in_bfloat16_without_nesterov():
+    """torch normalizes it in place: its norm comes out as 1."""
+    grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    start = torch.zeros(16, 16, dtype=torch.bfloat16)
+    for cls, kept in ((torch.optim.Muon, False), (optim.Muon, True)):
+        ps, opt = step_with(cls, [start], [grad], steps=1, nesterov=False)
+        buffer = opt.state[ps[0]]["momentum_buffer"].float()
+        assert torch.allclose(buffer, 0.05 * grad.float(), rtol=2**-7) == kept
+
+
+def test_muon_of_many_matrices_is_of_each_alone():
+    """Equal shapes are iterated together, whatever their groups and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    params, grads = ([torch.randn(s, generator=generator) for s in [(8, 16)] * 4 + [(16, 8)] * 2] for _ in range(2))
+    grads[1] = None
+    together, _ = step_with(optim.Muon, params, grads, steps=2, lr=0.1)
+    for i in (0, 2, 3, 4, 5):
+        alone, _ = step_with(torch.optim.Muon, [params[i]], [grads[i]], steps=2, lr=0.1)
+        assert cases.difference(together[i].detach(), alone[0].detach()) <= cases.MUON["float32"]
+    assert torch.equal(together[1], params[1])
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (dict(ns_steps=100), ValueError, "Number of steps must be less than 100 for computational efficiency"),
+        (dict(ns_coefficients=(1.0, 2.0)), ValueError, "Coefficients must be a tuple of exactly 3 values"),
+        (dict(adjust_lr_fn="other"), ValueError, "Adjust learning rate function other is not supported"),
+    ],
+)
+def test_muons_late_errors(edit, error, message):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    opt = optim.Muon([p])
+    opt.param_groups[0].update(edit)
+    with pytest.raises(error, match=message):
+        opt.step()
+    assert torch.equal(p, torch.ones(2, 2))
+    assert not opt.state
+
+
+def test_parameters_that_are_not_stepped():
+    z = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    z.grad = torch.ones_like(z)
+    for name in ("Adafactor", "Muon"):
+        opt = getattr(optim, name)([z])
+        with pytest.raises(RuntimeError, match=rf"{name} does not support complex parameters: param_groups\[0\]"):
+            opt.step()
+    opt = optim.Muon([torch.nn.Parameter(torch.ones(2, 2))])
+    vector = torch.nn.Parameter(torch.ones(2))
+    vector.grad = torch.ones(2)
+    opt.add_param_group({"params": [vector]})
+    with pytest.raises(ValueError, match="Muon only supports 2D parameters whereas we found a parameter with size"):
+        opt.step()

@@ -75,7 +75,7 @@ class Adafactor(Rule):
         if not self.eps1_given:
             eps = float(jnp.finfo(param.dtype).eps)
             c = c | {"eps1": jnp.full_like(c["d"], eps), "eps1^2": jnp.full_like(c["d"], eps * eps)}
-        root_size = max(math.sqrt(param.size), 1)  # an empty leaf has no RMS
+        root_size = math.sqrt(param.size)
         if self.maximize:
             grad = -grad
         alpha = jnp.maximum(c["eps2"], t.norm(param).astype(c["eps2"].dtype) / root_size) * c["rho"]
@@ -84,7 +84,7 @@ class Adafactor(Rule):
 
         def mean_square(axis):
             norm = t.norm(grad, axis)
-            return t.div(t.mul(norm, norm), jnp.full((), max(grad.shape[axis], 1), c["d"].dtype))
+            return t.div(t.mul(norm, norm), jnp.full((), grad.shape[axis], c["d"].dtype))
 
         if "variance" in state:
             new = {"variance": t.lerp(state["variance"], t.mul(grad, grad), c["1-beta2"])}
