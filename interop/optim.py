@@ -135,6 +135,7 @@ class SparseAdam(CompiledStep, torch.optim.SparseAdam):
     """`torch.optim.SparseAdam`, whose rows are stepped by `jopt.rules.SparseAdam`; its state is torch's own."""
 
     rule = rules.SparseAdam
+    _work: Any = None
 
     def _step(self) -> None:
         check_process()

@@ -493,7 +493,7 @@ class _Bucket:
             for leaf, grad in zip(self.big, kept, strict=True)
         ]
         coefficients, scalars = self._coefficients(hyperparameters, active)
-        _run(
+        run(
             self.program,
             self.buffers,
             [*arrays, self.grads],
@@ -691,7 +691,7 @@ def _field(number: int, content: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def _run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> None:
+def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> None:
     """Run the program over the buffers, and wait: torch may write to what it reads right after.
 
     The buffers are donated, so that an exception between the call and the taking of its results would lose the

@@ -1,6 +1,6 @@
 """SparseAdam's step on the torch side: torch gathers and scatters rows, XLA computes them.
 
-The number of rows with a gradient changes from step to step, so that the program works on a flat buffer of the next
+The number of rows with a gradient changes from step to step, so that the program works on flat buffers of the next
 power of two, and is compiled once for each size that occurs.
 """
 
@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from jax import Array
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import own_settings
+from interop.optimizer import own_settings, run
 from jopt import numerics
 from jopt.rule import Rule, step_leaf
 
@@ -40,6 +41,7 @@ def step(optimizer: Any) -> None:
             if p.dtype not in dlpack.DTYPES:
                 raise TypeError(f"{name}: expected one of {', '.join(map(str, dlpack.DTYPES))}, found {p.dtype}")
             stepped.append((p, rule, h))
+    work = optimizer._work = optimizer._work or _Work()
     for p, rule, h in stepped:
         state = optimizer.state[p]
         if not state:
@@ -50,41 +52,56 @@ def step(optimizer: Any) -> None:
         state["step"] += 1  # also for an empty gradient
         grad = p.grad.coalesce()
         if grad.values().numel():
-            _step_rows(rule, rule.scalars(h, {"step": np.float64(before)}, np, np.float64)[0], grad, p, state)
+            _step_rows(work, rule, rule.scalars(h, {"step": np.float64(before)}, np, np.float64)[0], grad, p, state)
 
 
-def _step_rows(rule: Rule, c: dict[str, Any], grad: Tensor, p: Tensor, state: dict[str, Any]) -> None:
-    where = tuple(grad.indices())
-    tensors = {"param": p} | {slot: state[slot] for slot in SLOTS}
-    n = grad.values().numel()
-    size = max(SMALLEST, 1 << (n - 1).bit_length())
-    arrays = [_padded(x, size) for x in (grad.values(), *(x[where] for x in tensors.values()))]
-    dtypes = tuple(x.dtype for x in arrays)
-    program = _compile(rule, dtypes, tuple(c), size)
-    compute = max((numerics.compute_dtype(d) for d in dtypes), key=lambda d: d.itemsize)
-    with own_settings():
-        out = [np.asarray(x) for x in program(*arrays, np.array(list(c.values())).astype(compute))]
-    for x, rows in zip(tensors.values(), out, strict=True):
-        rows = dlpack.view(rows.ctypes.data, x.dtype, tuple(grad.values().shape), owner=rows)
-        x.index_put_(where, rows)
+def _step_rows(work: _Work, rule: Rule, c: dict[str, Any], grad: Tensor, p: Tensor, state: dict[str, Any]) -> None:
+    lead = grad.sparse_dim()
+    index = grad.indices()[0]
+    for axis in range(1, lead):
+        index = index * p.shape[axis] + grad.indices()[axis]
+    tensors = [p, *(state[slot] for slot in SLOTS)]
+    tables = [x.flatten(0, lead - 1) for x in tensors]  # views where the leading axes lie so
+    rows = grad.values()
+    buffers = work.buffers(rows.numel(), [grad.dtype, *(x.dtype for x in tensors)])
+    views = [b.view(x.dtype, tuple(rows.shape)) for b, x in zip(buffers, (grad, *tensors), strict=True)]
+    views[0].copy_(rows)
+    for table, view in zip(tables, views[1:], strict=True):
+        torch.index_select(table, 0, index, out=view)
+    program = _compile(rule, tuple(b.array.dtype for b in buffers), tuple(c), buffers[0].array.size)
+    compute = max((numerics.compute_dtype(b.array.dtype) for b in buffers), key=lambda d: d.itemsize)
+    run(program, buffers, np.array(list(c.values())).astype(compute))
+    for x, table, view in zip(tensors, tables, views[1:], strict=True):
+        table.index_copy_(0, index, view)
+        if table.data_ptr() != x.data_ptr():
+            x.copy_(table.view_as(x))
 
 
-def _padded(x: Tensor, size: int) -> np.ndarray:
-    array = dlpack.aligned_zeros(size, dlpack.DTYPES[x.dtype])
-    dlpack.view(array.ctypes.data, x.dtype, tuple(x.shape), owner=array).copy_(x)
-    return array
+class _Work:
+    """Buffers to gather rows into, kept from step to step: new memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, list[dlpack.Buffer]] = {}
+
+    def buffers(self, n: int, dtypes: list[torch.dtype]) -> list[dlpack.Buffer]:
+        size = max(SMALLEST, 1 << (n - 1).bit_length())
+        key = (size, *dtypes)
+        if key not in self._kept:
+            self._kept = {key: [dlpack.Buffer(size, dlpack.DTYPES[d]) for d in dtypes]}
+        return self._kept[key]
 
 
 @functools.lru_cache(maxsize=128)
 def _compile(rule: Rule, dtypes: tuple[np.dtype, ...], coefficients: tuple[str, ...], size: int) -> Any:
-    def program(grad, param, exp_avg, exp_avg_sq, values):
+    def program(arrays: list[Array], values: Array) -> list[Array]:
         c = {name: values[i] for i, name in enumerate(coefficients)}
-        param, state = step_leaf(rule, c, grad, dict(zip(SLOTS, (exp_avg, exp_avg_sq), strict=True)), param)
-        return param, *(state[slot] for slot in SLOTS)
+        grad, param, *slots = arrays
+        param, state = step_leaf(rule, c, grad, dict(zip(SLOTS, slots, strict=True)), param)
+        return [grad, param, *(state[slot] for slot in SLOTS)]
 
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     compute = max((numerics.compute_dtype(d) for d in dtypes), key=lambda d: d.itemsize)
     with own_settings():
         specs = [jax.ShapeDtypeStruct((size,), d, sharding=sharding) for d in dtypes]
         values = jax.ShapeDtypeStruct((len(coefficients),), compute, sharding=sharding)
-        return jax.jit(program).lower(*specs, values).compile()
+        return jax.jit(program, donate_argnums=0).lower(specs, values).compile()
