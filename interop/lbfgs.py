@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import SignalsWait, check_process, own_settings, undynamo
+from interop.optimizer import KeepsWideState, SignalsWait, check_process, own_settings, undynamo
 from jopt.lbfgs import DONE, START, LBFGSState, Run, Settings, advance, initial_run, initial_state
 
 FIRST_CAPACITY = 8  # pairs; the history grows by doubling, as torch's grows by the pair
 
 
-class LBFGS(torch.optim.LBFGS):
+class LBFGS(KeepsWideState, torch.optim.LBFGS):
     """`torch.optim.LBFGS`, whose directions and line search are compiled (`jopt.lbfgs`).
 
     Parameters of bfloat16 and float16 are searched in float32. A copy and an unpickled one can step, unlike torch's.
@@ -104,6 +104,9 @@ class _History:
         self.settings, self.n, self.dtype = settings, grad.numel(), grad.dtype
         state = optimizer.state[optimizer._params[0]]
         columns = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
+        if len({len(x) for x in columns}) > 1:
+            found = ", ".join(str(len(x)) for x in columns)
+            raise ValueError(f"state: expected old_dirs, old_stps and ro of one length, found {found}")
         pairs: list[Any] = list(zip(*columns, strict=True))
         pairs = pairs[-settings.history_size :]
         self._allocate(max(FIRST_CAPACITY, len(pairs)), pairs)
@@ -134,9 +137,10 @@ class _History:
 
     def _pairs(self) -> list[tuple[Tensor, Tensor, float]]:
         """From the oldest to the newest."""
-        first = max(0, self.stored - self.capacity)
-        indices = [i % self._rows for i in range(first, self.stored)]
-        return [(self._row(0, i), self._row(1, i), float(self.ro[i])) for i in indices]
+        return [(self._row(0, i), self._row(1, i), float(self.ro[i])) for i in self._indices()]
+
+    def _indices(self) -> list[int]:
+        return [i % self._rows for i in range(max(0, self.stored - self.capacity), self.stored)]
 
     def serves(self, settings: Settings, grad: Tensor, optimizer: LBFGS) -> bool:
         """Whether this still is the state's history."""
@@ -146,7 +150,8 @@ class _History:
             (settings, grad.numel(), grad.dtype) == (self.settings, self.n, self.dtype)
             and len(self.lists) == 2
             and all(a is b for a, b in zip(found, self.lists, strict=True))
-            and all(x is y for a, b in zip(found, self.rows, strict=True) for x, y in zip(a, b, strict=True))
+            and [list(map(id, x)) for x in found] == [list(map(id, x)) for x in self.rows]
+            and len(state.get("ro") or []) == len(self.rows[0])
         )
 
     def read(self, optimizer: LBFGS) -> tuple[LBFGSState, Run]:
@@ -161,6 +166,8 @@ class _History:
             x = state.get(name)
             return np.zeros(self.n, self._numpy) if x is None else x.detach().to(self.dtype).numpy().copy()
 
+        for index, ro in zip(self._indices(), state.get("ro") or [], strict=True):
+            self.ro[index] = float(ro)
         values: dict[str, Any] = dict(
             count=np.int32(0),
             n_iter=np.int32(state["n_iter"]),

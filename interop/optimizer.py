@@ -39,7 +39,38 @@ from jopt.rule import Rule, init_leaf, step_leaf, step_leaves
 BIG = 2**15  # elements
 
 
-class CompiledStep:
+class KeepsWideState:
+    """Gives a class of torch.optim a load_state_dict that keeps float32 state of narrower parameters."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but a state tensor wider than its parameter keeps its type (torch would round it)."""
+        loaded: dict[str, Any] = {}  # what the user's hooks make of it
+
+        def widen(_: Any) -> None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            for i, p in zip(ids, params, strict=True):
+                for name, value in loaded["state"].get(i, {}).items():
+                    items = value if isinstance(value, list) else [value]
+                    if any(isinstance(x, Tensor) and _is_wide_state(x.dtype, p.dtype) for x in items):
+                        copies = [x.to(device=p.device, copy=True) if isinstance(x, Tensor) else x for x in items]
+                        self.state[p][name] = copies if isinstance(value, list) else copies[0]
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, x: loaded.update(x)),  # type: ignore[attr-defined]
+            self.register_load_state_dict_post_hook(widen, prepend=True),  # type: ignore[attr-defined]
+        )
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[misc]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class CompiledStep(KeepsWideState):
     """Gives a class of torch.optim the compiled step. Put it before that class among the bases.
 
     Everything but `step` is torch's: signature, defaults, errors, parameter groups, state keys, state_dict, hooks,
@@ -50,8 +81,6 @@ class CompiledStep:
     rule: ClassVar[type[Rule]]
     hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
 
-    param_groups: list[dict[str, Any]]
-    state: Any
     _plan: _Plan | None = None
 
     @property
@@ -97,28 +126,6 @@ class CompiledStep:
         check_process()
         with torch.inference_mode(False), torch.no_grad():
             _step(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but a state tensor wider than its parameter keeps its type (torch would round it)."""
-        loaded: dict[str, Any] = {}  # what the user's hooks make of it
-
-        def widen(_: Any) -> None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            for i, p in zip(ids, params, strict=True):
-                for name, value in loaded["state"].get(i, {}).items():
-                    if isinstance(value, Tensor) and _is_wide_state(value.dtype, p.dtype):
-                        self.state[p][name] = value.to(device=p.device, copy=True)
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(lambda _, x: loaded.update(x)),  # type: ignore[attr-defined]
-            self.register_load_state_dict_post_hook(widen, prepend=True),  # type: ignore[attr-defined]
-        )
-        try:
-            super().load_state_dict(state_dict)  # type: ignore[misc]
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _is_wide_state(state: torch.dtype, param: torch.dtype) -> bool:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.core import Tracer
 
 from jopt import numerics
 from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
@@ -102,10 +103,22 @@ class Settings:
     line_search_fn: str | None
 
     def __post_init__(self) -> None:
+        for name in ("max_iter", "max_eval", "history_size"):
+            object.__setattr__(self, name, _number(name, getattr(self, name), int))
+        for name in ("tolerance_grad", "tolerance_change"):
+            object.__setattr__(self, name, _number(name, getattr(self, name), float))
         if self.line_search_fn not in (None, "strong_wolfe"):
             raise RuntimeError("only 'strong_wolfe' is supported")
         if self.history_size < 1:
             raise ValueError(f"history_size: expected at least 1, found {self.history_size}")
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    value = value.item() if hasattr(value, "item") and not isinstance(value, Tracer) else value
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        expected = "an integer" if kind is int else "a number"
+        raise TypeError(f"{name}: expected {expected}, found {value!r}; it is part of the compiled program")
+    return kind(value)
 
 
 def initial_state(settings: Settings, n: int, dtype: Any) -> LBFGSState:
@@ -195,7 +208,8 @@ def advance(
     gtd = jnp.where(begins, _dot(grad, d), run.gtd)
     one = begins.astype(jnp.int32)
     n_iter = run.n_iter + one
-    begin_t = jnp.where(first, jnp.minimum(1, 1 / jnp.sum(jnp.abs(grad))), 1) * lr
+    inverse = 1 / jnp.sum(jnp.abs(grad))
+    begin_t = jnp.where(first & (inverse < 1), inverse, 1) * lr
     state = state._replace(
         n_iter=state.n_iter + one,
         d=d,
@@ -246,7 +260,7 @@ def _remember(settings: Settings, state: LBFGSState, when: Array, y: Array, s: A
         old_dirs=old_dirs,
         old_stps=old_stps,
         ro=ro,
-        stored=state.stored + when.astype(jnp.int32),
+        stored=jnp.where(state.n_iter == 0, 0, state.stored + when.astype(jnp.int32)),
         H_diag=jnp.where(when, ys / _dot(y, y), jnp.where(state.n_iter == 0, jnp.ones_like(ys), state.H_diag)),
     )
 
@@ -340,6 +354,10 @@ def _step(
 
     def evaluate(x: Array) -> tuple[Array, Array]:
         loss, grads = value_and_grad(unflatten(x), *args, **kwargs)
+        if isinstance(loss, tuple | list | dict):
+            raise ValueError(
+                f"value_and_grad: expected (loss, grads), found a {type(loss).__name__} in place of the loss"
+            )
         if jnp.shape(loss):
             raise ValueError(f"value_and_grad: expected a scalar loss, found shape {jnp.shape(loss)}")
         if jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, params):
@@ -405,9 +423,10 @@ def lbfgs(
     >>> import jax, jax.numpy as jnp, jopt
     >>> def rosenbrock(x):
     ...     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+    >>> value_and_grad = jax.value_and_grad(rosenbrock)  # one function for all steps: each is compiled once
     >>> solver = jopt.lbfgs(line_search_fn="strong_wolfe", max_iter=100)
     >>> params = jnp.array([-1.2, 1.0])
-    >>> params, state, loss = solver.step(jax.value_and_grad(rosenbrock), solver.init(params), params)
+    >>> params, state, loss = solver.step(value_and_grad, solver.init(params), params)
     >>> [round(x, 3) for x in params.tolist()]
     [1.0, 1.0]
 

@@ -10,7 +10,8 @@ the count of calls, from 0. Every function also takes
         outside, change both, or call `init` again.
     stochastic_rounding: a seed or a key of `jax.random`. bfloat16 parameters are stepped in float32 and rounded up or
         down at random, with the probabilities that keep the mean: steps of less than an ulp add up instead of being
-        lost. Use `step`; the difference that `update` returns is rounded once more.
+        lost. The same seed, count and position in the tree give the same rounding: under vmap give each its own key.
+        Use `step`; the difference that `update` returns is rounded once more.
     hyperparams_in_state: keep all hyperparameters in `state.hyperparams`, to be read, saved, and set without
         compiling again. They have JAX's default float type there, so that in float32 a beta2 of 0.999 is
         0.99900001.

@@ -119,6 +119,7 @@ class Rule(ABC):
                 flags[field.name] = dynamic or not is_number(h[field.name]) or h[field.name] != 0
             else:
                 value = arguments[field.name]
+                value = value.item() if hasattr(value, "item") else value
                 flags[field.name] = bool(value) if field.type == "bool" else value
         return cls(**flags)
 
@@ -247,10 +248,17 @@ def step_rows(
     """
     lead = param.shape[: grad.n_sparse]
     n = math.prod(lead)
-    ids = jnp.zeros(grad.nse, grad.indices.dtype)
+    if not param.size:
+        return param, state
+    indices = grad.indices if grad.indices.dtype.itemsize >= 4 else grad.indices.astype(jnp.int32)
+    if n > jnp.iinfo(indices.dtype).max:
+        raise ValueError(
+            f"grads: expected indices of a type that counts {n} rows, found {grad.indices.dtype}; use int64"
+        )
+    ids = jnp.zeros(grad.nse, indices.dtype)
     inside = jnp.ones(grad.nse, bool)
     for axis, size in enumerate(lead):
-        index = grad.indices[:, axis]
+        index = indices[:, axis]
         ids = ids * size + index
         inside &= (index >= 0) & (index < size)
     ids = jnp.where(inside, ids, n)

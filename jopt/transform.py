@@ -122,7 +122,7 @@ def transform(
         stepped, in float32, and the parameter is it, rounded.
       stochastic_rounding: a seed or a key of `jax.random`: bfloat16 parameters are stepped in float32 and rounded at
         random, up or down with the probability that keeps the mean, so that steps smaller than an ulp are not lost.
-        The same seed, count and position in the tree give the same rounding.
+        The same seed, count and position in the tree give the same rounding: under vmap give each its own key.
       hyperparams_in_state: keep every hyperparameter in `State.hyperparams`, in JAX's default float type, to be
         read, saved, and set without a new compilation. A scheduled one is shown there, and set by its schedule.
 
@@ -137,8 +137,8 @@ def transform(
         state_dtype = _check_floating("state_dtype", jnp.dtype(state_dtype))
     shaped = rule.shaped_by(arguments, h, dynamic=hyperparams_in_state)
     key = stochastic_rounding
-    if isinstance(key, int) and not isinstance(key, bool):
-        key = jax.random.key(key)
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        key = jax.random.key(int(key))
     if key is not None and not isinstance(key, Array):
         raise TypeError(f"stochastic_rounding: expected a seed, a key of jax.random, or None, found {key!r}")
     return Transform(_Lift(shaped, h, state_dtype, bool(master_copy), key, hyperparams_in_state))

@@ -317,3 +317,88 @@ def test_errors():
         solver.step(lambda x: (x[0], x[1:]), solver.init(x), x)
     with pytest.raises(ValueError, match="LBFGS doesn't support per-parameter options"):
         optim.LBFGS([{"params": [torch.ones(1, requires_grad=True)]}, {"params": [torch.ones(2, requires_grad=True)]}])
+
+
+def steps_after(edit, **arguments):
+    """Both sides' points after two steps, an edit of the state, and two more."""
+    runs = [TorchRun(module, bowl, start(), max_iter=3, **arguments) for module in (torch.optim, optim)]
+    for run in runs:
+        for _ in range(2):
+            run.step()
+        edit(run.state)
+        for _ in range(2):
+            run.step()
+    return [run.x for run in runs]
+
+
+def drop_newest(state):
+    for name in ("old_dirs", "old_stps", "ro"):
+        state[name].pop()
+
+
+def scale_ro(state):
+    state["ro"][-1] *= 0.5
+
+
+def exchange_ro(state):
+    state["ro"] = [x * 0.9 for x in state["ro"]]
+
+
+def begin_anew(state):
+    state["n_iter"] = 0
+
+
+@pytest.mark.parametrize("edit", [drop_newest, scale_ro, exchange_ro, begin_anew])
+def test_edits_of_the_state_are_seen(edit):
+    a, b = steps_after(edit)
+    assert cases.difference(b, a) <= 1e-10
+    assert cases.difference(steps_after(lambda state: None)[0], a) > 1e-6
+
+
+def test_a_history_of_uneven_lists_is_refused():
+    run = TorchRun(optim, bowl, start(), max_iter=3)
+    run.step()
+    run.step()
+    n = len(run.state["ro"])
+    run.state["ro"].pop()
+    with pytest.raises(ValueError, match=f"expected old_dirs, old_stps and ro of one length, found {n}, {n}, {n - 1}"):
+        run.step()
+
+
+def test_float32_state_of_bfloat16_parameters_survives_a_checkpoint():
+    def fresh():
+        p = torch.nn.Parameter(torch.from_numpy(start()).bfloat16())
+        optimizer = optim.LBFGS([p], max_iter=4)
+
+        def closure():
+            p.grad = (p.detach().float() * torch.from_numpy(SCALE).float()).bfloat16()
+            return (p.detach().float() ** 2 * torch.from_numpy(SCALE).float()).sum() / 2
+
+        return p, optimizer, closure
+
+    p, optimizer, closure = fresh()
+    optimizer.step(closure)
+    q, second, _ = fresh()
+    second.load_state_dict(optimizer.state_dict())
+    for name in ("old_dirs", "old_stps", "ro"):
+        assert all(map(torch.equal, optimizer.state[p][name], second.state[q][name]))
+        assert {x.dtype for x in second.state[q][name]} == {torch.float32}
+    assert torch.equal(optimizer.state[p]["d"], second.state[q]["d"])
+
+
+def test_more_errors():
+    for name in ("max_iter", "max_eval", "history_size"):
+        with pytest.raises(TypeError, match=rf"{name}: expected an integer, found 2\.5"):
+            jopt.lbfgs(**{name: 2.5})
+    with pytest.raises(TypeError, match="tolerance_grad: expected a number, found 'a'"):
+        jopt.lbfgs(tolerance_grad="a")
+    solver, x = jopt.lbfgs(), jnp.ones(3)
+    with pytest.raises(ValueError, match="found a tuple in place of the loss"):
+        solver.step(jax.value_and_grad(lambda x: (jnp.sum(x), x), has_aux=True), solver.init(x), x)
+    run = TorchRun(optim, bowl, start(), tolerance_grad=torch.tensor(1e-5), max_iter=2)
+    run.step()
+    run.optimizer.param_groups[0]["max_iter"] = 2.5
+    calls = run.calls
+    with pytest.raises(TypeError, match=r"max_iter: expected an integer, found 2\.5"):
+        run.step()
+    assert run.calls == calls

@@ -1205,3 +1205,23 @@ def test_parameters_that_are_not_stepped():
     opt.add_param_group({"params": [vector]})
     with pytest.raises(ValueError, match="Muon only supports 2D parameters whereas we found a parameter with size"):
         opt.step()
+
+
+def test_adafactors_nan_stays_where_it_is():
+    """torch takes the largest of Python numbers: max(1.0, nan) is 1.0."""
+    bad = torch.ones(4)
+    bad[0] = torch.nan
+    for params, grads in (([torch.ones(4)], [bad]), ([bad.reshape(2, 2)], [torch.ones(2, 2)])):
+        (p,), _ = step_with(torch.optim.Adafactor, params, grads, lr=0.1)
+        (q,), _ = step_with(optim.Adafactor, params, grads, lr=0.1)
+        assert torch.isnan(p).sum() == torch.isnan(q).sum() == 1
+        assert cases.difference(q.detach().nan_to_num(), p.detach().nan_to_num()) <= 1e-6
+
+
+def test_muons_iterations_as_a_tensor():
+    grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    (p,), _ = step_with(torch.optim.Muon, [torch.ones(4, 4)], [grad], ns_steps=torch.tensor(2))
+    (q,), _ = step_with(optim.Muon, [torch.ones(4, 4)], [grad], ns_steps=torch.tensor(2))
+    assert cases.difference(q.detach(), p.detach()) <= cases.MUON["float32"]
+    with pytest.raises(TypeError, match=r"ns_steps: expected an integer, found 3\.0"):
+        step_with(optim.Muon, [torch.ones(4, 4)], [grad], ns_steps=3.0)

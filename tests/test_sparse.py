@@ -171,3 +171,24 @@ def test_errors():
     p.grad = torch.ones(2)
     with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients, please consider Adam instead"):
         optim.SparseAdam([p]).step()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32"])
+def test_indices_of_narrow_types(dtype):
+    """Row numbers and their sentinel are counted in a type that holds them."""
+    for shape, at in (((256, 1), [3]), ((20, 20), [19, 19]), ((127, 2), [126])):
+        table = jnp.zeros(shape)
+        tx = jopt.sparse_adam(lr=0.5)
+        entries = jnp.ones((2, *shape[len(at) :]))
+        grad = BCOO((entries, jnp.array([at, at], dtype)), shape=shape)
+        new, _ = tx.step(grad, tx.init(table), table)
+        expected = np.zeros(shape, bool)
+        expected[tuple(at)] = True
+        np.testing.assert_array_equal(np.asarray(new) != 0, expected)
+
+
+def test_a_table_without_rows():
+    table = jnp.zeros((0, 2))
+    tx = jopt.sparse_adam()
+    grad = BCOO((jnp.ones((1, 2)), jnp.array([[0]])), shape=(0, 2))
+    assert tx.step(grad, tx.init(table), table)[0].shape == (0, 2)

@@ -78,7 +78,7 @@ class Adafactor(Rule):
         root_size = math.sqrt(param.size)
         if self.maximize:
             grad = -grad
-        alpha = jnp.maximum(c["eps2"], t.norm(param).astype(c["eps2"].dtype) / root_size) * c["rho"]
+        alpha = largest(c["eps2"], t.norm(param).astype(c["eps2"].dtype) / root_size) * c["rho"]
         if self.weight_decay:
             param = t.mul(param, c["decay"])
 
@@ -95,5 +95,10 @@ class Adafactor(Rule):
             new = {"row_var": row_var, "col_var": col_var}
             v = t.div(t.mul(row_var, col_var), jnp.maximum(t.mean(row_var, -2), t.cast(c["eps1"], param)))
         u = t.mul(t.rsqrt(jnp.maximum(v, t.cast(c["eps1^2"], v))), grad)
-        clip = jnp.maximum(1, t.norm(u).astype(c["d"].dtype) / (root_size * c["d"]))
+        clip = largest(1, t.norm(u).astype(c["d"].dtype) / (root_size * c["d"]))
         return t.add(param, u, alpha=-alpha / clip), new
+
+
+def largest(floor, x):
+    """Python's max(floor, x), which torch takes of numbers: a nan is the floor, and stays where it is in the tensor."""
+    return jnp.where(x > floor, x, floor)

@@ -48,6 +48,8 @@ class Muon(Rule):
     batched = True
 
     def __post_init__(self):
+        if not isinstance(self.ns_steps, int):
+            raise TypeError(f"ns_steps: expected an integer, found {self.ns_steps!r}")
         if self.ns_steps >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
         if self.adjust_lr_fn not in ADJUSTMENTS:
