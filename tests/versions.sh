@@ -22,6 +22,6 @@ for version in $VERSIONS; do
   case $version in
     oldest) run oldest "$PYTHON" "$TORCH ${bounds[*]} -e .[test]" "" ;;
     newest) run newest "$PYTHON" "$TORCH -U jax jaxlib optax -e .[test]" "" ;;
-    *) run "$version" "python$version" "pytest pytest-xdist -U jax jaxlib optax -e ." "tests/test_transform.py tests/test_arena.py tests/test_numerics.py tests/test_import.py jopt" ;;
+    *) run "$version" "python$version" "pytest pytest-xdist -U jax jaxlib optax -e ." "tests/test_transform.py tests/test_arena.py tests/test_numerics.py tests/test_import.py tests/test_references.py tests/test_docs.py jopt" ;;
   esac
 done
