@@ -57,6 +57,13 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor in CPU memory, found {_where(x.device)}")
 
 
+def check_parameter(name: str, x: Tensor) -> None:
+    """check_tensor, and a type that an optimizer steps."""
+    check_tensor(name, x)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, found {x.dtype}")
+
+
 def _where(device: torch.device) -> str:
     if device.type == "cuda":
         if not any(d.platform == "gpu" for d in jax.devices()):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import KeepsWideState, SignalsWait, check_process, own_settings, undynamo
+from interop.optimizer import KeepsWideState, check_process, own_settings, parameter_name, undynamo
+from interop.optimizer import run as run_program
 from jopt.lbfgs import DONE, START, LBFGSState, Run, Settings, advance, initial_run, initial_state
 
 FIRST_CAPACITY = 8  # pairs; the history grows by doubling, as torch's grows by the pair
@@ -59,8 +60,8 @@ def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
         raise AssertionError(f"Expected exactly one param_group, but got {len(optimizer.param_groups)}")
     group = optimizer.param_groups[0]
     settings = Settings(**{field.name: group[field.name] for field in dataclasses.fields(Settings)})
-    for i, p in enumerate(optimizer._params):
-        dlpack.check_tensor(f"param_groups[0]['params'][{i}]", p)
+    for p in optimizer._params:
+        dlpack.check_parameter(parameter_name(optimizer, 0, p), p)
     search = settings.line_search_fn is not None
 
     first = closure()
@@ -190,12 +191,8 @@ class _History:
             state = state._replace(ro=self.ro)
         rest = _without_rings(state)
         new = [np.array(x, self._numpy) for x in (lr, loss)]
-        with SignalsWait(), own_settings(), jax.transfer_guard("allow"):
-            gradient = dlpack.host_array(grad, self._numpy)
-            out = self.program([b.array for b in self.buffers], rest, run, *new, gradient)
-            rings, state, run, taken, moves = jax.block_until_ready(out)
-            for buffer, array in zip(self.buffers, rings, strict=True):
-                buffer.replace(array)
+        gradient = dlpack.host_array(grad, self._numpy)
+        state, run, taken, moves = run_program(self.program, self.buffers, rest, run, *new, gradient)
         self.stored, self.ro = int(state.stored), np.array(state.ro)
         return state, run, taken, bool(moves)
 
@@ -238,7 +235,7 @@ def _compile(settings: Settings, n: int, dtype: np.dtype) -> Any:
     def program(rings: list[Any], state: LBFGSState, run: Run, lr: Any, loss: Any, grad: Any) -> Any:
         state = state._replace(old_dirs=rings[0], old_stps=rings[1])
         state, run, taken, moves = advance(settings, state, run, lr, loss, grad)
-        return [state.old_dirs, state.old_stps], _without_rings(state), run, taken, moves
+        return [state.old_dirs, state.old_stps, _without_rings(state), run, taken, moves]
 
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with own_settings():

@@ -192,13 +192,13 @@ def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
                     if (error := optimizer.sparse_error(group)) is not None:
                         raise RuntimeError(error)
                     grad = grad.to_dense()
-                dlpack.check_tensor(f"the gradient of {_name(optimizer, index, p)}", grad)
+                dlpack.check_tensor(f"the gradient of {parameter_name(optimizer, index, p)}", grad)
                 grad = grad.to(p.dtype)
             grads[p] = grad
     return grads
 
 
-def _name(optimizer: Any, group: int, p: Tensor) -> str:
+def parameter_name(optimizer: Any, group: int, p: Tensor) -> str:
     """How messages call a parameter."""
     index = next(i for i, q in enumerate(optimizer.param_groups[group]["params"]) if q is p)
     names = optimizer.param_groups[group].get("param_names")
@@ -254,11 +254,8 @@ class _Plan:
             for p in group["params"]:
                 if p not in self.waves or p in self.leaves:
                     continue
-                name = _name(optimizer, index, p)
-                dlpack.check_tensor(name, p)
-                if p.dtype not in dlpack.DTYPES:
-                    expected = ", ".join(str(x) for x in dlpack.DTYPES)
-                    raise TypeError(f"{name}: expected one of {expected}, found {p.dtype}")
+                name = parameter_name(optimizer, index, p)
+                dlpack.check_parameter(name, p)
                 rules[index].check_param(name, tuple(p.shape), dlpack.DTYPES[p.dtype])
                 dtypes = _state_dtypes(name, p, rules[index], optimizer.state.get(p) or {})
                 shapes = _slots(rules[index], tuple(p.shape))
@@ -302,7 +299,7 @@ class _Plan:
                     moved = True
                 state = optimizer.state.get(p)
                 if state and any(state.get(slot) is not leaf.views[slot] for slot in leaf.state_dtypes):
-                    name = _name(optimizer, index, p)
+                    name = parameter_name(optimizer, index, p)
                     fits = fits and _state_dtypes(name, p, self.rules[index], state) == leaf.state_dtypes
         return fits and not (moved and _waves(list(self.leaves)) != self.waves)
 
@@ -368,6 +365,7 @@ class _Bucket:
         self.groups = np.array([leaf.group for leaf in self.leaves])
         self.dtypes = {"param": dlpack.DTYPES[dtype]} | {slot: dlpack.DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
+        self.compute_dtype = numerics.widest(self.dtypes.values())
         self.layout = Layout(tuple((leaf.size,) for leaf in self.small), ROW)
         self.leaf_of_row = self.layout.leaf_of_row()
         self.program = _compile(
@@ -463,12 +461,8 @@ class _Bucket:
     def _first_slots(self, leaf: _Leaf, h: dict[str, float]) -> dict[str, Tensor]:
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             param = dlpack.to_jax(leaf.param)
-            slots = init_leaf(self.rule, {name: jnp.asarray(x, self._compute_dtype) for name, x in h.items()}, param)
+            slots = init_leaf(self.rule, {name: jnp.asarray(x, self.compute_dtype) for name, x in h.items()}, param)
             return dlpack.to_torch(slots)
-
-    @property
-    def _compute_dtype(self) -> np.dtype:
-        return max((numerics.compute_dtype(d) for d in self.dtypes.values()), key=lambda d: d.itemsize)
 
     # --- the step
 
@@ -528,7 +522,7 @@ class _Bucket:
         table = np.empty((len(self.leaves), len(c) + 1), np.float64)
         for column, value in enumerate((*c.values(), active)):
             table[:, column] = value
-        return table.astype(self._compute_dtype), scalars
+        return table.astype(self.compute_dtype), scalars
 
 
 def _scalar_dtype() -> Any:
@@ -640,7 +634,7 @@ def _compile(
         def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        compute = max((numerics.compute_dtype(d) for _, d in dtypes), key=lambda d: d.itemsize)
+        compute = numerics.widest(d for _, d in dtypes)
         grad_dtype = dict(dtypes)["param"]
         lowered = jax.jit(program, donate_argnums=0).lower(
             [spec((n,), dtype) for leaf in sizes for n, (_, dtype) in zip(leaf, dtypes, strict=True)],
@@ -698,8 +692,10 @@ def _field(number: int, content: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> None:
+def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
     """Run the program over the buffers, and wait: torch may write to what it reads right after.
+
+    It returns the buffers, and after them what this returns.
 
     The buffers are donated, so that an exception between the call and the taking of its results would lose the
     memory that torch sees: signals whose handlers could raise one wait.
@@ -707,8 +703,9 @@ def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> None
     with SignalsWait(), own_settings(), jax.transfer_guard("allow"):
         out = program([buffer.array for buffer in buffers], *arguments)
         jax.block_until_ready(out)
-        for buffer, array in zip(buffers, out, strict=True):
+        for buffer, array in zip(buffers, out[: len(buffers)], strict=True):
             buffer.replace(array)
+    return out[len(buffers) :]
 
 
 class SignalsWait:

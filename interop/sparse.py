@@ -16,7 +16,7 @@ from jax import Array
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import own_settings, run
+from interop.optimizer import own_settings, parameter_name, run
 from jopt import numerics
 from jopt.rule import Rule, step_leaf
 
@@ -30,16 +30,14 @@ def step(optimizer: Any) -> None:
     for index, group in enumerate(optimizer.param_groups):
         h = {name: np.float64(x) for name, x in optimizer.rule.members(group).items()}
         rule = optimizer.rule.shaped_by(group, h)
-        for i, p in enumerate(group["params"]):
+        for p in group["params"]:
             if p.grad is None:
                 continue
-            name = f"param_groups[{index}]['params'][{i}]"
-            dlpack.check_tensor(name, p)
+            name = parameter_name(optimizer, index, p)
+            dlpack.check_parameter(name, p)
             if not p.grad.is_sparse:
                 raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
             dlpack.check_tensor(f"the gradient of {name}", p.grad._values())
-            if p.dtype not in dlpack.DTYPES:
-                raise TypeError(f"{name}: expected one of {', '.join(map(str, dlpack.DTYPES))}, found {p.dtype}")
             stepped.append((p, rule, h))
     work = optimizer._work = optimizer._work or _Work()
     for p, rule, h in stepped:
@@ -69,7 +67,7 @@ def _step_rows(work: _Work, rule: Rule, c: dict[str, Any], grad: Tensor, p: Tens
     for table, view in zip(tables, views[1:], strict=True):
         torch.index_select(table, 0, index, out=view)
     program = _compile(rule, tuple(b.array.dtype for b in buffers), tuple(c), buffers[0].array.size)
-    compute = max((numerics.compute_dtype(b.array.dtype) for b in buffers), key=lambda d: d.itemsize)
+    compute = numerics.widest(b.array.dtype for b in buffers)
     run(program, buffers, np.array(list(c.values())).astype(compute))
     for x, table, view in zip(tensors, tables, views[1:], strict=True):
         table.index_copy_(0, index, view)
@@ -100,7 +98,7 @@ def _compile(rule: Rule, dtypes: tuple[np.dtype, ...], coefficients: tuple[str, 
         return [grad, param, *(state[slot] for slot in SLOTS)]
 
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    compute = max((numerics.compute_dtype(d) for d in dtypes), key=lambda d: d.itemsize)
+    compute = numerics.widest(dtypes)
     with own_settings():
         specs = [jax.ShapeDtypeStruct((size,), d, sharding=sharding) for d in dtypes]
         values = jax.ShapeDtypeStruct((len(coefficients),), compute, sharding=sharding)

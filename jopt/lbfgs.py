@@ -383,8 +383,7 @@ def _flatten(params: Tree) -> tuple[Array, Callable[[Array], Tree]]:
     for path, leaf in with_path:
         check_array(f"params{jax.tree_util.keystr(path)}", leaf)
     leaves = [jnp.asarray(leaf) for _, leaf in with_path]
-    types = [numerics.compute_dtype(x.dtype) for x in leaves]
-    dtype = max(types, key=lambda d: d.itemsize, default=jnp.dtype(jnp.float32))
+    dtype = numerics.widest(x.dtype for x in leaves)
     parts = [jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x for x in leaves]
     flat = jnp.concatenate([jnp.zeros(0, dtype), *(x.reshape(-1).astype(dtype) for x in parts)])
 

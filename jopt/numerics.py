@@ -10,7 +10,7 @@ Source of the operations: torch 2.13, aten/src/ATen/native/cpu/{BinaryOps,Pointw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -27,6 +27,11 @@ def compute_dtype(dtype: Any) -> np.dtype:
     if dtype in LOW_PRECISION:
         return jnp.dtype(jnp.float32)
     return jnp.finfo(dtype).dtype  # complex64 -> float32, complex128 -> float64
+
+
+def widest(dtypes: Iterable[Any]) -> np.dtype:
+    """The real type that all of these compute in: float64 only where one needs it, float32 for none."""
+    return max(map(compute_dtype, dtypes), key=lambda d: d.itemsize, default=np.dtype(np.float32))
 
 
 # --- scalars -----------------------------------------------------------------------------------------

@@ -160,7 +160,10 @@ class _Lift:
         count = jnp.zeros((), jnp.int32)
         hyperparams = self._initial_hyperparams(count) if self.hyperparams_in_state else {}
         h = numerics.in_double(
-            lambda _, scalars: self._at(*scalars), (), (count, self._arrays(hyperparams)), dtype=_widest(leaves)
+            lambda _, scalars: self._at(*scalars),
+            (),
+            (count, self._arrays(hyperparams)),
+            dtype=numerics.widest(x.dtype for x in leaves),
         )
         states = [init_leaf(self.rule, h, leaf, self.state_dtype, master_copy=self.master_copy) for leaf in leaves]
         # Every slot that some shape has, so that the structure does not depend on which shapes there are.
@@ -196,7 +199,7 @@ class _Lift:
         slots = {name: _match(treedef, f"state.slots[{name!r}]", tree) for name, tree in state.slots.items()}
         mask = self._active(grads, None if active is None else _match(treedef, "active", active))
 
-        c, scalars, scheduled = self._scalars(state, _widest(leaves))
+        c, scalars, scheduled = self._scalars(state, numerics.widest(x.dtype for x in leaves))
         key = None if self.key is None else jax.random.fold_in(self.key, state.count)
         stepped = [i for i, grad in enumerate(grads) if grad is not None]
         results = step_leaves(
@@ -287,12 +290,6 @@ class _Lift:
 
 def _is_packed(x: Any) -> bool:
     return isinstance(x, Packed)
-
-
-def _widest(leaves: list[Array]) -> np.dtype:
-    """The type that coefficients leave the double scope in: float64 only where a leaf needs it."""
-    dtypes = [numerics.compute_dtype(x.dtype) for x in leaves]
-    return max(dtypes, key=lambda d: jnp.finfo(d).bits, default=jnp.dtype(jnp.float32))
 
 
 def _match(treedef: Any, name: str, tree: Tree) -> list[Any]:
