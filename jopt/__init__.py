@@ -1,6 +1,7 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
 from jopt.arena import Packed, pack, unpack
+from jopt.fusion import enable_multi_output_fusion
 from jopt.lbfgs import lbfgs
 from jopt.optimizers import (
     adadelta,
@@ -34,6 +35,7 @@ __all__ = [
     "adamax",
     "adamw",
     "asgd",
+    "enable_multi_output_fusion",
     "gradient_descent",
     "lbfgs",
     "mars",

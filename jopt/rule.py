@@ -232,6 +232,21 @@ def step_leaf(
     return param, state
 
 
+def apart(f: Callable[..., Sequence[Array]], n: int, *inputs: Any) -> list[Array]:
+    """`f(*inputs)`, n arrays, on CPU in a form that XLA makes one loop of where it fuses outputs at all.
+
+    There a subexpression that two outputs share gets a loop and an array of its own. Each output computed from its own
+    copy of the inputs, which are none in memory, shares none. Without `jopt.fusion.FLAG` the copies are real: slow. On
+    other platforms there are no copies, and XLA merges the n computations into one again.
+    """
+
+    def repeat(inputs: Any) -> tuple[Any, ...]:
+        return (inputs,) * n
+
+    copies = lax.platform_dependent(inputs, cpu=lambda x: lax.optimization_barrier(repeat(x)), default=repeat)
+    return [f(*copy)[k] for k, copy in enumerate(copies)]
+
+
 def step_rows(
     rule: Rule,
     c: Scalars,
