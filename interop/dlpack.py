@@ -193,6 +193,7 @@ class Buffer:
         address = array.unsafe_buffer_pointer()
         if address != self.address:
             # Something else held the array, so that XLA did not donate it: the old one still is what the views see.
+            array.block_until_ready()
             ctypes.memmove(self.address, address, array.nbytes)
         else:
             self.array = array
@@ -219,8 +220,12 @@ def host_array(x: Tensor, dtype: np.dtype) -> np.ndarray:
     JAX takes such an array without copying where it is aligned, but keeps it until its next call; owning nothing,
     it does not keep a gradient alive past zero_grad. Use it only while the tensor lives.
     """
-    count = x.numel() * x.element_size() // dtype.itemsize
-    memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(x.data_ptr())
+    return _host_array(x.data_ptr(), x.numel() * x.element_size() // dtype.itemsize, dtype)
+
+
+@functools.lru_cache(maxsize=4096)  # torch's allocator gives a backward pass the addresses of the one before
+def _host_array(address: int, count: int, dtype: np.dtype) -> np.ndarray:
+    memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return np.frombuffer(memory, dtype, count)
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import KeepsWideState, check_process, own_settings, parameter_name, undynamo
-from interop.optimizer import run as run_program
+from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
+from interop.program import own_settings
+from interop.program import run as run_program
 from jopt.lbfgs import DONE, START, LBFGSState, Run, Settings, advance, initial_run, initial_state
 
 FIRST_CAPACITY = 8  # pairs; the history grows by doubling, as torch's grows by the pair

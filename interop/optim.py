@@ -17,7 +17,7 @@ import torch
 
 from interop import sparse
 from interop.lbfgs import LBFGS
-from interop.optimizer import CompiledStep, check_process
+from interop.optimizer import CompiledStep, Stepped
 from jopt import rules
 
 __all__ = [
@@ -131,13 +131,11 @@ class Muon(CompiledStep, torch.optim.Muon):
     rule = rules.Muon
 
 
-class SparseAdam(CompiledStep, torch.optim.SparseAdam):
+class SparseAdam(Stepped, torch.optim.SparseAdam):
     """`torch.optim.SparseAdam`, whose rows are stepped by `jopt.rules.SparseAdam`; its state is torch's own."""
 
     rule = rules.SparseAdam
     _work: Any = None
 
     def _step(self) -> None:
-        check_process()
-        with torch.inference_mode(False), torch.no_grad():
-            sparse.step(self)
+        sparse.step(self)

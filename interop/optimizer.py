@@ -3,40 +3,41 @@
 A class here is torch's own class with another `step`. Its parameters and state live in JAX buffers that torch
 sees at fixed addresses (`dlpack.Buffer`), so that a step is one compiled program that writes them in place:
 
-    gradients, coefficients -> compiled(buffers) -> the same buffers
+    gradients, coefficients -> compiled(buffers) -> the same buffers      (interop/program.py)
 
 Parameters move into such a buffer at the first step in which they have a gradient, and only those that nothing else
 refers to: plain, contiguous, of a storage of their own. Every other one, and one whose storage is exchanged
 later, is copied in before the step and out after it. Tensors of `BIG` elements and more have buffers of their
-own; the rest share one, since dispatch costs by the buffer.
+own; the rest share some, since dispatch costs by the buffer.
+
+What a step finds as the last one left it is not checked again: see `_Plan.look`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import inspect
 import math
+import numbers
+import operator
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax import Array
-from jax._src import compiler
 from torch import Tensor
 
-from interop import dlpack
-from jopt import numerics
+from interop import dlpack, program
+from interop.program import EMA
 from jopt.arena import ROW, Layout
-from jopt.rule import Rule, init_leaf, step_leaf, step_leaves
+from jopt.rule import Rule, init_leaf
 
 BIG = 2**15  # elements
+SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are gathered in as much memory
 
 
 class KeepsWideState:
@@ -70,18 +71,102 @@ class KeepsWideState:
                 hook.remove()
 
 
-class CompiledStep(KeepsWideState):
+class Stepped(KeepsWideState):
+    """Gives a class of torch.optim another step: `_step`, which sees gradients and parameters and changes them."""
+
+    rule: ClassVar[type[Rule]]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a sparse gradient where torch's optimizer takes none, or a forked child process.
+            TypeError: a parameter, gradient or state that cannot be stepped; said before anything changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        undynamo(_guarded)(self)
+        return loss
+
+    def _step(self) -> None:
+        raise NotImplementedError
+
+
+def _guarded(optimizer: Stepped) -> None:
+    check_process()
+    with torch.inference_mode(False), torch.no_grad():
+        optimizer._step()
+
+
+class CompiledStep(Stepped):
     """Gives a class of torch.optim the compiled step. Put it before that class among the bases.
 
     Everything but `step` is torch's: signature, defaults, errors, parameter groups, state keys, state_dict, hooks,
     schedulers. `foreach`, `fused` and `capturable` choose among torch's own paths and mean nothing here;
     `differentiable=True` is refused.
+
+    Two keyword arguments more put into the compiled step what a training loop does around it:
+
+    Args:
+        max_norm: clip the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_(params, max_norm)` before
+            the step would. The gradients themselves stay as they are; their norm is `grad_norm`.
+        ema: the decay of an exponential moving average of the parameters, as `torch.optim.swa_utils.AveragedModel` with
+            `get_ema_multi_avg_fn(ema)` keeps it when updated after each step: `optimizer.state[p]["ema"]`.
+
+    Both are attributes too, and may be changed at any time. With `interop.amp.GradScaler` the step also unscales.
     """
 
-    rule: ClassVar[type[Rule]]
     hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
 
     _plan: _Plan | None = None
+    _max_norm: float | None = None
+    _ema: float | None = None
+
+    grad_norm: Tensor | None = None
+    """The norm of the last step's gradients, unscaled and before clipping, if the step clips or unscales."""
+    skipped: bool = False
+    """Whether the last step changed nothing, for an unscaled gradient was not finite."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" not in cls.__dict__:
+            torchs = next(base for base in cls.__mro__ if base.__module__.startswith("torch."))
+            signature = inspect.signature(torchs)
+            more = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
+                for name in ("max_norm", "ema")
+            ]
+            cls.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                parameters=[*signature.parameters.values(), *more]
+            )
+
+    def __init__(self, *args: Any, max_norm: float | None = None, ema: float | None = None, **kwargs: Any):
+        self.max_norm, self.ema = max_norm, ema
+        super().__init__(*args, **kwargs)
+
+    @property
+    def max_norm(self) -> float | None:
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        self._max_norm = _number("max_norm", value, lambda x: x >= 0, "a number of at least 0, or None")
+
+    @property
+    def ema(self) -> float | None:
+        return self._ema
+
+    @ema.setter
+    def ema(self, value: float | None) -> None:
+        self._ema = _number("ema", value, lambda x: 0 <= x <= 1, "a decay between 0 and 1, or None")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_max_norm": self._max_norm, "_ema": self._ema}  # type: ignore[misc]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -105,27 +190,16 @@ class CompiledStep(KeepsWideState):
         """torch's text for a sparse gradient in the group; None where it takes one."""
         return f"{type(self).__name__} does not support sparse gradients"
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform a single optimization step.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-
-        Raises:
-            RuntimeError: a sparse gradient where torch's optimizer takes none, or a forked child process.
-            TypeError: a parameter, gradient or state that cannot be stepped; said before anything changes.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        undynamo(type(self)._step)(self)
-        return loss
-
     def _step(self) -> None:
-        check_process()
-        with torch.inference_mode(False), torch.no_grad():
-            _step(self)
+        _step(self)
+
+
+def _number(name: str, value: Any, accepts: Callable[[float], bool], expected: str) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not accepts(float(value)):
+        raise ValueError(f"{name}: expected {expected}, found {value!r}")
+    return float(value)
 
 
 def _is_wide_state(state: torch.dtype, param: torch.dtype) -> bool:
@@ -161,18 +235,24 @@ def check_process() -> None:
 
 
 def _step(optimizer: Any) -> None:
-    grads = _gradients(optimizer)
-    if not grads:
-        return
+    program.pause_openmp()  # before all else: it slows Python too
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in params]
     hyperparameters = [_numbers(optimizer.rule.members(group)) for group in optimizer.param_groups]
     rules = [
         optimizer.rule.shaped_by(group, h) for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
     ]
     plan = optimizer._plan
-    if plan is None or not plan.serves(optimizer, rules, grads):
-        plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, grads, plan)
-    for bucket in plan.buckets:
-        bucket.step(optimizer.state, grads, hyperparameters)
+    if plan is None or not plan.is_as_before(optimizer, rules, params, grads):
+        present = _gradients(optimizer)
+        if not present:
+            optimizer.grad_norm, optimizer.skipped = None, False
+            return
+        if plan is None or not plan.serves(optimizer, rules, present):
+            plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, present, plan)
+        plan.begin(optimizer, hyperparameters, params, grads, present)
+        grads = [present.get(p) for p in params]
+    plan.step(optimizer, hyperparameters, grads)
 
 
 def _numbers(h: dict[str, Any]) -> dict[str, float]:
@@ -240,6 +320,8 @@ class _Plan:
         previous: _Plan | None,
     ):
         self.rules = list(rules)
+        self.averages = optimizer.ema is not None
+        self.seen: Any = None
         self.leaves: dict[Tensor, _Leaf] = {}
         members: dict[Any, list[_Leaf]] = {}
         known = previous.leaves if previous else {}
@@ -257,8 +339,8 @@ class _Plan:
                 name = parameter_name(optimizer, index, p)
                 dlpack.check_parameter(name, p)
                 rules[index].check_param(name, tuple(p.shape), dlpack.DTYPES[p.dtype])
-                dtypes = _state_dtypes(name, p, rules[index], optimizer.state.get(p) or {})
-                shapes = _slots(rules[index], tuple(p.shape))
+                shapes = self._slots(rules[index], tuple(p.shape))
+                dtypes = _state_dtypes(name, p, shapes, optimizer.state.get(p) or {})
                 size = p.numel() * (2 if p.is_complex() else 1)
                 leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, p.stride(), size, dtypes, shapes)
                 if before := known.get(p):
@@ -268,16 +350,68 @@ class _Plan:
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
         self.buckets = [
-            _Bucket(rule, dtype, dict(slots), leaves)
+            _Bucket(rule, dtype, dict(slots), part)
             for (_, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
+            for part in _shelves(rule, leaves)
         ]
-        with SignalsWait():
+        self.programs: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
+        self._programs(optimizer)
+        with program.SignalsWait():
+            staging: dict[np.dtype, _Staging] = {}
+            for dtype in {bucket.dtype for bucket in self.buckets}:
+                sizes = [bucket.layout.size for bucket in self.buckets if bucket.dtype == dtype]
+                staging[dtype] = _Staging(dlpack.aligned_zeros(max(sizes), dtype), shared=len(sizes) > 1)
+            self.staging = list(staging.values())
             for bucket in self.buckets:
-                bucket.take(optimizer, hyperparameters)
+                bucket.take(optimizer, hyperparameters, staging)
+
+    def _slots(self, rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return program.slot_shapes(rule, shape) | ({EMA: shape} if self.averages else {})
+
+    def _programs(self, optimizer: Any) -> tuple[list[Any], list[Any]]:
+        """For each bucket what measures its gradients, if they are measured, and what steps it."""
+        clip, unscale = optimizer.max_norm is not None, getattr(optimizer, "grad_scale", None) is not None
+        if (clip, unscale) not in self.programs:
+            measures: list[Any] = []
+            norms: tuple[Any, ...] = ()
+            if clip or unscale:
+                norms = tuple((len(bucket.leaves), bucket.dtype) for bucket in self.buckets)
+                measures = [program.compile_norms(bucket.spec, unscale) for bucket in self.buckets]
+            updates = [program.compile_update(bucket.spec, clip, unscale, norms) for bucket in self.buckets]
+            self.programs[clip, unscale] = measures, updates
+        return self.programs[clip, unscale]
+
+    # --- what a step depends on
+
+    def is_as_before(self, optimizer: Any, rules: Sequence[Rule], params: list[Tensor], grads: list[Any]) -> bool:
+        """Whether all is as the last step left it, so that nothing needs to be checked or planned again."""
+        return (
+            self.seen is not None
+            and rules == self.rules
+            and self.averages == (optimizer.ema is not None)
+            and self.seen == self.look(optimizer, params, grads)
+        )
+
+    def look(self, optimizer: Any, params: list[Tensor], grads: list[Any]) -> Any:
+        """What the checks depend on. Compared by identity where `leaves` keeps it alive."""
+        present = [g for g in grads if g is not None]
+        stepped = list(self.leaves)
+        return (
+            list(map(id, params)),
+            list(map(type, grads)),
+            list(map(_dtype_of, present)),
+            list(map(_layout_of, present)),
+            list(map(_pointer_of, stepped)),
+            list(map(_dtype_of, stepped)),
+            list(map(_shape_of, stepped)),
+            list(map(_strides_of, stepped)),
+            list(map(id, optimizer.state)),
+            [(*state, *map(id, state.values())) for state in optimizer.state.values()],
+        )
 
     def serves(self, optimizer: Any, rules: Sequence[Rule], grads: dict[Tensor, Tensor]) -> bool:
         """Whether this plan still fits the optimizer; takes note of parameters that moved."""
-        if rules != self.rules:
+        if rules != self.rules or self.averages != (optimizer.ema is not None):
             return False
         fits, moved = True, False
         for index, group in enumerate(optimizer.param_groups):
@@ -300,8 +434,85 @@ class _Plan:
                 state = optimizer.state.get(p)
                 if state and any(state.get(slot) is not leaf.views[slot] for slot in leaf.state_dtypes):
                     name = parameter_name(optimizer, index, p)
-                    fits = fits and _state_dtypes(name, p, self.rules[index], state) == leaf.state_dtypes
+                    fits = fits and _state_dtypes(name, p, leaf.state_shapes, state) == leaf.state_dtypes
         return fits and not (moved and _waves(list(self.leaves)) != self.waves)
+
+    def begin(
+        self,
+        optimizer: Any,
+        hyperparameters: Sequence[dict[str, float]],
+        params: list[Tensor],
+        grads: list[Any],
+        present: dict[Tensor, Tensor],
+    ) -> None:
+        """Note which parameters step, and take in state that its user exchanged."""
+        self.seen = None
+        places = {p: i for i, p in enumerate(params)}
+        for bucket in self.buckets:
+            bucket.begin(optimizer.state, hyperparameters, present, places)
+        if all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
+            self.seen = self.look(optimizer, params, grads)
+
+    def step(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], grads: Sequence[Any]) -> None:
+        """Step the parameters that `begin` noted, by their gradients."""
+        measures, updates = self._programs(optimizer)
+        found: dict[str, Any] = {}
+        results: list[Any] = []
+        with program.undisturbed():
+            for staging in self.staging:
+                staging.holder = None
+            big = [bucket.collect(grads) for bucket in self.buckets]
+            try:
+                if measures:
+                    scale = getattr(optimizer, "grad_scale", None)
+                    # In float32, as torch.amp.GradScaler.unscale_
+                    inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
+                    found = {
+                        "norms": [],
+                        "overflows": [],
+                        "max_norm": optimizer.max_norm or 0.0,
+                        "inverse_scale": inverse,
+                    }
+                    for bucket, measure, dense in zip(self.buckets, measures, big, strict=True):
+                        norms, overflow = bucket.measure(measure, grads, dense, inverse)
+                        found["norms"].append(norms)
+                        found["overflows"].append(overflow)
+                for bucket, update, dense in zip(self.buckets, updates, big, strict=True):
+                    if self.averages or bucket.active.any():
+                        rest, scalars = bucket.step(update, hyperparameters, grads, dense, found, optimizer.ema)
+                        results.append((bucket, rest, scalars))
+            finally:
+                jax.block_until_ready(found)  # before torch writes to the gradients that they are computed from
+            skipped, norm = False, None
+            if measures:
+                norm, found_inf = results[0][1]
+                skipped = bool(found_inf)
+            if not skipped:
+                for bucket, _, scalars in results:
+                    bucket.finish(scalars)
+        optimizer.skipped, optimizer.grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
+
+
+_dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("dtype", "layout", "shape"))
+_pointer_of, _strides_of = Tensor.data_ptr, Tensor.stride
+
+
+def _shelves(rule: Rule, leaves: list[_Leaf]) -> list[list[_Leaf]]:
+    """The leaves in parts: the small ones of a part fit into one buffer of `SHELF` elements, the big are in the first."""
+    parts, room = [[leaf for leaf in leaves if is_big(rule, leaf.size)]], SHELF
+    for leaf in leaves:
+        if not is_big(rule, leaf.size):
+            if leaf.size > room:
+                parts.append([])
+                room = SHELF
+            parts[-1].append(leaf)
+            room -= -(-leaf.size // ROW) * ROW
+    return parts
+
+
+def is_big(rule: Rule, size: int) -> bool:
+    """Whether a leaf has buffers of its own."""
+    return size >= BIG or rule.scope == "tensor"
 
 
 def _waves(params: Sequence[Tensor]) -> dict[Tensor, int]:
@@ -325,10 +536,12 @@ def _extent(p: Tensor) -> tuple[int, int]:
     return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
 
 
-def _state_dtypes(name: str, p: Tensor, rule: Rule, state: dict[str, Any]) -> dict[str, torch.dtype]:
+def _state_dtypes(
+    name: str, p: Tensor, shapes: dict[str, tuple[int, ...]], state: dict[str, Any]
+) -> dict[str, torch.dtype]:
     """The type of each slot: the parameter's, or float32 where a narrower parameter's loaded state has it."""
     dtypes = {}
-    for slot, shape in _slots(rule, tuple(p.shape)).items():
+    for slot, shape in shapes.items():
         value = state.get(slot)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
@@ -348,42 +561,51 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
-class _Bucket:
-    """The leaves of one rule and one set of types: their buffers, and the program that steps them."""
+@dataclasses.dataclass
+class _Staging:
+    """Where the gradients of small leaves are gathered, one bucket's after the other's."""
 
-    def __init__(
-        self,
-        rule: Rule,
-        dtype: torch.dtype,
-        slots: dict[str, torch.dtype],
-        leaves: list[_Leaf],
-    ):
+    array: np.ndarray
+    shared: bool = False  # by several buckets
+    holder: Any = None  # the bucket whose gradients lie there
+
+
+class _Bucket:
+    """The leaves of one rule and one set of types: their buffers, and the programs that step them."""
+
+    def __init__(self, rule: Rule, dtype: torch.dtype, slots: dict[str, torch.dtype], leaves: list[_Leaf]):
         self.rule = rule
-        self.big = [leaf for leaf in leaves if leaf.size >= BIG or rule.scope == "tensor"]
-        self.small = [leaf for leaf in leaves if leaf.size < BIG and rule.scope == "element"]
+        self.big = [leaf for leaf in leaves if is_big(rule, leaf.size)]
+        self.small = [leaf for leaf in leaves if not is_big(rule, leaf.size)]
         self.leaves = self.big + self.small
         self.groups = np.array([leaf.group for leaf in self.leaves])
         self.dtypes = {"param": dlpack.DTYPES[dtype]} | {slot: dlpack.DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
-        self.compute_dtype = numerics.widest(self.dtypes.values())
         self.layout = Layout(tuple((leaf.size,) for leaf in self.small), ROW)
         self.leaf_of_row = self.layout.leaf_of_row()
-        self.program = _compile(
+        sizes = np.array([leaf.size for leaf in self.small], np.int32)
+        first = np.array(self.layout.offsets, np.int32)
+        starts = np.arange(len(self.leaf_of_row), dtype=np.int32) * ROW - first[self.leaf_of_row]
+        self.elements_of_row = np.minimum(sizes[self.leaf_of_row] - starts, ROW)
+        self.spec = program.Bucket(
             rule,
             tuple(self.dtypes.items()),
             tuple(tuple(leaf.shape) if rule.scope == "tensor" else (leaf.size,) for leaf in self.big),
             len(self.small),
-            self.layout.size,
+            len(self.leaf_of_row),
         )
+        self.table = np.zeros((len(self.leaves), len(self.spec.columns)), self.spec.compute_dtype)
 
     # --- memory
 
-    def take(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> None:
+    def take(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], staging: dict[Any, _Staging]) -> None:
         """Make the buffers, and move parameters and state into them."""
         layout = self.layout
         self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
-        self.grads = dlpack.aligned_zeros(layout.size, self.dtype)
-        self.grad_views: dict[Tensor, Tensor] = {}  # where the small leaves' gradients are gathered
+        self.staging = staging[self.dtype]
+        self.grads = self.staging.array[: layout.size].reshape(-1, ROW)
+        self.grad_views: list[Tensor] = []  # where the small leaves' gradients are gathered
+        self.new = np.zeros(len(self.leaves), bool)  # whose averages begin with the next step
         self.scalars = self._init_scalars(optimizer, hyperparameters)
         self.buffers: list[dlpack.Buffer] = []
         for leaf in self.big:
@@ -392,12 +614,12 @@ class _Bucket:
             own = {name: dlpack.Buffer(sizes.get(name, leaf.size), d) for name, d in self.dtypes.items()}
             self.buffers += own.values()
             self._place(leaf, own, 0)
-        shared = {name: dlpack.Buffer(layout.size, d) for name, d in self.dtypes.items() if self.small}
+        shared = {name: dlpack.Buffer((self.spec.rows, ROW), d) for name, d in self.dtypes.items() if self.small}
         self.buffers += shared.values()
         for leaf, offset in zip(self.small, layout.offsets, strict=True):
             self._place(leaf, shared, offset)
             address = self.grads.ctypes.data + offset * self.dtype.itemsize
-            self.grad_views[leaf.param] = dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads)
+            self.grad_views.append(dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads))
         for i, leaf in enumerate(self.leaves):
             scalars = {
                 name: dlpack.view(vector[i:].ctypes.data, torch.from_numpy(vector).dtype, (), owner=vector)
@@ -420,7 +642,7 @@ class _Bucket:
                 if (
                     name in optimizer.hidden_scalars
                     and state
-                    and any(state.get(s) is not None for s in leaf.state_dtypes)
+                    and any(state.get(s) is not None for s in leaf.state_dtypes if s != EMA)
                 ):
                     values[i] = 1.0  # of a hidden step only matters whether there was one
             vectors[name] = np.array(values, _scalar_dtype())
@@ -447,9 +669,10 @@ class _Bucket:
         first: dict[str, Any] = {}
         if any(values.get(name) is None for name in leaf.views):
             scalars = self.rule.init_scalars(h)
-            first = scalars | self._first_slots(leaf, h)
+            first = scalars | self._first_slots(leaf, h) | {EMA: leaf.param}
             for name in scalars.keys() - leaf.views.keys():
                 self.scalars[name][i] = scalars[name]
+        self.new[i] = EMA in leaf.views and values.get(EMA) is None
         for name, view in leaf.views.items():
             value = first[name] if values.get(name) is None else values[name]
             if isinstance(value, Tensor):
@@ -461,68 +684,111 @@ class _Bucket:
     def _first_slots(self, leaf: _Leaf, h: dict[str, float]) -> dict[str, Tensor]:
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             param = dlpack.to_jax(leaf.param)
-            slots = init_leaf(self.rule, {name: jnp.asarray(x, self.compute_dtype) for name, x in h.items()}, param)
+            slots = init_leaf(
+                self.rule, {name: jnp.asarray(x, self.spec.compute_dtype) for name, x in h.items()}, param
+            )
             return dlpack.to_torch(slots)
 
     # --- the step
 
-    def step(self, states: Any, grads: dict[Tensor, Tensor], hyperparameters: Sequence[dict[str, float]]) -> None:
-        """Step the leaves that have a gradient."""
-        active = np.array([leaf.param in grads for leaf in self.leaves])
+    def begin(
+        self,
+        states: Any,
+        hyperparameters: Sequence[dict[str, float]],
+        grads: dict[Tensor, Tensor],
+        places: dict[Tensor, int],
+    ) -> None:
+        """Note the leaves that have a gradient, and take in state that its user exchanged."""
+        self.active = np.array([leaf.param in grads for leaf in self.leaves], bool)
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
-        if not stepped:
-            return
-        foreign = []  # state that its user exchanged; all is read before any is written, since it may be other state
+        foreign = []  # all is read before any is written, since it may be other state
         for i, leaf in enumerate(self.leaves):
-            if active[i] and leaf.views:
+            if self.active[i] and leaf.views:
                 state = states[leaf.param]
                 if any(state.get(name) is not view for name, view in leaf.views.items()):
                     values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
                     foreign.append((i, leaf, state, values))
         for i, leaf, state, values in foreign:
             self._take_state(i, leaf, state, values, hyperparameters[leaf.group])
-        copied = [leaf for leaf in stepped if leaf.home is not None]
-        for leaf in copied:
-            leaf.home.copy_(leaf.param)  # type: ignore[union-attr]
+        self.copied = [leaf for leaf in stepped if leaf.home is not None]
+        self.resident = [leaf.param for leaf in stepped if leaf.home is None]
+        self.places = [places[leaf.param] if leaf.param in grads else None for leaf in self.big]
+        small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]
+        self.small_views = [self.grad_views[i] for i in small]
+        self.small_places = [places[self.small[i].param] for i in small]
+        count = self.active[len(self.big) :][self.leaf_of_row]
+        self.valid = np.where(count, self.elements_of_row, 0).astype(np.int32)
 
-        small = [leaf for leaf in self.small if leaf.param in grads]
-        if small:
-            torch._foreach_copy_([self.grad_views[leaf.param] for leaf in small], [grads[leaf.param] for leaf in small])  # type: ignore
-        kept = [_dense(grads[leaf.param]) if leaf.param in grads else None for leaf in self.big]
+    def collect(self, grads: Sequence[Any]) -> list[Tensor | None]:
+        """The big leaves' gradients, dense: what the programs read, to be kept until they have."""
+        return [None if i is None else _dense(grads[i]) for i in self.places]
+
+    def _arrays(self, grads: Sequence[Any], big: list[Tensor | None]) -> list[np.ndarray]:
+        """The gradients as the programs take them; those of the small leaves are gathered, if they are not yet."""
         arrays = [
             self.missing[: leaf.size] if grad is None else dlpack.host_array(grad, self.dtype)
-            for leaf, grad in zip(self.big, kept, strict=True)
+            for leaf, grad in zip(self.big, big, strict=True)
         ]
-        coefficients, scalars = self._coefficients(hyperparameters, active)
-        run(
-            self.program,
-            self.buffers,
-            [*arrays, self.grads],
-            [*coefficients[: len(self.big)], coefficients[len(self.big) :]],
-            self.leaf_of_row,
-        )
-        for name, vector in self.scalars.items():
-            np.copyto(vector, scalars[name], where=active, casting="same_kind")
-        for leaf in copied:
-            leaf.param.copy_(leaf.home)  # type: ignore[arg-type]
-        # As torch's own in-place operations do, so that a backward through old values raises.
-        torch.autograd.graph.increment_version([leaf.param for leaf in stepped if leaf.home is None])
+        if self.small:
+            if self.staging.holder is not self and self.small_views:
+                torch._foreach_copy_(self.small_views, [grads[i] for i in self.small_places])
+            self.staging.holder = self
+            arrays.append(self.grads)
+        return arrays
 
-    def _coefficients(
-        self, hyperparameters: Sequence[dict[str, float]], active: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """One row a leaf: the rule's coefficients in `_names`' order, then whether it steps. And the next scalars."""
+    def measure(
+        self, measure: Any, grads: Sequence[Any], big: list[Tensor | None], inverse_scale: float
+    ) -> tuple[Any, Any]:
+        """The norms of the gradients, and whether one is not finite, as arrays that may not be computed yet."""
+        scale = np.asarray(inverse_scale, self.spec.compute_dtype)
+        found = measure(self._arrays(grads, big), self.leaf_of_row, self.valid, scale)
+        if self.staging.shared:
+            jax.block_until_ready(found)  # before another bucket's gradients come to lie there
+        return found
+
+    def step(
+        self,
+        update: Any,
+        hyperparameters: Sequence[dict[str, float]],
+        grads: Sequence[Any],
+        big: list[Tensor | None],
+        found: dict[str, Any],
+        ema: float | None,
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Step the leaves. Returns what the program found, and the next scalar state, for `finish`."""
+        for leaf in self.copied:
+            leaf.home.copy_(leaf.param)  # type: ignore[union-attr]
+        scalars = self._coefficients(hyperparameters, ema)
+        found = {
+            name: x if isinstance(x, list) else np.asarray(x, self.spec.compute_dtype) for name, x in found.items()
+        }
+        rest = program.launch(update, self.buffers, self._arrays(grads, big), self.table, self.leaf_of_row, found)
+        for leaf in self.copied:
+            leaf.param.copy_(leaf.home)  # type: ignore[arg-type]
+        self.new[:] = False
+        return rest, scalars
+
+    def finish(self, scalars: dict[str, Any]) -> None:
+        """After a step that was not skipped: the scalar state and torch's version counters."""
+        for name, vector in self.scalars.items():
+            np.copyto(vector, scalars[name], where=self.active, casting="same_kind")
+        # As torch's own in-place operations do, so that a backward through old values raises.
+        torch.autograd.graph.increment_version(self.resident)
+
+    def _coefficients(self, hyperparameters: Sequence[dict[str, float]], ema: float | None) -> dict[str, Any]:
+        """Fill the table, one row a leaf; returns the next scalar state."""
         h: dict[str, Any] = {}
         for name in self.rule.hyperparameters:
-            values = np.array([group.get(name, np.nan) for group in hyperparameters])
-            h[name] = values[0] if (values == values[0]).all() else values[self.groups]
+            values = [group.get(name, math.nan) for group in hyperparameters]
+            h[name] = np.float64(values[0]) if len(set(values)) == 1 else np.array(values)[self.groups]
         with np.errstate(all="ignore"):
             s = {name: x.astype(np.float64) for name, x in self.scalars.items()}
             c, scalars = self.rule.scalars(h, s, np, lambda x: np.asarray(x).astype(_scalar_dtype()).astype(np.float64))
-        table = np.empty((len(self.leaves), len(c) + 1), np.float64)
-        for column, value in enumerate((*c.values(), active)):
-            table[:, column] = value
-        return table.astype(self.compute_dtype), scalars
+        if ema is not None:
+            c = {**c, EMA: np.where(self.new, 1.0, 1 - ema)}
+        for column, value in enumerate((*c.values(), self.active)):
+            self.table[:, column] = value
+        return scalars
 
 
 def _scalar_dtype() -> Any:
@@ -534,207 +800,3 @@ def _dense(grad: Tensor) -> Tensor:
     if grad.is_complex():
         grad = torch.view_as_real(grad.resolve_conj())
     return grad.resolve_neg().contiguous()
-
-
-# --- the compiled program ----------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1024)
-def _slots(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a leaf's tensor state, in torch's order, which a JAX tree would sort."""
-    slots: dict[str, tuple[int, ...]] = {}
-
-    def init(param: Array) -> None:
-        state = rule.init(dict.fromkeys(rule.hyperparameters, jnp.zeros(())), param)
-        slots.update((name, x.shape) for name, x in state.items())
-
-    jax.eval_shape(init, jax.ShapeDtypeStruct(shape, np.float32))
-    return slots
-
-
-def _coefficient_names(rule: Rule) -> tuple[str, ...]:
-    with np.errstate(all="ignore"):
-        h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
-        s = {name: np.full(1, x) for name, x in rule.init_scalars(h).items()}
-        return tuple(rule.scalars(h, s, np, np.asarray)[0])
-
-
-@functools.lru_cache(maxsize=128)
-def _compile(
-    rule: Rule,
-    dtypes: tuple[tuple[str, np.dtype], ...],
-    big: tuple[tuple[int, ...], ...],
-    n_small: int,
-    small: int,
-) -> Any:
-    """The program that steps a bucket, for any optimizer with one like it.
-
-    Args:
-      rule: what is stepped.
-      dtypes: the types of `param` and of each slot.
-      big: the shapes of the leaves with buffers of their own; (size,) where the rule does not ask for it.
-      n_small, small: how many leaves share buffers, and those buffers' size.
-
-    The program takes and returns the buffers, leaf by leaf, `param` and the slots in the order of `dtypes`,
-    those of the small leaves last; then gradients, coefficients (see `_Bucket._coefficients`), and the small buffer's
-    rows' leaves. A leaf has a vector of coefficients of its own: sharing one, XLA merges equal sizes into a slow loop.
-    """
-    names = [name for name, _ in dtypes]
-    columns = (*_coefficient_names(rule), "active")
-
-    def step_one(buffers: Sequence[Array], grad: Array, c: dict[str, Array]) -> list[Array]:
-        active = c["active"] != 0
-        c = {name: x for name, x in c.items() if name != "active"}
-
-        def outputs(buffers: Sequence[Array], grad: Array) -> list[Array]:
-            param, *slots = buffers
-            state = dict(zip(names[1:], slots, strict=True))
-            param, state = step_leaf(rule, c, grad, state, param, active)
-            return [param, *(state[name] for name in names[1:])]
-
-        # A subexpression that two outputs share gets a loop and an array of its own. Each output from a copy of the
-        # inputs shares none, and XLA makes one loop of them all.
-        copies = jax.lax.optimization_barrier(((list(buffers), grad),) * len(names))
-        return [outputs(*copy)[k] for k, copy in enumerate(copies)]
-
-    def step_tensors(buffers: list[Array], grads: list[Array], coefficients: list[Array]) -> list[Array]:
-        leaves = []
-        for i, shape in enumerate(big):
-            param, *slots = buffers[i * len(names) : (i + 1) * len(names)]
-            shapes = _slots(rule, shape)
-            state = {name: x.reshape(shapes[name]) for name, x in zip(names[1:], slots, strict=True)}
-            c = {name: coefficients[i][j] for j, name in enumerate(columns)}
-            active = c.pop("active") != 0
-            leaves.append((c, grads[i].reshape(shape), state, param.reshape(shape), active))
-        results = step_leaves(rule, leaves)
-        return [x.reshape(-1) for param, state in results for x in (param, *(state[name] for name in names[1:]))]
-
-    def program(buffers: list[Array], grads: list[Array], coefficients: list[Array], leaf_of_row: Array) -> list[Array]:
-        if rule.scope == "tensor":
-            return step_tensors(buffers, grads, coefficients)
-        out: list[Array] = []
-        width = len(names)
-        for i in range(len(big)):
-            c = {name: coefficients[i][j] for j, name in enumerate(columns)}
-            out += step_one(buffers[i * width : (i + 1) * width], grads[i], c)
-        if n_small:
-            rows = [x.reshape(-1, ROW) for x in (*buffers[len(big) * width :], grads[-1])]
-            c = {name: coefficients[-1][:, j][leaf_of_row][:, None] for j, name in enumerate(columns)}
-            out += [x.reshape(-1) for x in step_one(rows[:-1], rows[-1], c)]
-        return out
-
-    def buffer_sizes(shape: tuple[int, ...]) -> list[int]:
-        slots = _slots(rule, shape)
-        return [math.prod(shape), *(math.prod(slots[name]) for name in names[1:])]
-
-    sizes = [buffer_sizes(shape) for shape in (*big, *([(small,)] if n_small else []))]
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with own_settings():
-
-        def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-        compute = numerics.widest(d for _, d in dtypes)
-        grad_dtype = dict(dtypes)["param"]
-        lowered = jax.jit(program, donate_argnums=0).lower(
-            [spec((n,), dtype) for leaf in sizes for n, (_, dtype) in zip(leaf, dtypes, strict=True)],
-            [spec((n,), grad_dtype) for n in (*(math.prod(shape) for shape in big), small)],
-            [*(spec((len(columns),), compute) for _ in big), spec((n_small, len(columns)), compute)],
-            spec((small // ROW,), np.int32),
-        )
-        with _multi_output_fusion():
-            return lowered.compile()
-
-
-@contextlib.contextmanager
-def own_settings() -> Iterator[None]:
-    """The JAX settings that the program needs, whatever the user's: debug_nans raises after buffers were donated."""
-    with jax.enable_x64(True), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
-        yield
-
-
-_patching = threading.Lock()
-_FLAG = b"xla_cpu_use_multi_output_fusion"
-
-
-@contextlib.contextmanager
-def _multi_output_fusion() -> Iterator[None]:
-    """Have XLA on CPU compute several outputs in one loop, in what this thread compiles inside the block.
-
-    XLA has it behind a debug option that is a map, which `compiler_options` cannot set; the other way in, XLA_FLAGS, is
-    the user's and global. So the entry is appended to the compile options as they are serialized: fields 3
-    (executable_build_options), 3 (debug_options), 500 (xla_backend_extra_options), then 1, the entry's key.
-    """
-    thread = threading.get_ident()
-    with _patching:
-        original = compiler.get_compile_options
-
-        def get_compile_options(*args: Any, **kwargs: Any) -> Any:
-            options = original(*args, **kwargs)
-            if threading.get_ident() != thread:
-                return options
-            extra = _field(3, _field(3, _field(500, _field(1, _FLAG))))
-            return type(options).ParseFromString(options.SerializeAsString() + extra)
-
-        compiler.get_compile_options = get_compile_options  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            compiler.get_compile_options = original
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A protocol buffer's length-delimited field."""
-
-    def varint(n: int) -> bytes:
-        return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
-
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
-    """Run the program over the buffers, and wait: torch may write to what it reads right after.
-
-    It returns the buffers, and after them what this returns.
-
-    The buffers are donated, so that an exception between the call and the taking of its results would lose the
-    memory that torch sees: signals whose handlers could raise one wait.
-    """
-    with SignalsWait(), own_settings(), jax.transfer_guard("allow"):
-        out = program([buffer.array for buffer in buffers], *arguments)
-        jax.block_until_ready(out)
-        for buffer, array in zip(buffers, out[: len(buffers)], strict=True):
-            buffer.replace(array)
-    return out[len(buffers) :]
-
-
-class SignalsWait:
-    """Python's signal handlers run after the block rather than inside it."""
-
-    signals = [
-        getattr(signal, name)
-        for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP")
-        if hasattr(signal, name)
-    ]
-
-    def __enter__(self) -> None:
-        self.handlers: dict[int, Any] = {}
-        self.arrived: list[tuple[int, Any]] = []
-        if threading.current_thread() is threading.main_thread():
-            for number in self.signals:
-                if callable(handler := signal.getsignal(number)):
-                    self.handlers[number] = handler
-                    signal.signal(number, lambda *args: self.arrived.append(args))
-
-    def __exit__(self, *_: object) -> None:
-        for number in reversed(self.handlers):  # SIGINT last, as it came first: until then it cannot cut this short
-            signal.signal(number, self.handlers[number])
-        self._deliver()
-
-    def _deliver(self) -> None:
-        if self.arrived:
-            number, frame = self.arrived.pop(0)
-            try:
-                self.handlers[number](number, frame)
-            finally:
-                self._deliver()

@@ -16,7 +16,8 @@ from jax import Array
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import own_settings, parameter_name, run
+from interop.optimizer import parameter_name
+from interop.program import own_settings, run
 from jopt import numerics
 from jopt.rule import Rule, step_leaf
 

@@ -20,7 +20,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
-from interop import optim, optimizer  # noqa: E402
+from interop import optim, optimizer, program  # noqa: E402
 from tests import cases  # noqa: E402
 
 BIG = optimizer.BIG
@@ -67,7 +67,7 @@ def assert_equal(theirs, ours, tolerances=cases.NETWORK):
 
 
 def compilations():
-    return optimizer._compile.cache_info().misses
+    return program.compile_update.cache_info().misses
 
 
 def trained(**arguments):
@@ -238,11 +238,12 @@ def test_state_views_stay_live_and_in_place():
 
 def test_the_program_aliases_every_buffer_and_makes_no_array():
     _model, opt = trained()
-    for bucket in opt._plan.buckets:
-        memory = bucket.program.memory_analysis()
-        buffers = sum(b.array.nbytes for b in bucket.buffers)
-        assert memory.alias_size_in_bytes == buffers
-        assert memory.temp_size_in_bytes < buffers / 20
+    (bucket,), (_, (update,)) = opt._plan.buckets, opt._plan.programs[False, False]
+    memory = update.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(b.array.nbytes for b in bucket.buffers)
+    # Coefficients: a vector for each row of the shared buffers, a few numbers for each leaf.
+    coefficients = 4 * len(bucket.spec.columns) * (bucket.spec.rows + len(bucket.leaves))
+    assert memory.temp_size_in_bytes < 2 * coefficients + 4096
 
 
 def test_version_counter_guards_backward():
@@ -836,7 +837,7 @@ def test_an_interrupted_first_step_can_be_taken_again(monkeypatch):
     p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     opt = optim.SGD([p, q], lr=0.1, momentum=0.9, dampening=0.5)
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
-    compile_one, calls = optimizer._compile, []
+    compile_one, calls = program.compile_update, []
 
     def interrupted(*args):
         calls.append(args)
@@ -844,7 +845,7 @@ def test_an_interrupted_first_step_can_be_taken_again(monkeypatch):
             raise KeyboardInterrupt
         return compile_one(*args)
 
-    monkeypatch.setattr(optimizer, "_compile", interrupted)
+    monkeypatch.setattr(program, "compile_update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.step()
     assert not opt.state
@@ -865,7 +866,7 @@ def test_every_waiting_signal_is_delivered():
         signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
     }
     try:
-        with pytest.raises(KeyboardInterrupt), optimizer.SignalsWait():  # noqa: PT012 - what it waits for
+        with pytest.raises(KeyboardInterrupt), program.SignalsWait():  # noqa: PT012 - what it waits for
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
             assert not seen

@@ -1,0 +1,60 @@
+"""torch.amp's GradScaler, whose unscaling and check for infinities the compiled step does on the way.
+
+>>> import torch
+>>> from interop import amp, optim
+>>> model = torch.nn.Linear(2, 1)
+>>> optimizer, scaler = optim.AdamW(model.parameters(), lr=1e-2, max_norm=1.0), amp.GradScaler("cpu")
+>>> scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+>>> scaler.step(optimizer)
+>>> scaler.update()
+>>> optimizer.skipped
+False
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import OptState
+
+from interop.optimizer import CompiledStep
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler` that saves the two passes over the gradients that `unscale_` makes.
+
+    A step of an `interop.optim` optimizer multiplies the gradients by 1 / scale as it reads them, and changes nothing but
+    its averages (`ema`) where one is not finite; its `skipped` says so. The gradients stay scaled. With other optimizers,
+    and after an explicit `unscale_`, all is as in torch. Unlike there, the step's hooks run for a skipped step too.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As torch's, in one compiled step.
+
+        Raises:
+            ValueError: gradients of float16, as in torch: scale the loss of a float32 model under autocast.
+            RuntimeError: a closure, or a second step before `update`.
+        """
+        state = self._per_optimizer_states[id(optimizer)]
+        fuses = self._enabled and isinstance(optimizer, CompiledStep) and state["stage"] is OptState.READY
+        if not fuses or args or kwargs:
+            return super().step(optimizer, *args, **kwargs)
+        self._check_scale_growth_tracker("step")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p.grad is not None and p.grad.dtype is torch.float16 for p in params):
+            raise ValueError("Attempting to unscale FP16 gradients.")
+        if all(p.grad is None for p in params):
+            raise AssertionError("No inf checks were recorded for this optimizer.")
+        optimizer.grad_scale = self._scale
+        try:
+            result = optimizer.step()
+        finally:
+            del optimizer.grad_scale
+        assert self._scale is not None
+        found = torch.full((), float(optimizer.skipped), dtype=torch.float32, device=self._scale.device)
+        state["found_inf_per_device"] = {found.device: found}
+        state["stage"] = OptState.STEPPED
+        return result

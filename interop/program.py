@@ -1,0 +1,379 @@
+"""The compiled programs of a torch optimizer's step, and how they run over torch's memory.
+
+`compile_update` steps a bucket of leaves in place: one loop a buffer, each array read and written once.
+`compile_norms` reads the gradients once before it, where the step clips them by their norm or unscales them; what it
+finds enters the update as arrays, and the host looks at neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import math
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from interop import dlpack
+from jopt import numerics as t
+from jopt.arena import ROW
+from jopt.fusion import fuses_outputs, multi_output_fusion
+from jopt.rule import Rule, apart, step_leaf, step_leaves
+
+EMA = "ema"  # the slot of the parameter's exponential moving average
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """What the programs of a bucket depend on.
+
+    Attributes:
+      rule: what is stepped.
+      dtypes: the types of `param` and of each slot, in the order of a leaf's buffers.
+      big: the shapes of the leaves with buffers of their own; (size,) where the rule does not ask for it.
+      n_small, rows: how many leaves share buffers, and those buffers' rows of `ROW` elements. Such buffers have two
+        axes from the first: reshaped in the program they would not be written in place.
+    """
+
+    rule: Rule
+    dtypes: tuple[tuple[str, np.dtype], ...]
+    big: tuple[tuple[int, ...], ...]
+    n_small: int
+    rows: int
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.dtypes]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The parameters' type."""
+        return self.dtypes[0][1]
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        return t.widest(dtype for _, dtype in self.dtypes)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """A leaf's coefficients: the rule's, the weight of its average's news, whether it steps."""
+        return (*_coefficient_names(self.rule), *((EMA,) if EMA in self.names else ()), "active")
+
+
+@functools.lru_cache(maxsize=1024)
+def slot_shapes(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a leaf's tensor state, in torch's order, which a JAX tree would sort."""
+    slots: dict[str, tuple[int, ...]] = {}
+
+    def init(param: Array) -> None:
+        state = rule.init(dict.fromkeys(rule.hyperparameters, jnp.zeros(())), param)
+        slots.update((name, x.shape) for name, x in state.items())
+
+    jax.eval_shape(init, jax.ShapeDtypeStruct(shape, np.float32))
+    return slots
+
+
+def buffer_shapes(bucket: Bucket, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes of a leaf's buffers, in their order."""
+    slots = slot_shapes(bucket.rule, shape)
+    return [slots.get(name, shape) for name in bucket.names]
+
+
+@functools.lru_cache(maxsize=1024)
+def _coefficient_names(rule: Rule) -> tuple[str, ...]:
+    with np.errstate(all="ignore"):
+        h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
+        s = {name: np.full(1, x) for name, x in rule.init_scalars(h).items()}
+        return tuple(rule.scalars(h, s, np, np.asarray)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def compile_update(
+    bucket: Bucket, clip: bool = False, unscale: bool = False, norms: tuple[tuple[int, np.dtype], ...] = ()
+) -> Any:
+    """The program that steps a bucket, for any optimizer with one like it.
+
+    Args:
+      bucket: the leaves.
+      clip: scale the gradients so that the norm of all is at most `max_norm`.
+      unscale: multiply them by `inverse_scale` before that, and keep what is optimized where one is not finite.
+      norms: with `clip` or `unscale`, how many norms each of the optimizer's buckets contributes, and their type.
+
+    The program takes the buffers, which it returns, leaf by leaf, `param` and the slots in the order of `dtypes`, those
+    of the small leaves last; the gradients likewise; the table of coefficients, a row a leaf (`columns`); the leaf of
+    each row of the small buffers; and, as a dictionary, what the `compile_norms` of each bucket found, `max_norm` and
+    `inverse_scale`. Behind the buffers it returns the norm of all gradients, and whether one was not finite.
+    """
+    names = bucket.names
+    fuses = fuses_outputs(own=True)
+    if not fuses:
+        _warn_slow()
+
+    def before(buffers: Sequence[Array], grad: Array, row: Array, judged: dict[str, Array]) -> Any:
+        """`step_leaf`'s arguments, and the leaf's average with the weight of its news."""
+        c = {name: row[..., j] for j, name in enumerate(bucket.columns)}
+        active = c.pop("active") != 0
+        if unscale:
+            grad = t.mul(grad, judged["inverse_scale"])
+            active = active & ~judged["found_inf"]
+        if clip:
+            grad = t.mul(grad, judged["factor"])
+        state = dict(zip(names[1:], buffers[1:], strict=True))
+        average = (state.pop(EMA), c.pop(EMA)) if EMA in state else None
+        return (c, grad, state, buffers[0], active), average
+
+    def after(result: tuple[Array, dict[str, Array]], average: tuple[Array, Array] | None) -> list[Array]:
+        param, state = result
+        if average is not None:
+            state = state | {EMA: t.lerp(average[0], param, average[1])}
+        return [param, *(state[name] for name in names[1:])]
+
+    def step_one(*inputs: Any) -> list[Array]:
+        leaf, average = before(*inputs)
+        return after(step_leaf(bucket.rule, *leaf), average)
+
+    def step_elements(buffers: list[Array], grads: list[Array], rows: list[Array], judged: Any) -> list[Array]:
+        out: list[Array] = []
+        for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
+            inputs = (buffers[i * len(names) : (i + 1) * len(names)], grad, row, judged)
+            out += apart(step_one, len(names), *inputs) if fuses else step_one(*inputs)
+        return out
+
+    def step_tensors(buffers: list[Array], grads: list[Array], rows: list[Array], judged: Any) -> list[Array]:
+        leaves, averages = [], []
+        for i, shape in enumerate(bucket.big):
+            shapes = buffer_shapes(bucket, shape)
+            own = buffers[i * len(names) : (i + 1) * len(names)]
+            own = [x.reshape(s) for x, s in zip(own, shapes, strict=True)]
+            leaf, average = before(own, grads[i].reshape(shape), rows[i], judged)
+            leaves.append(leaf)
+            averages.append(average)
+        results = step_leaves(bucket.rule, leaves)
+        new = [x for result, average in zip(results, averages, strict=True) for x in after(result, average)]
+        return [x.reshape(-1) for x in new]
+
+    def update(
+        buffers: list[Array], grads: list[Array], table: Array, leaf_of_row: Array, found: dict[str, Any]
+    ) -> list[Array]:
+        judged = _judge(found, bucket.compute_dtype)
+        split = len(bucket.big)
+        rows = [table[i] for i in range(split)]
+        if bucket.n_small:
+            rows.append(table[split:][leaf_of_row][:, None])
+        step = step_tensors if bucket.rule.scope == "tensor" else step_elements
+        out = step(buffers, grads, rows, judged)
+        return out + ([judged["norm"], judged["found_inf"]] if judged else [])
+
+    with own_settings():
+        compute = bucket.compute_dtype
+        sizes = [[(math.prod(s),) for s in buffer_shapes(bucket, shape)] for shape in bucket.big]
+        sizes += [[(bucket.rows, ROW)] * len(names)] * bool(bucket.n_small)
+        found: dict[str, Any] = {}
+        if norms:
+            found["norms"] = [_spec((n,), dtype) for n, dtype in norms]
+            found["overflows"] = [_spec((), bool) for _ in norms]
+            found["max_norm"] = found["inverse_scale"] = _spec((), compute)
+        return _compile(
+            update,
+            [_spec(s, dtype) for leaf in sizes for s, (_, dtype) in zip(leaf, bucket.dtypes, strict=True)],
+            _gradients(bucket),
+            _spec((len(bucket.big) + bucket.n_small, len(bucket.columns)), compute),
+            _spec((bucket.rows,), np.int32),
+            found,
+            donate_argnums=0,
+        )
+
+
+def _judge(found: dict[str, Any], compute: np.dtype) -> dict[str, Array]:
+    """The norm of all gradients and torch's factor for it, as `torch.nn.utils.clip_grad_norm_` computes them."""
+    if not found:
+        return {}
+    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in found["norms"]))
+    norm = t.norm(jnp.concatenate([x.astype(dtype) for x in found["norms"]]))
+    denominator = t.add(norm, jnp.full((), 1e-6, t.compute_dtype(dtype)))
+    factor = t.mul(t.reciprocal(denominator), found["max_norm"].astype(t.compute_dtype(dtype)))
+    return {
+        "norm": norm,
+        "factor": jnp.minimum(factor, jnp.ones((), dtype)).astype(compute),
+        "found_inf": functools.reduce(jnp.logical_or, found["overflows"]),
+        "inverse_scale": found["inverse_scale"],
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def compile_norms(bucket: Bucket, unscale: bool) -> Any:
+    """The program that reads a bucket's gradients: the norm of each, and whether one is not finite.
+
+    It takes the gradients, as `compile_update` does; for each row of the small ones its leaf and how many of its elements
+    count; and `inverse_scale`. Without `unscale` it looks for nothing that is not finite.
+    """
+    compute = t.compute_dtype(bucket.dtype)
+
+    def norms(grads: list[Array], leaf_of_row: Array, valid: Array, inverse_scale: Array) -> tuple[Array, Array]:
+        if bucket.n_small:
+            small = grads[-1]
+            inside = lax.broadcasted_iota(np.int32, small.shape, 1) < valid[:, None]
+            grads = [*grads[:-1], jnp.where(inside, small, jnp.zeros_like(small))]
+        squares = []
+        for i, grad in enumerate(grads):
+            grad = (t.mul(grad, inverse_scale) if unscale else grad).astype(compute)
+            if i < len(bucket.big):
+                squares.append(_sum_of_squares(grad)[None])
+            else:
+                rows = jnp.sum(grad * grad, axis=1)
+                squares.append(jax.ops.segment_sum(rows, leaf_of_row, bucket.n_small, indices_are_sorted=True))
+        sums = jnp.concatenate(squares)
+        overflow = jnp.zeros((), bool)
+        if unscale:
+            # Squares can overflow where no gradient does; only then each is looked at.
+            overflow = lax.cond(
+                jnp.isfinite(sums).all(),
+                lambda _: overflow,
+                lambda grads: functools.reduce(jnp.logical_or, [~jnp.isfinite(grad).all() for grad in grads]),
+                grads,
+            )
+        return t.cast(jnp.sqrt(sums), jnp.zeros((), bucket.dtype)), overflow
+
+    with own_settings():
+        grads = _gradients(bucket)
+        rows = _spec((bucket.rows,), np.int32)
+        return _compile(norms, grads, rows, rows, _spec((), compute))
+
+
+def _sum_of_squares(x: Array) -> Array:
+    """Summed in parallel and in many sums side by side: XLA on CPU makes one chain of a sum to a scalar."""
+    lanes = (16, 64)
+    split = x.size // math.prod(lanes) * math.prod(lanes)
+    main = lax.slice(x, (0,), (split,)).reshape(lanes[0], -1, lanes[1])
+    rest = lax.slice(x, (split,), x.shape)
+    return jnp.sum(jnp.sum(main * main, axis=1)) + jnp.sum(rest * rest)
+
+
+def _gradients(bucket: Bucket) -> list[jax.ShapeDtypeStruct]:
+    shapes = [(math.prod(shape),) for shape in bucket.big] + [(bucket.rows, ROW)] * bool(bucket.n_small)
+    return [_spec(shape, bucket.dtype) for shape in shapes]
+
+
+def _spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _compile(f: Any, *specs: Any, **options: Any) -> Any:
+    lowered = jax.jit(f, **options).lower(*specs)
+    with multi_output_fusion():
+        return lowered.compile()
+
+
+@functools.cache
+def _warn_slow() -> None:
+    warnings.warn(
+        "interop.optim: this JAX does not take the option that lets XLA on CPU compute several outputs in one loop, which "
+        "costs a step half its speed; call jopt.enable_multi_output_fusion() before the first use of JAX",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+# --- running -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """The JAX settings that the programs need, whatever the user's: debug_nans raises after buffers were donated."""
+    with (
+        jax.enable_x64(True),
+        jax.disable_jit(False),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.transfer_guard("allow"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Where programs run: signals wait, JAX's settings are ours."""
+    with SignalsWait(), own_settings():
+        yield
+
+
+def launch(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
+    """Run a program over the buffers, inside `undisturbed`, and wait: torch may write right after to what it reads.
+
+    It returns the buffers, and after them what this returns. They are donated, so that an exception between the
+    call and the taking of its results would lose the memory that torch sees.
+    """
+    out = program([buffer.array for buffer in buffers], *arguments)
+    for buffer, array in zip(buffers, out, strict=False):
+        buffer.replace(array)
+    jax.block_until_ready(out)
+    return out[len(buffers) :]
+
+
+def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
+    """`launch`, undisturbed."""
+    with undisturbed():
+        return launch(program, buffers, *arguments)
+
+
+def pause_openmp() -> None:
+    """End the threads of torch's OpenMP: after a parallel loop they spin for a while, on the processors that XLA needs."""
+    if (pause := _omp_pause()) is not None:
+        pause(1)  # omp_pause_soft
+
+
+@functools.cache
+def _omp_pause() -> Any:
+    """GNU OpenMP's omp_pause_resource_all, if that is what torch runs on; it affects the calling thread's pool alone."""
+    maps = Path("/proc/self/maps")
+    if not sys.platform.startswith("linux") or not maps.exists():
+        return None
+    for line in maps.read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if "libgomp" in path:
+            return getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
+    return None
+
+
+class SignalsWait:
+    """Python's signal handlers run after the block rather than inside it."""
+
+    signals = [
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+        if hasattr(signal, name)
+    ]
+
+    def __enter__(self) -> None:
+        self.handlers: dict[int, Any] = {}
+        self.arrived: list[tuple[int, Any]] = []
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals:
+                if callable(handler := signal.getsignal(number)):
+                    self.handlers[number] = handler
+                    signal.signal(number, lambda *args: self.arrived.append(args))
+
+    def __exit__(self, *_: object) -> None:
+        for number in reversed(self.handlers):  # SIGINT last, as it came first: until then it cannot cut this short
+            signal.signal(number, self.handlers[number])
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self.arrived:
+            number, frame = self.arrived.pop(0)
+            try:
+                self.handlers[number](number, frame)
+            finally:
+                self._deliver()
