@@ -1,17 +1,14 @@
-"""The demo and the benchmark, as their users run them, on less."""
-
-import sys
+"""The demo, as its users run it, on less."""
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="both step torch models")
+torch = pytest.importorskip("torch", reason="the demo steps torch models")
 for extra in ("matplotlib", "PIL", "sklearn", "tqdm"):
     pytest.importorskip(extra, reason="of the demo extra")
 
 import jax  # noqa: E402
 
-from benchmarks import shapes, step  # noqa: E402
 from examples import digits  # noqa: E402
 
 
@@ -67,18 +64,3 @@ def test_the_demo_says_what_is_wrong(tmp_path, data):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"--data .*(no such folder|expected images in one subfolder a class)"):
         digits.main(["--data", str(tmp_path / data) if data == "empty" else data])
-
-
-def test_the_benchmark(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(step.MODELS, "resnet50", lambda: [(40, 1000), (10,)])
-    monkeypatch.setattr(sys, "argv", ["step", "--models", "resnet50", "--rounds", "2", "--out", str(tmp_path)])
-    step.main()
-    assert "## AdamW, resnet50" in (tmp_path / "step.md").read_text()
-    assert {"step.json", "step.md", "step.png"} <= {x.name for x in tmp_path.iterdir()}
-
-
-def test_shapes_are_the_models():
-    """Tensors and parameters of torchvision's resnet50 and of GPT-2 small."""
-    for model, tensors, parameters in ((shapes.resnet50, 161, 25_557_032), (shapes.gpt2_small, 148, 124_439_808)):
-        assert len(model()) == tensors
-        assert sum(int(np.prod(s)) for s in model()) == parameters

@@ -1,0 +1,107 @@
+"""One step of a torch optimizer: the drop-in, torch's own paths, and torch.compile of the step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import COMPILE, OURS, PATHS, Add, TorchStep
+from benchmarks.report import Figure, Row, Section, Target
+from benchmarks.shapes import MODELS
+
+OPTIMIZERS = {
+    "AdamW": dict(),
+    "Adam": dict(),
+    "SGD": dict(momentum=0.9),
+    "Adagrad": dict(),
+    "Adadelta": dict(),
+    "Adamax": dict(),
+    "NAdam": dict(),
+    "RAdam": dict(),
+    "RMSprop": dict(),
+    "Rprop": dict(),
+    "ASGD": dict(),
+}
+# Compiling takes torch more than a minute for a model of 150 tensors.
+COMPILED = {"mlp": tuple(OPTIMIZERS), "resnet50": ("AdamW", "SGD"), "gpt2_small": ("AdamW",), "tiny": ()}
+SECONDS = {"mlp": 1.5, "resnet50": 6, "gpt2_small": 12, "tiny": 0.1}
+
+
+def run(short: bool) -> Section:
+    rows: list[Row] = []
+    for model in ("tiny",) if short else ("mlp", "resnet50", "gpt2_small"):
+        for name in ("AdamW", "RMSprop") if short else OPTIMIZERS:
+            rows.append(row(model, name))
+    labels = [f"{r['optimizer']}, {r['shapes']}" for r in rows]
+    series = {name: [r.get(f"{name}, ms") for r in rows] for name in (OURS, *PATHS, COMPILE)}
+    models = list(dict.fromkeys(r["shapes"] for r in rows))
+    figures = []
+    for model in models:
+        at = [i for i, r in enumerate(rows) if r["shapes"] == model]
+        figures.append(
+            Figure(
+                f"One step, {model}", "ms (median)", [labels[i] for i in at],
+                {k: [v[i] for i in at] for k, v in series.items() if any(v[i] is not None for i in at)},
+            )
+        )  # fmt: skip
+    return Section("A step of the drop-in", __doc__ + NOTE, {"One step": rows}, figures, targets(rows))
+
+
+NOTE = """
+Gradients are fresh tensors and the learning rate changes at every step. `best` is torch's fastest path of default,
+foreach and fused. `share of floor` is the time that the passes which the step cannot do without would take, at the
+speed of a three-pass add measured in the same rounds (in cache, for the small model), over ours. torch.compile takes
+minutes, and is left out where it would take most of the time. The flag is XLA's fusion of several outputs in the
+drop-in's programs."""
+
+
+def row(model: str, name: str) -> Row:
+    shapes = MODELS[model]()
+    grads = measure.gradients(shapes)
+    n = sum(math.prod(s) for s in shapes)
+    variants = {
+        path: TorchStep(make, shapes, grads, **OPTIMIZERS[name], **choice)
+        for path, (make, choice) in measure.paths(name).items()
+    }
+    if name in COMPILED[model]:
+        native = getattr(torch.optim, name)
+        lr = torch.tensor(variants["default"].lr)
+        variants[COMPILE] = TorchStep(
+            native, shapes, grads, lambda o: measure.compiled(o.step), **OPTIMIZERS[name], lr=lr
+        )
+    add = Add(n)
+    first, times = measure.interleave(f"{name}, {model}", {**variants, "add": add}, SECONDS[model])
+    a_pass = add.seconds_a_pass(times.pop("add")[:, 0], n)
+    # p and g are read, p is written, each state is both.
+    state = variants["default"].optimizer.state
+    passes = (
+        3 + 2 * sum(x.numel() for p in state for x in state[p].values() if isinstance(x, torch.Tensor) and x.dim()) / n
+    )
+    compared = measure.compare(first, times, PATHS)
+    detail = compared.pop("detail")
+    return {
+        "optimizer": name,
+        "shapes": model,
+        **compared,
+        "share of floor": float(np.median(passes * a_pass / times[OURS][:, 0])),
+        "first call, ms": 1e3 * first[OURS],
+        "flag": measure.flag(own=True),
+        "detail": detail | {"passes": passes, "GB/s of the add": 4e-9 * n / float(np.median(a_pass))},
+    }  # fmt: skip
+
+
+def targets(rows: list[Row]) -> list[Target]:
+    found = []
+    for model in dict.fromkeys(r["shapes"] for r in rows):
+        of_model = [r for r in rows if r["shapes"] == model]
+        with_fused = {r["optimizer"]: r["best / ours"] for r in of_model if "fused, ms" in r}
+        without = {r["optimizer"]: r["best / ours"] for r in of_model if "fused, ms" not in r}
+        for kind, ratios in (("torch has a fused path", with_fused), ("torch has none", without)):
+            worst = min(ratios, key=ratios.__getitem__)
+            found.append(
+                Target(f"{model}, where {kind}: torch's best over ours, the worst ({worst})", 1.0, ratios[worst])
+            )
+    return found
