@@ -297,8 +297,40 @@ def step_rows(
     return scatter(param, new), {name: scatter(x, new_state[name]) for name, x in state.items()}
 
 
-def step_leaves(rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[tuple[Array, LeafState]]:
-    """`step_leaf(rule, *leaf)`, or `step_rows`, for each; leaves of equal shapes at once where the rule says so."""
+@functools.partial(jax.jit, static_argnums=0, static_argnames="separate")
+def _step_element(
+    rule: Rule,
+    c: Scalars,
+    grad: Array,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
+    *,
+    separate: bool,
+) -> tuple[Array, LeafState]:
+    """step_leaf, traced once for all leaves of one shape; `separate`: in the form of `apart`."""
+
+    def outputs(grad: Array, state: LeafState, param: Array) -> list[Array]:
+        param, new = step_leaf(rule, c, grad, state, param, active, key)
+        return [param, *(new[name] for name in state)]
+
+    if separate and state:
+        param, *slots = apart(outputs, 1 + len(state), grad, state, param)
+    else:
+        param, *slots = outputs(grad, state, param)
+    return param, dict(zip(state, slots, strict=True))
+
+
+def step_leaves(
+    rule: Rule, leaves: Sequence[tuple[Any, ...]], *, separate: bool = False
+) -> list[tuple[Array, LeafState]]:
+    """`step_leaf(rule, *leaf)`, or `step_rows`, for each; leaves of equal shapes at once where the rule says so.
+
+    `separate`: where elements are independent, in the form of `apart`.
+    """
+    if rule.scope == "element":
+        return [_step_element(rule, *leaf, separate=separate) for leaf in leaves]
     if not rule.batched:
         step = step_rows if rule.scope == "rows" else step_leaf
         return [step(rule, *leaf) for leaf in leaves]

@@ -15,6 +15,7 @@ from jax.experimental.sparse import BCOO
 
 from jopt import numerics
 from jopt.arena import Packed
+from jopt.fusion import fuses_outputs
 from jopt.rule import Hyperparameter, Rule, init_leaf, step_leaves
 
 Tree = Any
@@ -215,6 +216,7 @@ class _Lift:
                 )
                 for i in stepped
             ],
+            separate=fuses_outputs(own=False),
         )
         new_leaves, new_slots = list(leaves), {name: list(xs) for name, xs in slots.items()}
         for i, (leaf, state_leaf) in zip(stepped, results, strict=True):

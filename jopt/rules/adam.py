@@ -46,7 +46,7 @@ class Adam(Rule):
             "1-beta1": 1 - h["beta1"],
             "beta2": h["beta2"],
             "1-beta2": 1 - h["beta2"],
-            "sqrt(bias_correction2)": xp.sqrt(1 - h["beta2"] ** step),
+            "1/sqrt(bias_correction2)": 1 / xp.sqrt(1 - h["beta2"] ** step),
             "eps": h["eps"],
             "-step_size": -h["lr"] / (1 - h["beta1"] ** step),
         }
@@ -58,5 +58,5 @@ class Adam(Rule):
         new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if self.amsgrad:
             new["max_exp_avg_sq"] = exp_avg_sq = jnp.maximum(state["max_exp_avg_sq"], exp_avg_sq)
-        denom = t.add(t.div(t.sqrt(exp_avg_sq), c["sqrt(bias_correction2)"]), c["eps"])
+        denom = t.add(t.mul(t.sqrt(exp_avg_sq), c["1/sqrt(bias_correction2)"]), c["eps"])
         return t.addcdiv(param, exp_avg, denom, c["-step_size"]), new

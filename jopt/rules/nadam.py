@@ -45,7 +45,7 @@ class NAdam(Rule):
             "1-beta1": 1 - h["beta1"],
             "beta2": h["beta2"],
             "1-beta2": 1 - h["beta2"],
-            "bias_correction2": 1 - h["beta2"] ** step,
+            "1/bias_correction2": 1 / (1 - h["beta2"] ** step),
             "eps": h["eps"],
             "grad weight": -h["lr"] * (1 - mu) / (1 - mu_product),
             "exp_avg weight": -h["lr"] * mu_next / (1 - mu_product * mu_next),
@@ -55,7 +55,7 @@ class NAdam(Rule):
     def update(self, c, grad, state, param):
         grad, param = regularize(self, c, grad, param)
         exp_avg, exp_avg_sq = moments(c, grad, state)
-        denom = t.add(t.sqrt(t.div(exp_avg_sq, c["bias_correction2"])), c["eps"])
+        denom = t.add(t.sqrt(t.mul(exp_avg_sq, c["1/bias_correction2"])), c["eps"])
         param = t.addcdiv(param, grad, denom, c["grad weight"])
         param = t.addcdiv(param, exp_avg, denom, c["exp_avg weight"])
         return param, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

@@ -46,7 +46,7 @@ class RAdam(Rule):
             "1-beta1": 1 - h["beta1"],
             "beta2": h["beta2"],
             "1-beta2": 1 - h["beta2"],
-            "bias_correction1": 1 - h["beta1"] ** step,
+            "1/bias_correction1": 1 / (1 - h["beta1"] ** step),
             "sqrt(bias_correction2)": xp.sqrt(bias_correction2),
             "eps": h["eps"],
             "lr": h["lr"],
@@ -58,7 +58,7 @@ class RAdam(Rule):
     def update(self, c, grad, state, param):
         grad, param = regularize(self, c, grad, param)
         exp_avg, exp_avg_sq = moments(c, grad, state)
-        plain = t.mul(t.div(exp_avg, c["bias_correction1"]), c["lr"])
+        plain = t.mul(t.mul(exp_avg, c["1/bias_correction1"]), c["lr"])
         adaptive = t.mul(t.reciprocal(t.add(t.sqrt(exp_avg_sq), c["eps"])), c["sqrt(bias_correction2)"])
         rectified = t.mul(t.mul(plain, adaptive), c["rect"])
         param = t.add(param, -jnp.where(c["rectified"] != 0, rectified, plain))
