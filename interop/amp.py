@@ -26,9 +26,10 @@ __all__ = ["GradScaler"]
 class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler` that saves the two passes over the gradients that `unscale_` makes.
 
-    A step of an `interop.optim` optimizer multiplies the gradients by 1 / scale as it reads them, and changes nothing but
-    its averages (`ema`) where one is not finite; its `skipped` says so. The gradients stay scaled. With other optimizers,
-    and after an explicit `unscale_`, all is as in torch. Unlike there, the step's hooks run for a skipped step too.
+    A step of an `interop.optim` optimizer multiplies the gradients by 1 / scale as it reads them, and changes nothing
+    but its averages (`ema`) where one is not finite; its `skipped` says so. The gradients stay scaled. With other
+    optimizers, and after an explicit `unscale_`, all is as in torch. Unlike there, the step's hooks run for a skipped
+    step too.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -38,10 +39,11 @@ class GradScaler(torch.amp.GradScaler):
             ValueError: gradients of float16, as in torch: scale the loss of a float32 model under autocast.
             RuntimeError: a closure, or a second step before `update`.
         """
-        state = self._per_optimizer_states[id(optimizer)]
-        fuses = self._enabled and isinstance(optimizer, CompiledStep) and state["stage"] is OptState.READY
-        if not fuses or args or kwargs:
+        if not self._enabled or not isinstance(optimizer, CompiledStep) or args or kwargs:
             return super().step(optimizer, *args, **kwargs)
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is not OptState.READY:
+            return super().step(optimizer)
         self._check_scale_growth_tracker("step")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if any(p.grad is not None and p.grad.dtype is torch.float16 for p in params):

@@ -134,16 +134,16 @@ class CompiledStep(Stepped):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "__init__" not in cls.__dict__:
-            torchs = next(base for base in cls.__mro__ if base.__module__.startswith("torch."))
-            signature = inspect.signature(torchs)
-            more = [
+        if "__init__" in cls.__dict__:
+            signature = inspect.signature(cls.__init__)
+            parameters = list(signature.parameters.values())[1:]
+        else:
+            signature = inspect.signature(next(base for base in cls.__mro__ if base.__module__.startswith("torch.")))
+            parameters = list(signature.parameters.values()) + [
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
                 for name in ("max_norm", "ema")
             ]
-            cls.__signature__ = signature.replace(  # type: ignore[attr-defined]
-                parameters=[*signature.parameters.values(), *more]
-            )
+        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, max_norm: float | None = None, ema: float | None = None, **kwargs: Any):
         self.max_norm, self.ema = max_norm, ema
@@ -362,8 +362,9 @@ class _Plan:
                 sizes = [bucket.layout.size for bucket in self.buckets if bucket.dtype == dtype]
                 staging[dtype] = _Staging(dlpack.aligned_zeros(max(sizes), dtype), shared=len(sizes) > 1)
             self.staging = list(staging.values())
+            begun = _averages_begun(optimizer)
             for bucket in self.buckets:
-                bucket.take(optimizer, hyperparameters, staging)
+                bucket.take(optimizer, hyperparameters, staging, begun)
 
     def _slots(self, rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return program.slot_shapes(rule, shape) | ({EMA: shape} if self.averages else {})
@@ -448,8 +449,9 @@ class _Plan:
         """Note which parameters step, and take in state that its user exchanged."""
         self.seen = None
         places = {p: i for i, p in enumerate(params)}
+        begun = _averages_begun(optimizer)
         for bucket in self.buckets:
-            bucket.begin(optimizer.state, hyperparameters, present, places)
+            bucket.begin(optimizer.state, hyperparameters, present, places, begun)
         if all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
             self.seen = self.look(optimizer, params, grads)
 
@@ -493,12 +495,17 @@ class _Plan:
         optimizer.skipped, optimizer.grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
 
 
+def _averages_begun(optimizer: Any) -> bool:
+    """Whether a new leaf's average begins before the step, as it would had it been averaged from the first step on."""
+    return any(EMA in state for state in optimizer.state.values())
+
+
 _dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("dtype", "layout", "shape"))
 _pointer_of, _strides_of = Tensor.data_ptr, Tensor.stride
 
 
 def _shelves(rule: Rule, leaves: list[_Leaf]) -> list[list[_Leaf]]:
-    """The leaves in parts: the small ones of a part fit into one buffer of `SHELF` elements, the big are in the first."""
+    """The leaves in parts: the small ones of a part fit into buffers of `SHELF` elements; the big are in the first."""
     parts, room = [[leaf for leaf in leaves if is_big(rule, leaf.size)]], SHELF
     for leaf in leaves:
         if not is_big(rule, leaf.size):
@@ -598,14 +605,16 @@ class _Bucket:
 
     # --- memory
 
-    def take(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], staging: dict[Any, _Staging]) -> None:
+    def take(
+        self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], staging: dict[Any, _Staging], begun: bool
+    ) -> None:
         """Make the buffers, and move parameters and state into them."""
         layout = self.layout
         self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.staging = staging[self.dtype]
         self.grads = self.staging.array[: layout.size].reshape(-1, ROW)
         self.grad_views: list[Tensor] = []  # where the small leaves' gradients are gathered
-        self.new = np.zeros(len(self.leaves), bool)  # whose averages begin with the next step
+        self.new = np.zeros(len(self.leaves), bool)  # whose averages begin with the step's result
         self.scalars = self._init_scalars(optimizer, hyperparameters)
         self.buffers: list[dlpack.Buffer] = []
         for leaf in self.big:
@@ -629,7 +638,7 @@ class _Bucket:
             leaf.views = scalars | leaf.views  # in torch's order
             if leaf.views:
                 state = optimizer.state[leaf.param]
-                self._take_state(i, leaf, state, dict(state), hyperparameters[leaf.group])
+                self._take_state(i, leaf, state, dict(state), hyperparameters[leaf.group], begun)
             self._take_param(leaf)
 
     def _init_scalars(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
@@ -663,7 +672,7 @@ class _Bucket:
         leaf.pointer = leaf.param.data_ptr()
 
     def _take_state(
-        self, i: int, leaf: _Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float]
+        self, i: int, leaf: _Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float], begun: bool
     ) -> None:
         """Make torch's state of a leaf views of the buffers, with the values given, or else the rule's first."""
         first: dict[str, Any] = {}
@@ -672,7 +681,7 @@ class _Bucket:
             first = scalars | self._first_slots(leaf, h) | {EMA: leaf.param}
             for name in scalars.keys() - leaf.views.keys():
                 self.scalars[name][i] = scalars[name]
-        self.new[i] = EMA in leaf.views and values.get(EMA) is None
+        self.new[i] = EMA in leaf.views and values.get(EMA) is None and not begun
         for name, view in leaf.views.items():
             value = first[name] if values.get(name) is None else values[name]
             if isinstance(value, Tensor):
@@ -697,6 +706,7 @@ class _Bucket:
         hyperparameters: Sequence[dict[str, float]],
         grads: dict[Tensor, Tensor],
         places: dict[Tensor, int],
+        begun: bool,
     ) -> None:
         """Note the leaves that have a gradient, and take in state that its user exchanged."""
         self.active = np.array([leaf.param in grads for leaf in self.leaves], bool)
@@ -709,7 +719,7 @@ class _Bucket:
                     values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
                     foreign.append((i, leaf, state, values))
         for i, leaf, state, values in foreign:
-            self._take_state(i, leaf, state, values, hyperparameters[leaf.group])
+            self._take_state(i, leaf, state, values, hyperparameters[leaf.group], begun)
         self.copied = [leaf for leaf in stepped if leaf.home is not None]
         self.resident = [leaf.param for leaf in stepped if leaf.home is None]
         self.places = [places[leaf.param] if leaf.param in grads else None for leaf in self.big]

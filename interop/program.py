@@ -116,19 +116,20 @@ def compile_update(
     `inverse_scale`. Behind the buffers it returns the norm of all gradients, and whether one was not finite.
     """
     names = bucket.names
+    columns = bucket.columns + (("factor", "inverse_scale", "found_inf") if norms else ())
     fuses = fuses_outputs(own=True)
     if not fuses:
         _warn_slow()
 
-    def before(buffers: Sequence[Array], grad: Array, row: Array, judged: dict[str, Array]) -> Any:
+    def before(buffers: Sequence[Array], grad: Array, row: Array) -> Any:
         """`step_leaf`'s arguments, and the leaf's average with the weight of its news."""
-        c = {name: row[..., j] for j, name in enumerate(bucket.columns)}
+        c = {name: row[..., j] for j, name in enumerate(columns)}
         active = c.pop("active") != 0
         if unscale:
-            grad = t.mul(grad, judged["inverse_scale"])
-            active = active & ~judged["found_inf"]
+            grad = t.mul(grad, c.pop("inverse_scale"))
+            active = active & (c.pop("found_inf") == 0)
         if clip:
-            grad = t.mul(grad, judged["factor"])
+            grad = t.mul(grad, c.pop("factor"))
         state = dict(zip(names[1:], buffers[1:], strict=True))
         average = (state.pop(EMA), c.pop(EMA)) if EMA in state else None
         return (c, grad, state, buffers[0], active), average
@@ -143,20 +144,20 @@ def compile_update(
         leaf, average = before(*inputs)
         return after(step_leaf(bucket.rule, *leaf), average)
 
-    def step_elements(buffers: list[Array], grads: list[Array], rows: list[Array], judged: Any) -> list[Array]:
+    def step_elements(buffers: list[Array], grads: list[Array], rows: list[Array]) -> list[Array]:
         out: list[Array] = []
         for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
-            inputs = (buffers[i * len(names) : (i + 1) * len(names)], grad, row, judged)
+            inputs = (buffers[i * len(names) : (i + 1) * len(names)], grad, row)
             out += apart(step_one, len(names), *inputs) if fuses else step_one(*inputs)
         return out
 
-    def step_tensors(buffers: list[Array], grads: list[Array], rows: list[Array], judged: Any) -> list[Array]:
+    def step_tensors(buffers: list[Array], grads: list[Array], rows: list[Array]) -> list[Array]:
         leaves, averages = [], []
         for i, shape in enumerate(bucket.big):
             shapes = buffer_shapes(bucket, shape)
             own = buffers[i * len(names) : (i + 1) * len(names)]
             own = [x.reshape(s) for x, s in zip(own, shapes, strict=True)]
-            leaf, average = before(own, grads[i].reshape(shape), rows[i], judged)
+            leaf, average = before(own, grads[i].reshape(shape), rows[i])
             leaves.append(leaf)
             averages.append(average)
         results = step_leaves(bucket.rule, leaves)
@@ -166,13 +167,18 @@ def compile_update(
     def update(
         buffers: list[Array], grads: list[Array], table: Array, leaf_of_row: Array, found: dict[str, Any]
     ) -> list[Array]:
-        judged = _judge(found, bucket.compute_dtype)
+        judged: dict[str, Array] = {}
+        if norms:
+            # Into each leaf's row: XLA merges leaves of one size that share a number into one slow loop.
+            judged = _judge(found)
+            values = jnp.stack([judged[name].astype(table.dtype) for name in columns[len(bucket.columns) :]])
+            table = jnp.concatenate([table, jnp.broadcast_to(values, (table.shape[0], len(values)))], axis=1)
         split = len(bucket.big)
         rows = [table[i] for i in range(split)]
         if bucket.n_small:
             rows.append(table[split:][leaf_of_row][:, None])
         step = step_tensors if bucket.rule.scope == "tensor" else step_elements
-        out = step(buffers, grads, rows, judged)
+        out = step(buffers, grads, rows)
         return out + ([judged["norm"], judged["found_inf"]] if judged else [])
 
     with own_settings():
@@ -195,17 +201,15 @@ def compile_update(
         )
 
 
-def _judge(found: dict[str, Any], compute: np.dtype) -> dict[str, Array]:
+def _judge(found: dict[str, Any]) -> dict[str, Array]:
     """The norm of all gradients and torch's factor for it, as `torch.nn.utils.clip_grad_norm_` computes them."""
-    if not found:
-        return {}
     dtype = functools.reduce(jnp.promote_types, (x.dtype for x in found["norms"]))
     norm = t.norm(jnp.concatenate([x.astype(dtype) for x in found["norms"]]))
     denominator = t.add(norm, jnp.full((), 1e-6, t.compute_dtype(dtype)))
     factor = t.mul(t.reciprocal(denominator), found["max_norm"].astype(t.compute_dtype(dtype)))
     return {
         "norm": norm,
-        "factor": jnp.minimum(factor, jnp.ones((), dtype)).astype(compute),
+        "factor": jnp.minimum(factor, jnp.ones((), dtype)),
         "found_inf": functools.reduce(jnp.logical_or, found["overflows"]),
         "inverse_scale": found["inverse_scale"],
     }
@@ -215,49 +219,40 @@ def _judge(found: dict[str, Any], compute: np.dtype) -> dict[str, Array]:
 def compile_norms(bucket: Bucket, unscale: bool) -> Any:
     """The program that reads a bucket's gradients: the norm of each, and whether one is not finite.
 
-    It takes the gradients, as `compile_update` does; for each row of the small ones its leaf and how many of its elements
-    count; and `inverse_scale`. Without `unscale` it looks for nothing that is not finite.
+    It takes the gradients, as `compile_update` does; for each row of the small ones its leaf and how many of its
+    elements count; and `inverse_scale`. Without `unscale` it looks for nothing that is not finite.
     """
     compute = t.compute_dtype(bucket.dtype)
 
     def norms(grads: list[Array], leaf_of_row: Array, valid: Array, inverse_scale: Array) -> tuple[Array, Array]:
+        def squares(grad: Array) -> Array:
+            grad = grad.astype(compute)
+            return grad * grad
+
+        sums = [jnp.sum(squares(grad))[None] for grad in grads[: len(bucket.big)]]
         if bucket.n_small:
-            small = grads[-1]
-            inside = lax.broadcasted_iota(np.int32, small.shape, 1) < valid[:, None]
-            grads = [*grads[:-1], jnp.where(inside, small, jnp.zeros_like(small))]
-        squares = []
-        for i, grad in enumerate(grads):
-            grad = (t.mul(grad, inverse_scale) if unscale else grad).astype(compute)
-            if i < len(bucket.big):
-                squares.append(_sum_of_squares(grad)[None])
-            else:
-                rows = jnp.sum(grad * grad, axis=1)
-                squares.append(jax.ops.segment_sum(rows, leaf_of_row, bucket.n_small, indices_are_sorted=True))
-        sums = jnp.concatenate(squares)
+            inside = lax.broadcasted_iota(np.int32, grads[-1].shape, 1) < valid[:, None]
+            grads = [*grads[:-1], jnp.where(inside, grads[-1], jnp.zeros_like(grads[-1]))]
+            rows = jnp.sum(squares(grads[-1]), axis=1)
+            sums.append(jax.ops.segment_sum(rows, leaf_of_row, bucket.n_small, indices_are_sorted=True))
+        norms = jnp.sqrt(jnp.concatenate(sums))
         overflow = jnp.zeros((), bool)
         if unscale:
-            # Squares can overflow where no gradient does; only then each is looked at.
+            # The norm of the products is the product, rounding aside. Squares can overflow where no gradient does: only
+            # then each is looked at.
+            norms = norms * inverse_scale
             overflow = lax.cond(
-                jnp.isfinite(sums).all(),
+                jnp.isfinite(norms).all(),
                 lambda _: overflow,
-                lambda grads: functools.reduce(jnp.logical_or, [~jnp.isfinite(grad).all() for grad in grads]),
+                lambda grads: ~functools.reduce(jnp.logical_and, [jnp.isfinite(jnp.sum(x - x)) for x in grads]),
                 grads,
             )
-        return t.cast(jnp.sqrt(sums), jnp.zeros((), bucket.dtype)), overflow
+        return t.cast(norms, jnp.zeros((), bucket.dtype)), overflow
 
     with own_settings():
         grads = _gradients(bucket)
         rows = _spec((bucket.rows,), np.int32)
         return _compile(norms, grads, rows, rows, _spec((), compute))
-
-
-def _sum_of_squares(x: Array) -> Array:
-    """Summed in parallel and in many sums side by side: XLA on CPU makes one chain of a sum to a scalar."""
-    lanes = (16, 64)
-    split = x.size // math.prod(lanes) * math.prod(lanes)
-    main = lax.slice(x, (0,), (split,)).reshape(lanes[0], -1, lanes[1])
-    rest = lax.slice(x, (split,), x.shape)
-    return jnp.sum(jnp.sum(main * main, axis=1)) + jnp.sum(rest * rest)
 
 
 def _gradients(bucket: Bucket) -> list[jax.ShapeDtypeStruct]:
@@ -279,8 +274,8 @@ def _compile(f: Any, *specs: Any, **options: Any) -> Any:
 @functools.cache
 def _warn_slow() -> None:
     warnings.warn(
-        "interop.optim: this JAX does not take the option that lets XLA on CPU compute several outputs in one loop, which "
-        "costs a step half its speed; call jopt.enable_multi_output_fusion() before the first use of JAX",
+        "interop.optim: this JAX does not take the option that lets XLA on CPU compute several outputs in one loop, "
+        "which costs a step half its speed; call jopt.enable_multi_output_fusion() before the first use of JAX",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -297,6 +292,7 @@ def own_settings() -> Iterator[None]:
         jax.disable_jit(False),
         jax.debug_nans(False),
         jax.debug_infs(False),
+        jax.numpy_dtype_promotion("standard"),
         jax.transfer_guard("allow"),
     ):
         yield
@@ -329,14 +325,14 @@ def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list
 
 
 def pause_openmp() -> None:
-    """End the threads of torch's OpenMP: after a parallel loop they spin for a while, on the processors that XLA needs."""
+    """End the threads of torch's OpenMP: after a parallel loop they spin, on the processors that XLA needs."""
     if (pause := _omp_pause()) is not None:
         pause(1)  # omp_pause_soft
 
 
 @functools.cache
 def _omp_pause() -> Any:
-    """GNU OpenMP's omp_pause_resource_all, if that is what torch runs on; it affects the calling thread's pool alone."""
+    """GNU OpenMP's omp_pause_resource_all, if torch runs on that; it ends the calling thread's pool alone."""
     maps = Path("/proc/self/maps")
     if not sys.platform.startswith("linux") or not maps.exists():
         return None
