@@ -1,6 +1,7 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
 from jopt.arena import Packed, pack, unpack
+from jopt.explain import Explanation, explain
 from jopt.fusion import enable_multi_output_fusion
 from jopt.lbfgs import lbfgs
 from jopt.optimizers import (
@@ -25,6 +26,7 @@ from jopt.optimizers import (
 from jopt.transform import State, Transform
 
 __all__ = [
+    "Explanation",
     "Packed",
     "State",
     "Transform",
@@ -36,6 +38,7 @@ __all__ = [
     "adamw",
     "asgd",
     "enable_multi_output_fusion",
+    "explain",
     "gradient_descent",
     "lbfgs",
     "mars",
