@@ -49,7 +49,7 @@ def run(short: bool) -> Section:
         if not short:
             lr = torch.tensor(1e-4)
             variants[COMPILE] = Training(model, x, y, torch.optim.AdamW, True, lr=lr)
-        first, times = measure.interleave(label, variants, 0.1 if short else 30)
+        first, times = measure.interleave(label, variants, 0.1 if short else 20)
         for column, rows in enumerate((whole, alone)):
             compared = measure.compare(first, times, PATHS, column)
             rows.append({"model": label} | compared | {"flag": measure.flag(own=True)})
