@@ -54,7 +54,7 @@ class GradScaler(torch.amp.GradScaler):
         try:
             result = optimizer.step()
         finally:
-            del optimizer.grad_scale
+            optimizer.grad_scale = None
         assert self._scale is not None
         found = torch.full((), float(optimizer.skipped), dtype=torch.float32, device=self._scale.device)
         state["found_inf_per_device"] = {found.device: found}

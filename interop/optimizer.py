@@ -129,6 +129,8 @@ class CompiledStep(Stepped):
 
     grad_norm: Tensor | None = None
     """The norm of the last step's gradients, unscaled and before clipping, if the step clips or unscales."""
+    grad_scale: Tensor | None = None
+    """What the gradients are divided by, set by `interop.amp.GradScaler` for the step."""
     skipped: bool = False
     """Whether the last step changed nothing, for an unscaled gradient was not finite."""
 
@@ -371,7 +373,7 @@ class _Plan:
 
     def _programs(self, optimizer: Any) -> tuple[list[Any], list[Any]]:
         """For each bucket what measures its gradients, if they are measured, and what steps it."""
-        clip, unscale = optimizer.max_norm is not None, getattr(optimizer, "grad_scale", None) is not None
+        clip, unscale = optimizer.max_norm is not None, optimizer.grad_scale is not None
         if (clip, unscale) not in self.programs:
             measures: list[Any] = []
             norms: tuple[Any, ...] = ()
@@ -466,7 +468,7 @@ class _Plan:
             big = [bucket.collect(grads) for bucket in self.buckets]
             try:
                 if measures:
-                    scale = getattr(optimizer, "grad_scale", None)
+                    scale = optimizer.grad_scale
                     # In float32, as torch.amp.GradScaler.unscale_
                     inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
                     found = {
@@ -741,7 +743,7 @@ class _Bucket:
         ]
         if self.small:
             if self.staging.holder is not self and self.small_views:
-                torch._foreach_copy_(self.small_views, [grads[i] for i in self.small_places])
+                torch._foreach_copy_(self.small_views, [grads[i] for i in self.small_places])  # type: ignore[attr-defined]
             self.staging.holder = self
             arrays.append(self.grads)
         return arrays

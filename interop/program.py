@@ -7,6 +7,7 @@ finds enters the update as arrays, and the host looks at neither.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[reportMissingImports]  # signal without its enumerations, which cost more than all else
 import contextlib
 import ctypes
 import dataclasses
@@ -301,8 +302,12 @@ def own_settings() -> Iterator[None]:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Where programs run: signals wait, JAX's settings are ours."""
-    with SignalsWait(), own_settings():
-        yield
+    with SignalsWait():
+        unusual = any(getattr(jax.config, name) for name in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs"))
+        guarded = getattr(jax.config, "jax_transfer_guard_host_to_device", None) not in (None, "allow")
+        # Entering them all costs as much as dispatching a small program.
+        with own_settings() if unusual or guarded else jax.enable_x64(True):
+            yield
 
 
 def launch(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
@@ -357,13 +362,13 @@ class SignalsWait:
         self.arrived: list[tuple[int, Any]] = []
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
-                if callable(handler := signal.getsignal(number)):
+                if callable(handler := _signal.getsignal(number)):
                     self.handlers[number] = handler
-                    signal.signal(number, lambda *args: self.arrived.append(args))
+                    _signal.signal(number, lambda *args: self.arrived.append(args))
 
     def __exit__(self, *_: object) -> None:
         for number in reversed(self.handlers):  # SIGINT last, as it came first: until then it cannot cut this short
-            signal.signal(number, self.handlers[number])
+            _signal.signal(number, self.handlers[number])
         self._deliver()
 
     def _deliver(self) -> None:
