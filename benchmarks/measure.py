@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ def flag(*, own: bool) -> str:
 
 
 def interleave(label: str, variants: dict[str, Callable[[int], Any]], seconds: float) -> tuple[dict[str, float], Times]:
-    """Run every variant once a round, in turn, for about as long as `seconds`; the order rotates.
+    """Run every variant once a round, in turn, for about as long as `seconds`; the order is drawn.
 
     A ratio of a round then holds when the machine's speed drifts.
 
@@ -88,9 +89,9 @@ def interleave(label: str, variants: dict[str, Callable[[int], Any]], seconds: f
             run(i)
     rounds = min(max(5, math.ceil(seconds / (time.perf_counter() - start))), 201)
     times: dict[str, list[Any]] = {name: [] for name in variants}
-    order = list(variants)
+    order, shuffle = list(variants), random.Random(0).shuffle
     for i in tqdm(range(3, 3 + rounds), desc=label, leave=False, disable=None):
-        order = order[1:] + order[:1]  # nobody always follows the same one
+        shuffle(order)  # in a rotation each would follow the same one nearly always
         for name in order:
             times[name].append(variants[name](i))
     gc.collect()
