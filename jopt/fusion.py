@@ -73,7 +73,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-_patching = threading.Lock()
+_patching = threading.RLock()  # blocks of one thread may nest
 
 
 @contextlib.contextmanager

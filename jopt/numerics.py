@@ -119,8 +119,12 @@ def _partial(f: Callable[..., Any], i: int, elementwise: bool) -> Callable[..., 
 
 
 def as_float32(x: Array) -> Array:
-    """Round a float64 scalar to float32's values."""
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
+    """Round a float64 scalar to float32's values.
+
+    Not by reduce_precision, which XLA on TPU has not for float64. The barrier keeps the conversions from being dropped.
+    """
+    rounded = lax.optimization_barrier(lax.convert_element_type(x, jnp.float32))
+    return lax.convert_element_type(rounded, jnp.float64)
 
 
 # --- torch's tensor operations -----------------------------------------------------------------------
@@ -239,3 +243,8 @@ def addcdiv(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
     """torch.addcdiv: x + (value * t1) / t2."""
     a, b, c = _up(x, t1, t2)
     return _round(a + value * b / c, x.dtype)
+
+
+def at_once(*outputs: Array) -> tuple[Array, ...]:
+    """The arrays as they are. XLA on TPU makes one loop of outputs that share what is none only if they are tied."""
+    return lax.platform_dependent(*outputs, tpu=lambda *x: lax.optimization_barrier(x), default=lambda *x: x)

@@ -76,4 +76,5 @@ class Adadelta(Rule):
         std = t.sqrt(t.add(square_avg, c["eps"]))
         delta = t.mul(t.div(t.sqrt(t.add(state["acc_delta"], c["eps"])), std), grad)
         acc_delta = t.addcmul(t.mul(state["acc_delta"], c["rho"]), delta, delta, c["1-rho"])
-        return t.add(param, delta, alpha=c["-lr"]), {"square_avg": square_avg, "acc_delta": acc_delta}
+        param, square_avg, acc_delta = t.at_once(t.add(param, delta, alpha=c["-lr"]), square_avg, acc_delta)
+        return param, {"square_avg": square_avg, "acc_delta": acc_delta}
