@@ -491,9 +491,9 @@ class _Plan:
             if measures:
                 norm, found_inf = results[0][1]
                 skipped = bool(found_inf)
-            if not skipped:
-                for bucket, _, scalars in results:
-                    bucket.finish(scalars)
+                if not skipped:
+                    for bucket, _, scalars in results:
+                        bucket.finish(scalars)
         optimizer.skipped, optimizer.grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
 
 
@@ -767,18 +767,24 @@ class _Bucket:
         found: dict[str, Any],
         ema: float | None,
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Step the leaves. Returns what the program found, and the next scalar state, for `finish`."""
+        """Step the leaves. Returns what the program found, and for `finish`, if that is to come, the scalar state."""
         for leaf in self.copied:
             leaf.home.copy_(leaf.param)  # type: ignore[union-attr]
         scalars = self._coefficients(hyperparameters, ema)
         found = {
             name: x if isinstance(x, list) else np.asarray(x, self.spec.compute_dtype) for name, x in found.items()
         }
-        rest = program.launch(update, self.buffers, self._arrays(grads, big), self.table, self.leaf_of_row, found)
+        arrays = self._arrays(grads, big)
+        out = program.launch(update, self.buffers, arrays, self.table, self.leaf_of_row, found)
+        try:
+            if not found:  # then it is not skipped, and this is done while it runs
+                self.finish(scalars)
+        finally:
+            jax.block_until_ready(out)
         for leaf in self.copied:
             leaf.param.copy_(leaf.home)  # type: ignore[arg-type]
         self.new[:] = False
-        return rest, scalars
+        return out[len(self.buffers) :], scalars
 
     def finish(self, scalars: dict[str, Any]) -> None:
         """After a step that was not skipped: the scalar state and torch's version counters."""

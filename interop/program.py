@@ -311,7 +311,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def launch(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
-    """Run a program over the buffers, inside `undisturbed`, and wait: torch may write right after to what it reads.
+    """Start a program over the buffers, inside `undisturbed`; `jax.block_until_ready` the results before leaving it.
 
     It returns the buffers, and after them what this returns. They are donated, so that an exception between the
     call and the taking of its results would lose the memory that torch sees.
@@ -319,14 +319,13 @@ def launch(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> l
     out = program([buffer.array for buffer in buffers], *arguments)
     for buffer, array in zip(buffers, out, strict=False):
         buffer.replace(array)
-    jax.block_until_ready(out)
-    return out[len(buffers) :]
+    return out
 
 
 def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
-    """`launch`, undisturbed."""
+    """Run a program over the buffers and wait: torch may write right after to what it reads."""
     with undisturbed():
-        return launch(program, buffers, *arguments)
+        return jax.block_until_ready(launch(program, buffers, *arguments))[len(buffers) :]
 
 
 def pause_openmp() -> None:
