@@ -247,7 +247,7 @@ def _step(optimizer: Any) -> None:
     plan = optimizer._plan
     if plan is None or not plan.is_as_before(optimizer, rules, params, grads):
         present = _gradients(optimizer)
-        if not present:
+        if not present and (plan is None or not plan.averages):
             optimizer.grad_norm, optimizer.skipped = None, False
             return
         if plan is None or not plan.serves(optimizer, rules, present):
@@ -299,6 +299,7 @@ class _Leaf:
     size: int  # in reals
     state_dtypes: dict[str, torch.dtype]
     state_shapes: dict[str, tuple[int, ...]]
+    lazy: bool  # a conjugate or negative view
     pointer: int = 0  # where the parameter's values are; another one means that its storage was exchanged
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
     stays: bool = False  # its storage was exchanged once: it is left where its user puts it
@@ -344,10 +345,11 @@ class _Plan:
                 shapes = self._slots(rules[index], tuple(p.shape))
                 dtypes = _state_dtypes(name, p, shapes, optimizer.state.get(p) or {})
                 size = p.numel() * (2 if p.is_complex() else 1)
-                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, p.stride(), size, dtypes, shapes)
+                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, p.stride(), size, dtypes, shapes, _is_lazy(p))
                 if before := known.get(p):
                     leaf.stays = before.stays
                     leaf.moved_before = before.home is None and before.pointer == p.data_ptr()
+                leaf.stays |= leaf.lazy
                 real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
@@ -367,6 +369,8 @@ class _Plan:
             begun = _averages_begun(optimizer)
             for bucket in self.buckets:
                 bucket.take(optimizer, hyperparameters, staging, begun)
+        self.views = [view for leaf in self.leaves.values() for view in leaf.views.values()]
+        self.addresses = list(map(_pointer_of, self.views))
 
     def _slots(self, rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return program.slot_shapes(rule, shape) | ({EMA: shape} if self.averages else {})
@@ -400,6 +404,7 @@ class _Plan:
         present = [g for g in grads if g is not None]
         stepped = list(self.leaves)
         return (
+            [len(group["params"]) for group in optimizer.param_groups],
             list(map(id, params)),
             list(map(type, grads)),
             list(map(_dtype_of, present)),
@@ -408,24 +413,30 @@ class _Plan:
             list(map(_dtype_of, stepped)),
             list(map(_shape_of, stepped)),
             list(map(_strides_of, stepped)),
+            list(map(_is_lazy, stepped)),
+            list(map(_pointer_of, self.views)),
             list(map(id, optimizer.state)),
-            [(*state, *map(id, state.values())) for state in optimizer.state.values()],
+            # What its user puts beside the parameters' may be anything.
+            [(*x, *map(id, x.values())) if isinstance(x, dict) else id(x) for x in optimizer.state.values()],
         )
 
     def serves(self, optimizer: Any, rules: Sequence[Rule], grads: dict[Tensor, Tensor]) -> bool:
         """Whether this plan still fits the optimizer; takes note of parameters that moved."""
         if rules != self.rules or self.averages != (optimizer.ema is not None):
             return False
-        fits, moved = True, False
+        fits, moved = list(map(_pointer_of, self.views)) == self.addresses, False
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
-                if p not in grads:
+                if p not in grads and not (self.averages and p in self.leaves):
                     continue
                 leaf = self.leaves.get(p)
                 if leaf is None or leaf.group != index:
                     fits = False
                     continue
                 if leaf.dtype is not p.dtype or leaf.shape != p.shape or leaf.strides != p.stride():
+                    fits = False
+                if leaf.lazy != _is_lazy(p):
+                    leaf.stays = True
                     fits = False
                 if p.data_ptr() != leaf.pointer:
                     if leaf.home is None:
@@ -453,7 +464,7 @@ class _Plan:
         places = {p: i for i, p in enumerate(params)}
         begun = _averages_begun(optimizer)
         for bucket in self.buckets:
-            bucket.begin(optimizer.state, hyperparameters, present, places, begun)
+            bucket.begin(optimizer.state, hyperparameters, present, places, begun, self.averages)
         if all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
             self.seen = self.look(optimizer, params, grads)
 
@@ -499,11 +510,16 @@ class _Plan:
 
 def _averages_begun(optimizer: Any) -> bool:
     """Whether a new leaf's average begins before the step, as it would had it been averaged from the first step on."""
-    return any(EMA in state for state in optimizer.state.values())
+    return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())
 
 
 _dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("dtype", "layout", "shape"))
 _pointer_of, _strides_of = Tensor.data_ptr, Tensor.stride
+
+
+def _is_lazy(p: Tensor) -> bool:
+    """Whether its values are not those in its memory: a conjugate or negative view of them."""
+    return p.is_conj() or p.is_neg()
 
 
 def _shelves(rule: Rule, leaves: list[_Leaf]) -> list[list[_Leaf]]:
@@ -709,20 +725,22 @@ class _Bucket:
         grads: dict[Tensor, Tensor],
         places: dict[Tensor, int],
         begun: bool,
+        averages: bool,
     ) -> None:
         """Note the leaves that have a gradient, and take in state that its user exchanged."""
         self.active = np.array([leaf.param in grads for leaf in self.leaves], bool)
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
         foreign = []  # all is read before any is written, since it may be other state
         for i, leaf in enumerate(self.leaves):
-            if self.active[i] and leaf.views:
+            if (self.active[i] or (averages and states.get(leaf.param))) and leaf.views:
                 state = states[leaf.param]
                 if any(state.get(name) is not view for name, view in leaf.views.items()):
                     values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
                     foreign.append((i, leaf, state, values))
         for i, leaf, state, values in foreign:
             self._take_state(i, leaf, state, values, hyperparameters[leaf.group], begun)
-        self.copied = [leaf for leaf in stepped if leaf.home is not None]
+        self.copied_in = [leaf for leaf in (self.leaves if averages else stepped) if leaf.home is not None]
+        self.copied_out = [leaf for leaf in stepped if leaf.home is not None]
         self.resident = [leaf.param for leaf in stepped if leaf.home is None]
         self.places = [places[leaf.param] if leaf.param in grads else None for leaf in self.big]
         small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]
@@ -768,7 +786,7 @@ class _Bucket:
         ema: float | None,
     ) -> tuple[list[Any], dict[str, Any]]:
         """Step the leaves. Returns what the program found, and for `finish`, if that is to come, the scalar state."""
-        for leaf in self.copied:
+        for leaf in self.copied_in:
             leaf.home.copy_(leaf.param)  # type: ignore[union-attr]
         scalars = self._coefficients(hyperparameters, ema)
         found = {
@@ -781,7 +799,7 @@ class _Bucket:
                 self.finish(scalars)
         finally:
             jax.block_until_ready(out)
-        for leaf in self.copied:
+        for leaf in self.copied_out:
             leaf.param.copy_(leaf.home)  # type: ignore[arg-type]
         self.new[:] = False
         return out[len(self.buffers) :], scalars
