@@ -635,29 +635,43 @@ class _Bucket:
         self.new = np.zeros(len(self.leaves), bool)  # whose averages begin with the step's result
         self.scalars = self._init_scalars(optimizer, hyperparameters)
         self.buffers: list[dlpack.Buffer] = []
-        for leaf in self.big:
+        # One leaf after the other, so that no more than one is in memory twice.
+        for i, leaf in enumerate(self.big):
             reals = 2 if leaf.dtype.is_complex else 1
             sizes = {name: math.prod(shape) * reals for name, shape in leaf.state_shapes.items()}
             own = {name: dlpack.Buffer(sizes.get(name, leaf.size), d) for name, d in self.dtypes.items()}
             self.buffers += own.values()
-            self._place(leaf, own, 0)
+            self._settle(i, leaf, own, 0, optimizer, hyperparameters[leaf.group], begun)
         shared = {name: dlpack.Buffer((self.spec.rows, ROW), d) for name, d in self.dtypes.items() if self.small}
         self.buffers += shared.values()
-        for leaf, offset in zip(self.small, layout.offsets, strict=True):
-            self._place(leaf, shared, offset)
+        for i, (leaf, offset) in enumerate(zip(self.small, layout.offsets, strict=True), len(self.big)):
             address = self.grads.ctypes.data + offset * self.dtype.itemsize
             self.grad_views.append(dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads))
-        for i, leaf in enumerate(self.leaves):
-            scalars = {
-                name: dlpack.view(vector[i:].ctypes.data, torch.from_numpy(vector).dtype, (), owner=vector)
-                for name, vector in self.scalars.items()
-                if name not in optimizer.hidden_scalars
-            }
-            leaf.views = scalars | leaf.views  # in torch's order
-            if leaf.views:
-                state = optimizer.state[leaf.param]
-                self._take_state(i, leaf, state, dict(state), hyperparameters[leaf.group], begun)
-            self._take_param(leaf)
+            self._settle(i, leaf, shared, offset, optimizer, hyperparameters[leaf.group], begun)
+
+    def _settle(
+        self,
+        i: int,
+        leaf: _Leaf,
+        buffers: dict[str, dlpack.Buffer],
+        offset: int,
+        optimizer: Any,
+        h: dict[str, float],
+        begun: bool,
+    ) -> None:
+        """Move a leaf's parameter and state to their places `offset` elements into the buffers."""
+        leaf.views = {
+            name: dlpack.view(vector[i:].ctypes.data, torch.from_numpy(vector).dtype, (), owner=vector)
+            for name, vector in self.scalars.items()
+            if name not in optimizer.hidden_scalars
+        }
+        for slot, dtype in leaf.state_dtypes.items():
+            leaf.views[slot] = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
+        leaf.home = buffers["param"].view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
+        if leaf.views:
+            state = optimizer.state[leaf.param]
+            self._take_state(i, leaf, state, dict(state), h, begun)
+        self._take_param(leaf)
 
     def _init_scalars(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
         """The scalar state, a vector over the leaves; torch's 0-d tensors are views of its entries."""
@@ -674,12 +688,6 @@ class _Bucket:
                     values[i] = 1.0  # of a hidden step only matters whether there was one
             vectors[name] = np.array(values, _scalar_dtype())
         return vectors
-
-    def _place(self, leaf: _Leaf, buffers: dict[str, dlpack.Buffer], offset: int) -> None:
-        """Give a leaf its place `offset` elements into the buffers."""
-        for slot, dtype in leaf.state_dtypes.items():
-            leaf.views[slot] = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
-        leaf.home = buffers["param"].view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
 
     def _take_param(self, leaf: _Leaf) -> None:
         """Move a parameter into its place, if nothing else refers to its storage."""
