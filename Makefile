@@ -13,14 +13,15 @@ demo: $(VENV)/.demo  ## train one CNN four ways and compare
 test: $(VENV)/.dev  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(VENV)/.dev  ## every test
+test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU included
+	$(BIN)/python -m pip install -q -e ".[aot]"
 	$(BIN)/python -m pytest -n 2
 
 test-versions:  ## the oldest and the newest JAX that pyproject.toml admits, and Python 3.12 and 3.13
 	PYTHON=$(PYTHON) TORCH=$(TORCH) tests/versions.sh
 
-bench: $(VENV)/.dev  ## time a step; table and plot in benchmarks/results
-	$(BIN)/python -m benchmarks.step --out benchmarks/results
+bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and optax; pages and plots in benchmarks/results
+	$(BIN)/python -m benchmarks
 
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity

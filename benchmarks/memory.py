@@ -103,13 +103,13 @@ def run(short: bool) -> Section:
     figure = Figure("AdamW", "% of tensors", labels, {c: [max(r[c], 0.01) for r in rows] for c in columns})
     targets = [
         *(
-            Target(f"{OURS}, {r['model']}: {c}", 10.0, r[c], at_most=True)
+            Target(f"{OURS}, {r['model']}: {c}", 2.0, r[c], at_most=True)
             for r in rows
             if r["path"] == OURS
             for c in columns[:2]
         ),
         *(
-            Target(f"{r['variant']} in JAX, {r['model']}: extra, %", 1.0, r["extra, %"], at_most=True)
+            Target(f"{r['variant']} in JAX, {r['model']}: extra, %", 2.0, r["extra, %"], at_most=True)
             for r in in_jax
             if r["variant"] != "optax"
         ),
