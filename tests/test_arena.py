@@ -37,6 +37,22 @@ def test_unpack_inverts_pack():
     assert_equal(jopt.unpack(jopt.pack({})), {})
 
 
+def test_a_long_buffer_divides_among_threads():
+    """By any of 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64; what fills it up is 0 and stays 0."""
+    tree = {"w": jnp.ones((333, 101)), "b": jnp.ones(4)}
+    packed = jopt.pack(tree)
+    (buffer,) = packed.buffers
+    assert buffer.size % 960 == 0
+    assert buffer.size - 960 < 333 * 101 + 4 <= buffer.size
+    tx = jopt.adamw(0.1)
+    grads = jax.grad(lambda packed: sum((x**2).sum() for x in jax.tree.leaves(jopt.unpack(packed))))(packed)
+    new, _ = tx.step(grads, tx.init(packed), packed)
+    for x in (buffer, grads.buffers[0], new.buffers[0]):
+        assert not x[333 * 101 + 4 :].any()
+        assert x[: 333 * 101 + 4].all()
+    assert_equal(jopt.unpack(packed), tree)
+
+
 def test_gradients_come_packed():
     def loss(tree):
         return (tree["a"] ** 2).sum() + (tree["b"][0] ** 3).sum() * tree["b"][1] + tree["c"].astype(jnp.float32).sum()
