@@ -16,6 +16,7 @@ from benchmarks import models, report, shapes  # noqa: E402
 SECTIONS = ("dropin", "training", "update", "jax", "compile", "memory", "special")
 
 
+@pytest.mark.slow  # torch.compile calls a compiler
 def test_every_section_writes_figures_page_and_plot(tmp_path):
     """In a process of its own: it chooses threads, processors and XLA's flags."""
     done = subprocess.run(
