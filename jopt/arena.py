@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+
+from jopt import numerics
 
 ROW = 64  # elements: where rows matter, every leaf begins at one, so that a row belongs to one leaf and is aligned
 # XLA on CPU divides a long buffer among its threads, and where it does not come out even makes loops that take three to
@@ -64,10 +66,13 @@ class Layout:
         return jnp.concatenate([*parts, jnp.zeros(self.padding, parts[0].dtype)] if self.padding else parts)
 
     def unpack(self, buffer: Array) -> list[Array]:
-        return [
-            jax.lax.slice(buffer, (offset,), (offset + size,)).reshape(shape)
-            for shape, size, offset in zip(self.shapes, self.sizes, self.offsets, strict=True)
-        ]
+        if self.size > jnp.iinfo(jnp.int32).max:
+            ends = [offset + size for offset, size in zip(self.offsets, self.sizes, strict=True)]
+            flat = [lax.slice(buffer, (start,), (end,)) for start, end in zip(self.offsets, ends, strict=True)]
+        else:
+            starts = numerics.positions(self.offsets)
+            flat = [lax.dynamic_slice(buffer, (x,), (size,)) for x, size in zip(starts, self.sizes, strict=True)]
+        return [x.reshape(shape) for x, shape in zip(flat, self.shapes, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

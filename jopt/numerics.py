@@ -10,7 +10,7 @@ Source of the operations: torch 2.13, aten/src/ATen/native/cpu/{BinaryOps,Pointw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -248,3 +248,17 @@ def addcdiv(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
 def at_once(*outputs: Array) -> tuple[Array, ...]:
     """The arrays as they are. XLA on TPU makes one loop of outputs that share what is none only if they are tied."""
     return lax.platform_dependent(*outputs, tpu=lambda *x: lax.optimization_barrier(x), default=lambda *x: x)
+
+
+def positions(values: Sequence[int]) -> list[Array]:
+    """These numbers as int32 scalars, to index with where each is used in a loop of its own.
+
+    XLA on CPU writes a scalar constant into each loop, so that loops which differ in it alone are compiled each for
+    itself; an array's it leaves outside, if no optimization has seen that it is constant.
+    """
+    table = [np.array([x, 0], np.int32) for x in values]
+    pairs = lax.platform_dependent(
+        cpu=lambda: lax.optimization_barrier([jnp.asarray(x) for x in table]),
+        default=lambda: [jnp.asarray(x) for x in table],
+    )
+    return [lax.index_in_dim(x, 0, keepdims=False) for x in pairs]

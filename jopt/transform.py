@@ -203,18 +203,20 @@ class _Lift:
         c, scalars, scheduled = self._scalars(state, numerics.widest(x.dtype for x in leaves))
         key = None if self.key is None else jax.random.fold_in(self.key, state.count)
         stepped = [i for i, grad in enumerate(grads) if grad is not None]
+        mask_of = None if active is None else mask
+        rows = [_row((c, mask_of), position) for position in numerics.positions(stepped)]
         results = step_leaves(
             self.rule,
             [
                 (
-                    {name: lax.index_in_dim(x, i, keepdims=False) if x.ndim else x for name, x in c.items()},
+                    c_i,
                     grads[i],
                     {name: xs[i] for name, xs in slots.items() if xs[i] is not None},
                     leaves[i],
-                    None if mask is None or active is None else mask[i],
+                    active_i,
                     None if key is None else jax.random.fold_in(key, i),
                 )
-                for i in stepped
+                for i, (c_i, active_i) in zip(stepped, rows, strict=True)
             ],
             separate=fuses_outputs(own=False),
         )
@@ -288,6 +290,12 @@ class _Lift:
         if active is None:
             return jnp.array(flags, bool)
         return jnp.stack([jnp.logical_and(f, a) for f, a in zip(flags, active, strict=True)])
+
+
+@jax.jit
+def _row(vectors: Any, position: Array) -> Any:
+    """The entries of vectors at a position; scalars as they are."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, position, keepdims=False) if jnp.ndim(x) else x, vectors)
 
 
 def _is_packed(x: Any) -> bool:

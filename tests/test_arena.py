@@ -53,6 +53,12 @@ def test_a_long_buffer_divides_among_threads():
     assert_equal(jopt.unpack(packed), tree)
 
 
+def test_more_elements_than_int32_counts():
+    tree = [jax.ShapeDtypeStruct((2**31,), jnp.float32), jax.ShapeDtypeStruct((3, 2), jnp.float32)]
+    back = jax.eval_shape(jopt.unpack, jax.eval_shape(jopt.pack, tree))
+    assert [x.shape for x in back] == [(2**31,), (3, 2)]
+
+
 def test_gradients_come_packed():
     def loss(tree):
         return (tree["a"] ** 2).sum() + (tree["b"][0] ** 3).sum() * tree["b"][1] + tree["c"].astype(jnp.float32).sum()
