@@ -18,7 +18,7 @@ from torch import Tensor
 
 from interop import dlpack
 from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
-from interop.program import own_settings
+from interop.program import own_settings, pause_openmp
 from interop.program import run as run_program
 from jopt.lbfgs import DONE, START, LBFGSState, Run, Settings, advance, initial_run, initial_state
 
@@ -122,6 +122,7 @@ class _History:
             for j, x in enumerate((y, s)):
                 self._row(j, i).copy_(x)
             self.ro[i] = float(ro)
+        self.sy = self._ring(1) @ self._ring(0).T
         self.lists: list[list[Tensor]] = []
         self.program = _compile(dataclasses.replace(self.settings, history_size=self.capacity), self.n, self._numpy)
 
@@ -132,6 +133,9 @@ class _History:
     @property
     def _rows(self) -> int:
         return self.capacity + 1
+
+    def _ring(self, buffer: int) -> np.ndarray:
+        return self.buffers[buffer].view(self.dtype, (self._rows, self.n)).numpy()
 
     def _row(self, buffer: int, index: int) -> Tensor:
         offset = index * self.n * self._numpy.itemsize
@@ -152,8 +156,8 @@ class _History:
             (settings, grad.numel(), grad.dtype) == (self.settings, self.n, self.dtype)
             and len(self.lists) == 2
             and all(a is b for a, b in zip(found, self.lists, strict=True))
-            and [list(map(id, x)) for x in found] == [list(map(id, x)) for x in self.rows]
-            and len(state.get("ro") or []) == len(self.rows[0])
+            and [list(map(_identity, x)) for x in found] == self.rows
+            and len(state.get("ro") or []) == len(self.lists[0])
         )
 
     def read(self, optimizer: LBFGS) -> tuple[LBFGSState, Run]:
@@ -179,23 +183,26 @@ class _History:
             old_dirs=self.buffers[0].array,
             old_stps=self.buffers[1].array,
             ro=self.ro,
+            sy=self.sy,
             stored=np.int32(self.stored),
             H_diag=number("H_diag"),
             prev_flat_grad=vector("prev_flat_grad"),
             prev_loss=number("prev_loss"),
         )
-        return LBFGSState(**values), _first_run(self.n, self._numpy)
+        return LBFGSState(**values), _first_run(self.settings, self.n, self._numpy)
 
     def advance(self, state: LBFGSState, run: Run, lr: float, loss: float, grad: Tensor) -> Any:
+        pause_openmp()
         if self.stored == self.capacity < self.settings.history_size:
             self._allocate(2 * self.capacity, self._pairs())
-            state = state._replace(ro=self.ro)
-        rest = _without_rings(state)
+            state = state._replace(ro=self.ro, sy=self.sy)
         new = [np.array(x, self._numpy) for x in (lr, loss)]
         gradient = dlpack.host_array(grad, self._numpy)
-        state, run, taken, moves = run_program(self.program, self.buffers, rest, run, *new, gradient)
-        self.stored, self.ro = int(state.stored), np.array(state.ro)
-        return state, run, taken, bool(moves)
+        state, run, d, taken, moves = run_program(
+            self.program, self.buffers, _rest(state), run, state.d, *new, gradient
+        )
+        self.stored, self.ro, self.sy = int(state.stored), np.array(state.ro), np.array(state.sy)
+        return state._replace(d=d), run, taken, bool(moves)
 
     def write(self, optimizer: LBFGS, x: LBFGSState, *, begun: bool) -> None:
         state = optimizer.state[optimizer._params[0]]
@@ -209,43 +216,48 @@ class _History:
         state["d"] = _own(x.d)
         state["t"] = float(x.t) if plain else _own(x.t)
         state["old_dirs"], state["old_stps"] = self.lists = [[y for y, _, _ in pairs], [s for _, s, _ in pairs]]
-        self.rows = [list(rows) for rows in self.lists]
+        self.rows = [list(map(_identity, rows)) for rows in self.lists]
         state["ro"] = [torch.tensor(ro, dtype=self.dtype) for _, _, ro in pairs]
         state["H_diag"] = _own(x.H_diag) if pairs else 1
         state["prev_flat_grad"] = _own(x.prev_flat_grad)
         state["prev_loss"] = float(x.prev_loss)
 
 
-def _without_rings(state: LBFGSState) -> LBFGSState:
+def _rest(state: LBFGSState) -> LBFGSState:
+    """What of the state is donated beside the rings. Not d: the parameters are moved along the last one."""
     none: Any = None
-    return state._replace(old_dirs=none, old_stps=none)
+    return state._replace(old_dirs=none, old_stps=none, d=none)
+
+
+def _identity(row: Tensor) -> tuple[int, int]:
+    """A row, and how often torch wrote to it: `sy` is of what it was."""
+    return id(row), 0 if row.is_inference() else row._version
 
 
 def _own(x: Any) -> Tensor:
     return torch.from_numpy(np.array(x))
 
 
-def _first_run(n: int, dtype: np.dtype) -> Run:
+def _first_run(settings: Settings, n: int, dtype: np.dtype) -> Run:
     with own_settings():
-        shapes = jax.eval_shape(lambda: initial_run(n, dtype))
+        shapes = jax.eval_shape(lambda: initial_run(settings, n, dtype))
     return jax.tree.map(lambda x: np.full(x.shape, START, x.dtype), shapes)
 
 
 @functools.lru_cache(maxsize=64)
 def _compile(settings: Settings, n: int, dtype: np.dtype) -> Any:
-    def program(rings: list[Any], state: LBFGSState, run: Run, lr: Any, loss: Any, grad: Any) -> Any:
-        state = state._replace(old_dirs=rings[0], old_stps=rings[1])
+    def program(rings: list[Any], state: LBFGSState, run: Run, d: Any, lr: Any, loss: Any, grad: Any) -> Any:
+        state = state._replace(old_dirs=rings[0], old_stps=rings[1], d=d)
         state, run, taken, moves = advance(settings, state, run, lr, loss, grad)
-        return [state.old_dirs, state.old_stps, _without_rings(state), run, taken, moves]
+        return [state.old_dirs, state.old_stps, _rest(state), run, state.d, taken, moves]
 
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with own_settings():
         state, run = jax.eval_shape(
-            lambda: (initial_state(settings, n, dtype), initial_run(n, dtype)),
+            lambda: (initial_state(settings, n, dtype), initial_run(settings, n, dtype)),
         )
         rings = [jax.ShapeDtypeStruct((settings.history_size + 1, n), dtype)] * 2
         scalar = jax.ShapeDtypeStruct((), dtype)
-        rest = _without_rings(state)
-        specs = (rings, rest, run, scalar, scalar, jax.ShapeDtypeStruct((n,), dtype))
+        specs = (rings, _rest(state), run, state.d, scalar, scalar, jax.ShapeDtypeStruct((n,), dtype))
         specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), specs)
-        return jax.jit(program, donate_argnums=0).lower(*specs).compile()
+        return jax.jit(program, donate_argnums=(0, 1, 2)).lower(*specs).compile()

@@ -24,6 +24,7 @@ from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
 from jopt.transform import check_array
 
 Tree = Any
+Pair = tuple[Array, Array]  # no array of two rows, which XLA on CPU would write in branches, number by number
 ARMIJO, CURVATURE = 1e-4, 0.9  # c1 and c2 of the strong Wolfe conditions
 START, SEARCH, ZOOM, DONE = range(4)
 
@@ -37,6 +38,7 @@ class LBFGSState(NamedTuple):
       d, t: the last direction, (n,), and how far along it the last iteration went.
       old_dirs, old_stps, ro: (history_size + 1, n) differences of gradients y and of parameters s, and 1 / (y . s),
         (history_size + 1,). Rings: row `stored % (history_size + 1)` is where the next pair goes, and no part of it.
+      sy: s_i . y_j by row of the rings, (history_size + 1, history_size + 1), where pair j is i or came after it.
       stored: int32, how many pairs were ever stored.
       H_diag: the scale of the first inverse Hessian, (s . y) / (y . y).
       prev_flat_grad, prev_loss: gradient, (n,), and loss where the last iteration began.
@@ -50,6 +52,7 @@ class LBFGSState(NamedTuple):
     old_dirs: Array
     old_stps: Array
     ro: Array
+    sy: Array
     stored: Array
     H_diag: Array
     prev_flat_grad: Array
@@ -62,10 +65,9 @@ class Run(NamedTuple):
     Attributes:
       phase: START, SEARCH (for a bracket; without line search the one evaluation), ZOOM or DONE.
       n_iter, evals: iterations and evaluations in this step.
-      loss, grad: at the point where the iteration began.
-      gtd: grad . d
-      bracket, bracket_f, bracket_gtd, bracket_g: (2,) and (2, n); before there is a bracket the first entry is the
-        trial before this one.
+      gtd: the gradient where the iteration began . d
+      bracket, bracket_f, bracket_gtd, bracket_g: pairs of numbers and of gradients, (n,), without line search (0,).
+        Before there is a bracket the first is the trial before this one.
       low: which of the two has the lower loss.
       stuck: the last trial of the zoom was close to the bracket's end.
       ls_iter, max_ls: iterations of the line search, and how many there may be.
@@ -76,13 +78,11 @@ class Run(NamedTuple):
     phase: Array
     n_iter: Array
     evals: Array
-    loss: Array
-    grad: Array
     gtd: Array
-    bracket: Array
-    bracket_f: Array
-    bracket_gtd: Array
-    bracket_g: Array
+    bracket: Pair
+    bracket_f: Pair
+    bracket_gtd: Pair
+    bracket_g: Pair
     low: Array
     stuck: Array
     ls_iter: Array
@@ -135,6 +135,7 @@ def initial_state(settings: Settings, n: int, dtype: Any) -> LBFGSState:
         old_dirs=jnp.zeros((rows, n), dtype),
         old_stps=jnp.zeros((rows, n), dtype),
         ro=jnp.zeros(rows, dtype),
+        sy=jnp.zeros((rows, rows), dtype),
         stored=integer(),
         H_diag=jnp.ones((), dtype),
         prev_flat_grad=jnp.zeros(n, dtype),
@@ -142,24 +143,23 @@ def initial_state(settings: Settings, n: int, dtype: Any) -> LBFGSState:
     )
 
 
-def initial_run(n: int, dtype: Any) -> Run:
+def initial_run(settings: Settings, n: int, dtype: Any) -> Run:
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, dtype)
 
     def integer() -> Array:
         return jnp.zeros((), jnp.int32)
 
+    kept = n if settings.line_search_fn else 0
     return Run(
         phase=integer(),
         n_iter=integer(),
         evals=integer(),
-        loss=zeros(),
-        grad=zeros(n),
         gtd=zeros(),
-        bracket=zeros(2),
-        bracket_f=zeros(2),
-        bracket_gtd=zeros(2),
-        bracket_g=zeros(2, n),
+        bracket=(zeros(), zeros()),
+        bracket_f=(zeros(), zeros()),
+        bracket_gtd=(zeros(), zeros()),
+        bracket_g=(zeros(kept), zeros(kept)),
         low=integer(),
         stuck=jnp.zeros((), bool),
         ls_iter=integer(),
@@ -187,32 +187,35 @@ def advance(
     else:
         run, found, next_t = _search(settings, state, run, f_new, g_new)
         accepted = starting | found
-        taken = jnp.where(starting, state.t, run.bracket[run.low])
-        loss = jnp.where(starting, f_new, run.bracket_f[run.low])
-        grad = jnp.where(starting, g_new, run.bracket_g[run.low])
+        taken = jnp.where(starting, state.t, _at(run.bracket, run.low))
+        loss = jnp.where(starting, f_new, _at(run.bracket_f, run.low))
+        grad = jnp.where(starting, g_new, _at(run.bracket_g, run.low))
 
     small = settings.tolerance_change
-    stops = jnp.max(jnp.abs(grad), initial=0) <= settings.tolerance_grad
+    stops = _largest(grad) <= settings.tolerance_grad
     stops |= ~starting & (
         (run.n_iter == settings.max_iter)
         | (run.evals >= settings.max_eval)
-        | (jnp.max(jnp.abs(state.d * taken), initial=0) <= small)
+        | (_largest(state.d) * jnp.abs(taken) <= small)
         | (jnp.abs(loss - state.prev_loss) < small)
     )
 
     # The next iteration: remember this one's pair, choose a direction.
     begins = accepted & ~stops & (run.n_iter < settings.max_iter)
     first = state.n_iter == 0
-    state = _remember(settings, state, begins & ~first, grad - state.prev_flat_grad, state.d * taken)
-    d = lax.cond(begins, lambda: jnp.where(first, -grad, _two_loops(settings, state, grad)), lambda: state.d)
+    y, slot = grad - state.prev_flat_grad, state.stored % (settings.history_size + 1)
+    state = _remember(state, begins & ~first, slot, y, state.d * taken)
+    sy, d = lax.cond(begins & ~first, lambda: _direction(settings, state, slot, grad, y), lambda: (state.sy, state.d))
+    d = jnp.where(begins & first, -grad, d)
     gtd = jnp.where(begins, _dot(grad, d), run.gtd)
     one = begins.astype(jnp.int32)
     n_iter = run.n_iter + one
-    inverse = 1 / jnp.sum(jnp.abs(grad))
+    inverse = 1 / lax.cond(first, lambda: jnp.sum(jnp.abs(grad)), lambda: jnp.ones_like(gtd))
     begin_t = jnp.where(first & (inverse < 1), inverse, 1) * lr
     state = state._replace(
         n_iter=state.n_iter + one,
         d=d,
+        sy=sy,
         t=jnp.where(begins, begin_t, jnp.where(accepted, taken, next_t)),
         prev_flat_grad=jnp.where(begins, grad, state.prev_flat_grad),
         prev_loss=jnp.where(begins, loss, state.prev_loss),
@@ -223,20 +226,17 @@ def advance(
     phase = jnp.where(accepted, SEARCH, run.phase)
     phase = jnp.where((accepted & ~begins) | climbs | unseen, DONE, phase)
 
-    def at_begin(new: Array, old: Array) -> Array:
-        return jnp.where(begins, new, old)
+    def at_begin(new: Array, old: Pair) -> Pair:
+        return jnp.where(begins, new, old[0]), jnp.where(begins, new, old[1])
 
-    zero = jnp.zeros_like(loss)
     run = run._replace(
         phase=phase.astype(jnp.int32),
         n_iter=n_iter,
-        loss=at_begin(loss, run.loss),
-        grad=at_begin(grad, run.grad),
         gtd=gtd,
-        bracket=at_begin(jnp.zeros_like(run.bracket), run.bracket),
-        bracket_f=at_begin(jnp.stack([loss, zero]), run.bracket_f),
-        bracket_gtd=at_begin(jnp.stack([gtd, zero]), run.bracket_gtd),
-        bracket_g=at_begin(jnp.stack([grad, grad]), run.bracket_g),
+        bracket=at_begin(jnp.zeros_like(loss), run.bracket),
+        bracket_f=at_begin(loss, run.bracket_f),
+        bracket_gtd=at_begin(gtd, run.bracket_gtd),
+        bracket_g=at_begin(grad, run.bracket_g) if settings.line_search_fn else run.bracket_g,
         stuck=run.stuck & ~begins,
         ls_iter=jnp.where(begins, 0, run.ls_iter),
         unseen=unseen,
@@ -245,16 +245,19 @@ def advance(
     return state, run, taken, accepted & ~starting
 
 
-def _remember(settings: Settings, state: LBFGSState, when: Array, y: Array, s: Array) -> LBFGSState:
+def _remember(state: LBFGSState, when: Array, slot: Array, y: Array, s: Array) -> LBFGSState:
     ys = _dot(y, s)
     when &= ys > 1e-10
-    slot = state.stored % (settings.history_size + 1)
 
     def write(ring: Array, new: Array) -> Array:
         return lax.dynamic_update_index_in_dim(ring, new, slot, 0)
 
-    # Written in any case, to the row that no stored pair is in: a choice between old and new would copy the ring.
-    rings = lax.optimization_barrier((write(state.old_dirs, y), write(state.old_stps, s), write(state.ro, 1 / ys)))
+    # Written in any case, to the row that no stored pair is in: a choice between old and new would copy the ring. That
+    # row is multiplied by 0, and must be finite.
+    y_row, s_row = (jnp.where(when, x, 0) for x in (y, s))
+    rings = lax.optimization_barrier(
+        (write(state.old_dirs, y_row), write(state.old_stps, s_row), write(state.ro, 1 / ys))
+    )
     old_dirs, old_stps, ro = rings
     return state._replace(
         old_dirs=old_dirs,
@@ -265,28 +268,52 @@ def _remember(settings: Settings, state: LBFGSState, when: Array, y: Array, s: A
     )
 
 
-def _two_loops(settings: Settings, state: LBFGSState, grad: Array) -> Array:
-    """-H grad, H the inverse Hessian that the pairs and H_diag make."""
-    size = settings.history_size + 1
-    n = jnp.minimum(state.stored, settings.history_size)
+def _direction(settings: Settings, state: LBFGSState, slot: Array, grad: Array, y: Array) -> tuple[Array, Array]:
+    """`sy` with the products of the pair in `slot`, and -H grad: H the inverse Hessian that the pairs and H_diag make.
 
-    def pair(i: Array) -> tuple[Array, Array, Array, Array]:
-        index = (state.stored - n + i) % size
-        rows = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (state.old_dirs, state.old_stps, state.ro))
-        return index, *rows
+    The two loops over the pairs, from the newest i to the oldest and back,
 
-    def backward(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        q, al = carry
-        index, y, s, ro = pair(n - 1 - k)
-        a = _dot(s, q) * ro
-        return q - a * y, al.at[index].set(a)
+        a_i = ro_i s_i . q,  q -= a_i y_i   and, from r = H_diag q,   c_i = a_i - ro_i y_i . r,  r += c_i s_i
 
-    def forward(i: Array, r: Array) -> Array:
-        index, y, s, ro = pair(i)
-        return r + (al[index] - _dot(y, r) * ro) * s
+    with q and r taken apart are two triangular systems, U_ij = s_i . y_j for j after i and 1 / ro_i for j = i:
 
-    q, al = lax.fori_loop(0, n, backward, (-grad, jnp.zeros_like(state.ro)))
-    return lax.fori_loop(0, n, forward, q * state.H_diag)
+        U a = S (-grad),  q = -grad - Y^T a;    U^T c = a / ro - Y (H_diag q),  r = H_diag q + S^T c
+
+    so that each ring is read twice, as a whole, and q and r are not read and written by the pair.
+    """
+    size = settings.history_size
+    n = jnp.minimum(state.stored, size)
+    k = jnp.arange(size, dtype=jnp.int32)
+    order, known = (state.stored - n + k) % (size + 1), k < n  # from the oldest
+    upper = (k[:, None] < k[None, :]) & known[None, :]
+    # Most of the direction's rounding is in these. XLA on CPU adds a product with two vectors in many partial sums,
+    # unlike one with a single vector.
+    products = _matmul(state.old_stps, jnp.stack([-grad, y], axis=1))
+    sy = lax.dynamic_update_slice_in_dim(state.sy, products[:, 1:], slot, 1)
+    diagonal = 1 / jnp.where(known, state.ro[order], 1)
+    system = jnp.where(upper, sy[order][:, order], jnp.diag(diagonal))
+
+    def solve(b: Array, *, transpose: bool) -> Array:
+        return lax.linalg.triangular_solve(
+            system, jnp.where(known, b, 0)[:, None], left_side=True, transpose_a=transpose
+        )[:, 0]
+
+    def combine(ring: Array, coefficients: Array) -> Array:
+        return _matmul(jnp.zeros_like(state.ro).at[order].set(coefficients), ring)
+
+    a = solve(products[order, 0], transpose=False)
+    r = (-grad - combine(state.old_dirs, a)) * state.H_diag
+    c = solve(a * diagonal - _matmul(state.old_dirs, r)[order], transpose=True)
+    return sy, r + combine(state.old_stps, c)
+
+
+def _matmul(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+def _largest(x: Array) -> Array:
+    """max |x|, of no array in between."""
+    return jnp.maximum(jnp.max(x, initial=0), -jnp.min(x, initial=0))
 
 
 def _dot(x: Array, y: Array) -> Array:
@@ -371,7 +398,7 @@ def _step(
         state, run, taken, moves = advance(settings, state, run, lr, loss, grad)
         return state, run, jnp.where(moves, x + taken * d, x)
 
-    carry = (state, initial_run(x.size, x.dtype), x)
+    carry = (state, initial_run(settings, x.size, x.dtype), x)
     state, run, x = lax.while_loop(lambda carry: carry[1].phase != DONE, body, carry)
     x = jnp.where(run.unseen, x + state.t * state.d, x)
     return unflatten(x), state._replace(count=jnp.asarray(optax.safe_increment(state.count))), run.first_loss
@@ -454,10 +481,8 @@ def _search(settings: Settings, state: LBFGSState, run: Run, f_new: Array, g_new
     """
     t, d = state.t, state.d
     gtd_new = _dot(g_new, d)
-    new = (t, f_new, gtd_new, g_new)
-    bracket = (run.bracket, run.bracket_f, run.bracket_gtd, run.bracket_g)
     ls_iter = run.ls_iter + (run.phase == ZOOM).astype(jnp.int32)
-    too_high = f_new > run.loss + ARMIJO * t * run.gtd
+    too_high = f_new > state.prev_loss + ARMIJO * t * run.gtd
     flat = jnp.abs(gtd_new) <= -CURVATURE * run.gtd
 
     # Looking for a bracket: entry 0 is the trial before this one.
@@ -467,53 +492,49 @@ def _search(settings: Settings, state: LBFGSState, run: Run, f_new: Array, g_new
     done_looking = looking & ~given_up & ~closes & flat
     brackets = looking & (given_up | closes | flat | (gtd_new >= 0))
     extends = looking & ~brackets
-    start = (jnp.zeros_like(t), run.loss, run.gtd, run.grad)
-    former = tuple(jnp.where(given_up, b, x[0]) for b, x in zip(start, bracket, strict=True))
-    former = tuple(jnp.where(done_looking, n, x) for n, x in zip(new, former, strict=True))
-    after_looking = tuple(jnp.stack([a, n]) for a, n in zip(former, new, strict=True))
-    after_extending = tuple(jnp.stack([n, n]) for n in new)
     extended = _cubic(
         run.bracket[0],
         run.bracket_f[0],
         run.bracket_gtd[0],
-        *new[:3],
+        t,
+        f_new,
+        gtd_new,
         t + 0.01 * (t - run.bracket[0]),
         t * 10,
     )
 
     # Zooming in.
     low, high = run.low, 1 - run.low
-    worse = too_high | (f_new >= run.bracket_f[low])
+    worse = too_high | (f_new >= _at(run.bracket_f, low))
     done_zooming = (run.phase == ZOOM) & ~worse & flat
-    flips = ~worse & ~flat & (gtd_new * (run.bracket[high] - run.bracket[low]) >= 0)
+    flips = ~worse & ~flat & (gtd_new * (_at(run.bracket, high) - _at(run.bracket, low)) >= 0)
 
-    def zoomed(x: Array, n: Array) -> Array:
-        at_high = jnp.where(worse, n, jnp.where(flips, x[low], x[high]))
-        at_low = jnp.where(worse, x[low], n)
-        return jnp.where(low == 0, jnp.stack([at_low, at_high]), jnp.stack([at_high, at_low]))
+    def choose(old: Pair, n: Array, start: Array) -> Pair:
+        """What of the bracket before, the trial and the start makes the next bracket."""
+        at_high = jnp.where(worse, n, jnp.where(flips, _at(old, low), _at(old, high)))
+        at_low = jnp.where(worse, _at(old, low), n)
+        zoomed = _at((at_low, at_high), low), _at((at_high, at_low), low)
+        looked = jnp.where(done_looking, n, jnp.where(given_up, start, old[0]))
+        return jnp.where(brackets, looked, jnp.where(extends, n, zoomed[0])), jnp.where(looking, n, zoomed[1])
 
-    after_zooming = tuple(zoomed(x, n) for x, n in zip(bracket, new, strict=True))
-    bracket = tuple(
-        jnp.where(brackets, a, jnp.where(extends, e, z))
-        for a, e, z in zip(after_looking, after_extending, after_zooming, strict=True)
-    )
-    positions, losses, slopes, gradients = bracket
+    positions = choose(run.bracket, t, jnp.zeros_like(t))
+    losses = choose(run.bracket_f, f_new, state.prev_loss)
+    slopes = choose(run.bracket_gtd, gtd_new, run.gtd)
+    gradients = choose(run.bracket_g, g_new, state.prev_flat_grad)
     lower = jnp.where(losses[0] <= losses[1], 0, 1)
     low = jnp.where(brackets | ((run.phase == ZOOM) & worse), lower, low)
     ls_iter = jnp.where(extends, ls_iter + 1, ls_iter)
 
     # The next trial.
-    trial = _cubic(
-        positions[0], losses[0], slopes[0], positions[1], losses[1], slopes[1], jnp.min(positions), jnp.max(positions)
-    )
-    left, right = jnp.min(positions), jnp.max(positions)
+    left, right = jnp.minimum(*positions), jnp.maximum(*positions)
+    trial = _cubic(positions[0], losses[0], slopes[0], positions[1], losses[1], slopes[1], left, right)
     margin = 0.1 * (right - left)
     near = jnp.minimum(right - trial, trial - left) < margin
     pushed = near & (run.stuck | (trial >= right) | (trial <= left))
     inside = jnp.where(jnp.abs(trial - right) < jnp.abs(trial - left), right - margin, left + margin)
     trial = jnp.where(pushed, inside, trial)
 
-    narrow = jnp.abs(positions[1] - positions[0]) * jnp.max(jnp.abs(d), initial=0) < settings.tolerance_change
+    narrow = jnp.abs(positions[1] - positions[0]) * _largest(d) < settings.tolerance_change
     ends = done_looking | done_zooming | (~extends & ((ls_iter >= run.max_ls) | narrow))
     run = run._replace(
         phase=jnp.where(brackets, ZOOM, run.phase),
@@ -526,6 +547,10 @@ def _search(settings: Settings, state: LBFGSState, run: Run, f_new: Array, g_new
         ls_iter=ls_iter,
     )
     return run, ends, jnp.where(extends, extended, trial)
+
+
+def _at(pair: Pair, index: Array) -> Array:
+    return jnp.where(index == 0, *pair)
 
 
 def _cubic(x1: Array, f1: Array, g1: Array, x2: Array, f2: Array, g2: Array, lower: Array, upper: Array) -> Array:

@@ -83,6 +83,7 @@ class JaxRun:
 def test_equals_torch(arguments, search, x64):
     arguments = arguments | {"line_search_fn": search}
     reference = TorchRun(torch.optim, bowl, start(), **arguments)
+    beside = TorchRun(torch.optim, bowl, np.nextafter(start(), 9), **arguments)
     drop_in, pure = TorchRun(optim, bowl, start(), **arguments), JaxRun(bowl, start(), **arguments)
     for _ in range(6):
         losses = [run.step() for run in (reference, drop_in, pure)]
@@ -91,9 +92,12 @@ def test_equals_torch(arguments, search, x64):
         assert drop_in.calls == reference.calls
         assert int(pure.state.func_evals) == drop_in.state["func_evals"] == state["func_evals"]
         assert int(pure.state.n_iter) == drop_in.state["n_iter"] == state["n_iter"]
-        # Near the minimum gradients are differences of what is near, so that the last digits are those of the sums.
-        assert cases.difference(drop_in.x, reference.x) <= 1e-11
-        assert cases.difference(pure.x, reference.x) <= 1e-11
+        # Near the minimum gradients are differences of what is near, so that the last digits are those of the sums:
+        # there torch, started an ulp away, is as far from itself.
+        beside.step()
+        tolerance = max(1e-13, 2 * cases.difference(beside.x, reference.x))
+        assert cases.difference(drop_in.x, reference.x) <= tolerance
+        assert cases.difference(pure.x, reference.x) <= tolerance
         assert list(drop_in.state) == list(state)
         assert len(drop_in.state.get("old_dirs", [])) == len(state.get("old_dirs", []))
         for name in ("d", "prev_flat_grad"):
@@ -348,11 +352,37 @@ def begin_anew(state):
     state["n_iter"] = 0
 
 
-@pytest.mark.parametrize("edit", [drop_newest, scale_ro, exchange_ro, begin_anew])
+def scale_a_row(state):
+    state["old_dirs"][1].mul_(1.1)
+
+
+@pytest.mark.parametrize("edit", [drop_newest, scale_ro, exchange_ro, begin_anew, scale_a_row])
 def test_edits_of_the_state_are_seen(edit):
     a, b = steps_after(edit)
     assert cases.difference(b, a) <= 1e-10
     assert cases.difference(steps_after(lambda state: None)[0], a) > 1e-6
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_a_gradient_that_is_not_finite_leaves_no_trace_in_the_history(search):
+    """The pair that it makes is not remembered, by torch neither."""
+    xs = []
+    for module in (torch.optim, optim):
+        run = TorchRun(module, bowl, start(), max_iter=4, line_search_fn=search)
+        for _ in range(2):
+            run.step()
+        x = run.p.detach().clone()
+        run.f = lambda x, m: bowl(x, m) * float("nan")
+        run.step()
+        run.p.data.copy_(x)
+        for name in ("d", "prev_flat_grad"):
+            run.state[name] = torch.ones_like(run.p)
+        run.f = bowl
+        for _ in range(2):
+            run.step()
+        xs.append(run.x)
+    assert np.isfinite(xs[0]).all()
+    assert cases.difference(xs[1], xs[0]) <= 1e-10
 
 
 def test_a_history_of_uneven_lists_is_refused():
