@@ -127,12 +127,21 @@ class CompiledStep(Stepped):
     _max_norm: float | None = None
     _ema: float | None = None
 
-    grad_norm: Tensor | None = None
-    """The norm of the last step's gradients, unscaled and before clipping, if the step clips or unscales."""
+    _grad_norm: Tensor | None = None
+    _skipped: bool = False
+
     grad_scale: Tensor | None = None
     """What the gradients are divided by, set by `interop.amp.GradScaler` for the step."""
-    skipped: bool = False
-    """Whether the last step changed nothing, for an unscaled gradient was not finite."""
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients, unscaled and before clipping, if the step clips or unscales."""
+        return self._grad_norm
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step changed nothing, for an unscaled gradient was not finite."""
+        return self._skipped
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -248,7 +257,7 @@ def _step(optimizer: Any) -> None:
     if plan is None or not plan.is_as_before(optimizer, rules, params, grads):
         present = _gradients(optimizer)
         if not present and (plan is None or not plan.averages):
-            optimizer.grad_norm, optimizer.skipped = None, False
+            optimizer._grad_norm, optimizer._skipped = None, False
             return
         if plan is None or not plan.serves(optimizer, rules, present):
             plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, present, plan)
@@ -505,7 +514,7 @@ class _Plan:
                 if not skipped:
                     for bucket, _, scalars in results:
                         bucket.finish(scalars)
-        optimizer.skipped, optimizer.grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
+        optimizer._skipped, optimizer._grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
 
 
 def _averages_begun(optimizer: Any) -> bool:
