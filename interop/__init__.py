@@ -1,7 +1,8 @@
-"""PyTorch and JAX in one process: tensors across DLPack, and torch optimizers that XLA compiles.
+"""PyTorch and JAX in one process: tensors across DLPack, torch optimizers that XLA compiles, and runs that move.
 
 from interop import optim              # torch.optim's classes, stepped by jopt
 interop.to_jax(x), interop.to_torch(x)
+interop.optimizer_to_jax(optimizer, model), interop.optimizer_to_torch(tx, params, state, model, optimizer)
 """
 
 try:
@@ -10,5 +11,6 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("interop needs PyTorch: pip install torch (or pip install 'jopt[torch]')") from error
 
 from interop.dlpack import to_jax, to_torch
+from interop.moving import optimizer_to_jax, optimizer_to_torch
 
-__all__ = ["to_jax", "to_torch"]
+__all__ = ["optimizer_to_jax", "optimizer_to_torch", "to_jax", "to_torch"]
