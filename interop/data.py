@@ -161,7 +161,7 @@ class _Convert:
         self.sharding, self.last, self.copy = sharding, last, copy
         # Both are the caller's thread's, and the other thread has its own.
         self.x64: bool = jax.config.read("jax_enable_x64")
-        self.device: Any = jax.config.read("jax_default_device") or jax.local_devices()[0]
+        self.device: Any = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
         self.rows = 0  # of the first batch, once it is there
 
     def __call__(self, batch: Any) -> list[Any]:
