@@ -46,6 +46,11 @@ class KeepsWideState:
     param_groups: list[dict[str, Any]]
     state: Any
 
+    @staticmethod
+    def keeps(state: torch.dtype, param: torch.dtype) -> bool:
+        """Whether a state tensor of one type stays as it is beside a parameter of another."""
+        return state is torch.float32 and param in (torch.bfloat16, torch.float16)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but a state tensor wider than its parameter keeps its type (torch would round it)."""
         loaded: dict[str, Any] = {}  # what the user's hooks make of it
@@ -56,7 +61,7 @@ class KeepsWideState:
             for i, p in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
                     items = value if isinstance(value, list) else [value]
-                    if any(isinstance(x, Tensor) and _is_wide_state(x.dtype, p.dtype) for x in items):
+                    if any(isinstance(x, Tensor) and self.keeps(x.dtype, p.dtype) for x in items):
                         copies = [x.to(device=p.device, copy=True) if isinstance(x, Tensor) else x for x in items]
                         self.state[p][name] = copies if isinstance(value, list) else copies[0]
 
@@ -211,10 +216,6 @@ def _number(name: str, value: Any, accepts: Callable[[float], bool], expected: s
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not accepts(float(value)):
         raise ValueError(f"{name}: expected {expected}, found {value!r}")
     return float(value)
-
-
-def _is_wide_state(state: torch.dtype, param: torch.dtype) -> bool:
-    return state is torch.float32 and param in (torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -582,7 +583,7 @@ def _state_dtypes(
             whose = "the parameter's shape" if shape == tuple(p.shape) else "shape"
             raise ValueError(f"{name}: expected its state {slot!r} of {whose} {shape}, found {found}")
         dtype = p.dtype if value is None else value.dtype
-        if dtype is not p.dtype and not _is_wide_state(dtype, p.dtype):
+        if dtype is not p.dtype and not KeepsWideState.keeps(dtype, p.dtype):
             raise TypeError(
                 f"{name}: expected its state {slot!r} in the parameter's type {p.dtype}, found {dtype}; convert the "
                 "model before the optimizer's first step, or its state with it"
