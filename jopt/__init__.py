@@ -1,5 +1,6 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
+from jopt import schedules
 from jopt.arena import Packed, pack, unpack
 from jopt.explain import Explanation, explain
 from jopt.fusion import enable_multi_output_fusion
@@ -49,6 +50,7 @@ __all__ = [
     "radam",
     "rmsprop",
     "rprop",
+    "schedules",
     "sgd",
     "sparse_adam",
     "unpack",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -252,7 +252,7 @@ class _Lift:
     def _at(self, count: Array, arrays: dict[str, Array]) -> dict[str, Any]:
         """The hyperparameters at `count`. Runs in the double scope, where Python numbers stay exact."""
         return {
-            name: value(count) if callable(value) else arrays.get(name, value)
+            name: _scheduled(name, value, count) if callable(value) else arrays.get(name, value)
             for name, value in self.hyperparameters.items()
         }
 
@@ -290,6 +290,18 @@ class _Lift:
         if active is None:
             return jnp.array(flags, bool)
         return jnp.stack([jnp.logical_and(f, a) for f, a in zip(flags, active, strict=True)])
+
+
+def _scheduled(name: str, schedule: Callable[[Array], Any], count: Array) -> Any:
+    value = schedule(count)
+    if not isinstance(value, Array | np.ndarray | np.generic | int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected its schedule to return a number, found {type(value).__name__} {value!r}")
+    if jnp.shape(value) != () or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise ValueError(
+            f"{name}: expected its schedule to return one real number, found {jnp.result_type(value)} of shape "
+            f"{jnp.shape(value)}"
+        )
+    return value
 
 
 @jax.jit
