@@ -29,6 +29,7 @@ from jax import Array, lax
 from interop import dlpack
 from jopt import numerics as t
 from jopt.arena import ROW
+from jopt.clip import clip_factor, total_norm
 from jopt.fusion import fuses_outputs, multi_output_fusion
 from jopt.rule import Rule, apart, step_leaf, step_leaves
 
@@ -204,13 +205,10 @@ def compile_update(
 
 def _judge(found: dict[str, Any]) -> dict[str, Array]:
     """The norm of all gradients and torch's factor for it, as `torch.nn.utils.clip_grad_norm_` computes them."""
-    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in found["norms"]))
-    norm = t.norm(jnp.concatenate([x.astype(dtype) for x in found["norms"]]))
-    denominator = t.add(norm, jnp.full((), 1e-6, t.compute_dtype(dtype)))
-    factor = t.mul(t.reciprocal(denominator), found["max_norm"].astype(t.compute_dtype(dtype)))
+    norm = total_norm(found["norms"])
     return {
         "norm": norm,
-        "factor": jnp.minimum(factor, jnp.ones((), dtype)),
+        "factor": clip_factor(norm, found["max_norm"]),
         "found_inf": functools.reduce(jnp.logical_or, found["overflows"]),
         "inverse_scale": found["inverse_scale"],
     }

@@ -2,6 +2,9 @@
 
 from jopt import schedules
 from jopt.arena import Packed, pack, unpack
+from jopt.average import Average, AverageState, ema, swa, update_bn
+from jopt.chaining import Chain, chain
+from jopt.clip import clip_grad_norm, clip_grad_value
 from jopt.explain import Explanation, explain
 from jopt.fusion import enable_multi_output_fusion
 from jopt.lbfgs import lbfgs
@@ -24,11 +27,17 @@ from jopt.optimizers import (
     sgd,
     sparse_adam,
 )
+from jopt.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
 from jopt.transform import State, Transform
 
 __all__ = [
+    "Average",
+    "AverageState",
+    "Chain",
     "Explanation",
+    "LossScale",
     "Packed",
+    "ScaleState",
     "State",
     "Transform",
     "adadelta",
@@ -38,10 +47,15 @@ __all__ = [
     "adamax",
     "adamw",
     "asgd",
+    "chain",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "ema",
     "enable_multi_output_fusion",
     "explain",
     "gradient_descent",
     "lbfgs",
+    "loss_scale",
     "mars",
     "momentum",
     "muon",
@@ -52,7 +66,10 @@ __all__ = [
     "rprop",
     "schedules",
     "sgd",
+    "skip_nonfinite",
     "sparse_adam",
+    "swa",
     "unpack",
+    "update_bn",
 ]
 __version__ = "0.1.0"

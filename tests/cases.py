@@ -166,6 +166,10 @@ FRONT_ENDS = {"float64": 1e-14, "float32": 5e-6}
 # Values of a schedule over its largest. Two ways to compute one formula in float64 differ by an ulp or two; torch's
 # schedulers that multiply the last value on have a thousand roundings behind them.
 SCHEDULES = {"closed": 1e-15, "recursive": 1e-12}
+# Norms sum in another order, in float32 for bfloat16 too, whose result is then rounded: one ulp.
+CLIPPED = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2**-8}
+# Gradients through float16, an ulp of 1e-3, which each side rounds where its own backward does.
+HALF_GRADIENTS = 5e-3
 
 
 def difference(a: Any, b: Any) -> float:

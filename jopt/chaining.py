@@ -1,0 +1,90 @@
+"""Transformations one after the other, with the exact step of the last one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Links:
+    transforms: tuple[optax.GradientTransformation, ...]
+
+
+class Chain(optax.GradientTransformationExtraArgs):
+    """`jopt.chain`'s transformation: optax's chain, and a `step` whose last link takes its exact one."""
+
+    _links: _Links
+
+    def __new__(cls, *transforms: optax.GradientTransformation) -> Self:
+        whole = optax.chain(*transforms)
+        self = super().__new__(cls, whole.init, optax.with_extra_args_support(whole).update)
+        self._links = _Links(transforms)
+        return self
+
+    def __reduce__(self) -> Any:
+        return Chain, self._links.transforms
+
+    def step(
+        self, grads: Tree, state: Any, params: Tree, *, active: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, Any]:
+        """One step: the new parameters and state. `active` and, for optax's transformations, `extra` go to the links.
+
+        Raises:
+          What the links raise; ValueError if the state is not of this chain.
+        """
+        transforms = self._links.transforms
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            raise ValueError(f"state: expected the {len(transforms)} states of this chain, found {state!r:.80}")
+        new = []
+        for tx, s in zip(transforms[:-1], state, strict=False):
+            grads, s = optax.with_extra_args_support(tx).update(grads, s, params, **extra)
+            new.append(s)
+        params, last = step(transforms[-1], grads, state[-1], params, active=active, **extra)
+        return params, (*new, last)
+
+
+def chain(*transforms: optax.GradientTransformation) -> Chain:
+    """Transformations one after the other, as `optax.chain`, with an exact `step`.
+
+    `tx.step(grads, state, params)` takes the gradients through all but the last, which steps: exactly if it is jopt's.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.chain(jopt.clip_grad_value(0.1), jopt.adamw(lr=1e-2))
+    >>> params, state = tx.step(jnp.ones(2), tx.init(jnp.zeros(2)), jnp.zeros(2))
+
+    Raises:
+      ValueError: no transformation.
+      TypeError: something that is none.
+    """
+    if not transforms:
+        raise ValueError("chain: expected at least one transformation, found none")
+    for i, tx in enumerate(transforms):
+        if not isinstance(tx, tuple) or not hasattr(tx, "update"):
+            raise TypeError(f"chain: expected gradient transformations, found {tx!r:.80} at position {i}")
+    return Chain(*transforms)
+
+
+def step(
+    tx: optax.GradientTransformation,
+    grads: Tree,
+    state: Any,
+    params: Tree,
+    *,
+    active: Tree | None = None,
+    **extra: Any,
+) -> tuple[Tree, Any]:
+    """A transformation's exact `step` if it has one, else its update, applied; what is not `active` is kept."""
+    if hasattr(tx, "step"):
+        return tx.step(grads, state, params, active=active)  # type: ignore[attr-defined]
+    updates, new_state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+    new = optax.apply_updates(params, updates)
+    if active is not None:
+        new = jax.tree.map(jnp.where, active, new, params)
+    return new, new_state

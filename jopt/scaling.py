@@ -1,0 +1,207 @@
+"""Loss scaling as torch.amp.GradScaler does it, and steps that are skipped where a gradient is not finite.
+
+Source: torch/amp/grad_scaler.py, aten/src/ATen/native/cpu/AmpGradScalerKernels.cpp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jopt import chaining, numerics
+from jopt.transform import State
+
+Tree = Any
+
+
+def all_finite(tree: Tree) -> Array:
+    """Whether every element of every array is finite; in one pass, which XLA merges with others."""
+    # x - x is 0 for what is finite, else nan: a sum, unlike a reduction by `and`, is vectorized on CPU.
+    checks = [jnp.isfinite(jnp.sum(x - x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
+
+
+class ScaleState(NamedTuple):
+    """`scale`, float32; `growth_tracker`, int32: the steps since the last change; `found_inf`: whether the last
+    step was skipped."""
+
+    scale: Array
+    growth_tracker: Array
+    found_inf: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LossScale:
+    """What `jopt.loss_scale` makes: pure functions of a `ScaleState`."""
+
+    init_scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+
+    def init(self) -> ScaleState:
+        return ScaleState(jnp.asarray(self.init_scale, jnp.float32), jnp.zeros((), jnp.int32), jnp.asarray(False))
+
+    def scale(self, loss: Array, state: ScaleState) -> Array:
+        """The loss to differentiate: loss * scale, in float32 or wider."""
+        dtype = numerics.compute_dtype(loss.dtype)
+        return loss.astype(dtype) * state.scale.astype(dtype)
+
+    def unscale(self, grads: Tree, state: ScaleState) -> tuple[Tree, Array]:
+        """(grads / scale, whether one of them is not finite). Gradients of float16 lose digits, as in torch, which
+        refuses them: keep the parameters in float32 and cast them in the loss."""
+        found_inf = jnp.logical_not(all_finite(grads))
+        inverse = numerics.in_double(lambda _, scale: 1 / scale, (), state.scale, dtype=jnp.float32)
+        return (
+            jax.tree.map(lambda g: numerics.mul(g, inverse.astype(numerics.compute_dtype(g.dtype))), grads),
+            found_inf,
+        )
+
+    def update(self, found_inf: Array, state: ScaleState) -> ScaleState:
+        """The next scale: backed off if something was not finite, grown after `growth_interval` good steps."""
+        successful = state.growth_tracker + 1
+        grows = successful == self.growth_interval
+        grown = state.scale * jnp.float32(self.growth_factor)
+        good = jnp.where(grows & jnp.isfinite(grown), grown, state.scale)
+        return ScaleState(
+            jnp.where(found_inf, state.scale * jnp.float32(self.backoff_factor), good),
+            jnp.where(found_inf | grows, 0, successful),
+            found_inf,
+        )
+
+    def step(
+        self, tx: optax.GradientTransformation, grads: Tree, state: Any, params: Tree, scale: ScaleState
+    ) -> tuple[Tree, Any, ScaleState]:
+        """`scaler.step(optimizer); scaler.update()`: unscale, step or skip, and adapt the scale.
+
+        A skipped step keeps parameters and optimizer state; the count that drives schedules goes on, as a scheduler
+        does in torch's usual loop, which steps it after `scaler.update()` in any case. Clip inside `tx`
+        (`jopt.chain(jopt.clip_grad_norm(1.0), ...)`): it sees unscaled gradients.
+
+        Returns:
+          `(params, state, scale)`.
+        """
+        grads, found_inf = self.unscale(grads, scale)
+        params, state = step_unless(found_inf, tx, grads, state, params, counts=True)
+        return params, state, self.update(found_inf, scale)
+
+
+def loss_scale(
+    init_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000
+) -> LossScale:
+    """A loss scale that adapts, as `torch.amp.GradScaler` with the same arguments and defaults.
+
+    >>> import jax, jax.numpy as jnp, jopt
+    >>> scaler, tx = jopt.loss_scale(init_scale=4.0), jopt.sgd(lr=0.5)
+    >>> params = jnp.ones(2)
+    >>> state, scale = tx.init(params), scaler.init()
+    >>> @jax.jit
+    ... def train_step(params, state, scale, x):
+    ...     loss = lambda p: jnp.sum(p.astype(jnp.float16) * x)
+    ...     grads = jax.grad(lambda p: scaler.scale(loss(p), scale))(params)
+    ...     return scaler.step(tx, grads, state, params, scale)
+    >>> params, state, scale = train_step(params, state, scale, jnp.ones(2, jnp.float16))
+    >>> params, state, scale = train_step(params, state, scale, jnp.full(2, jnp.inf, jnp.float16))
+    >>> params.tolist(), scale.scale.item(), scale.found_inf.item()
+    ([0.5, 0.5], 2.0, True)
+
+    Raises:
+      ValueError: a growth_factor of at most 1, a backoff_factor of at least 1, or growth_interval below 1.
+    """
+    if not growth_factor > 1.0:
+        raise ValueError("The growth factor must be > 1.0.")
+    if not backoff_factor < 1.0:
+        raise ValueError("The backoff factor must be < 1.0.")
+    if growth_interval < 1:
+        raise ValueError(f"growth_interval: expected at least 1, found {growth_interval!r}")
+    if not init_scale > 0:
+        raise ValueError(f"init_scale: expected a number greater than 0, found {init_scale!r}")
+    return LossScale(float(init_scale), float(growth_factor), float(backoff_factor), int(growth_interval))
+
+
+def step_unless(
+    skip: Array, tx: optax.GradientTransformation, grads: Tree, state: Any, params: Tree, *, counts: bool
+) -> tuple[Tree, Any]:
+    """A step of `tx`, or where `skip` the parameters and state as they are; `counts`: jopt's step counts go on."""
+    goes = jnp.logical_not(skip)
+    new_params, new_state = chaining.step(
+        tx, grads, state, params, active=jax.tree.map(lambda _: goes, params) if hasattr(tx, "step") else None
+    )
+    if not hasattr(tx, "step"):
+        new_params = jax.tree.map(lambda new, old: jnp.where(skip, old, new), new_params, params)
+
+    def choose(new: Any, old: Any) -> Any:
+        if isinstance(new, State):  # its step left what is not active as it was
+            return new if counts else new._replace(count=jnp.where(skip, old.count, new.count))
+        return jnp.where(skip, old, new)
+
+    return new_params, jax.tree.map(choose, new_state, state, is_leaf=lambda x: isinstance(x, State))
+
+
+class SkipState(NamedTuple):
+    """The transformation's own state, and how many steps were skipped, int32."""
+
+    inner: Any
+    skipped: Array
+
+
+class Skipping(optax.GradientTransformationExtraArgs):
+    """What `jopt.skip_nonfinite` makes."""
+
+    _tx: optax.GradientTransformation
+
+    def __new__(cls, tx: optax.GradientTransformation) -> Self:
+        def init(params: Tree) -> SkipState:
+            return SkipState(tx.init(params), jnp.zeros((), jnp.int32))
+
+        def update(updates: Tree, state: SkipState, params: Tree | None = None, **extra: Any) -> Any:
+            bad = jnp.logical_not(all_finite(updates))
+            new, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
+            new = jax.tree.map(lambda x: jnp.where(bad, jnp.zeros_like(x), x), new)
+            inner = jax.tree.map(lambda a, b: jnp.where(bad, b, a), inner, state.inner)
+            return new, SkipState(inner, state.skipped + bad.astype(jnp.int32))
+
+        self = super().__new__(cls, init, update)  # type: ignore[arg-type]
+        self._tx = tx
+        return self
+
+    def __reduce__(self) -> Any:
+        return Skipping, (self._tx,)
+
+    def step(
+        self, grads: Tree, state: SkipState, params: Tree, *, active: Tree | None = None
+    ) -> tuple[Tree, SkipState]:
+        """One step, or none: as `Transform.step`."""
+        if active is not None:
+            grads = jax.tree.map(lambda a, g: jnp.where(a, g, jnp.zeros_like(g)), active, grads)
+        bad = jnp.logical_not(all_finite(grads))
+        if active is None:
+            params, inner = step_unless(bad, self._tx, grads, state.inner, params, counts=False)
+        else:
+            goes = jax.tree.map(lambda a: jnp.logical_and(a, jnp.logical_not(bad)), active)
+            params, inner = chaining.step(self._tx, grads, state.inner, params, active=goes)
+        return params, SkipState(inner, state.skipped + bad.astype(jnp.int32))
+
+
+def skip_nonfinite(tx: optax.GradientTransformation) -> Skipping:
+    """`tx`, but where a gradient has a nan or an infinity the step changes nothing, and is counted.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.skip_nonfinite(jopt.adamw(lr=0.1))
+    >>> params = jnp.ones(2)
+    >>> params, state = tx.step(jnp.array([jnp.nan, 1.0]), tx.init(params), params)
+    >>> params.tolist(), state.skipped.item(), state.inner.count.item()
+    ([1.0, 1.0], 1, 0)
+
+    Raises:
+      TypeError: `tx` is no gradient transformation.
+    """
+    if not isinstance(tx, tuple) or not hasattr(tx, "update"):
+        raise TypeError(f"tx: expected a gradient transformation, found {type(tx).__name__}")
+    return Skipping(tx)
