@@ -7,6 +7,7 @@ from jopt.chaining import Chain, chain
 from jopt.clip import clip_grad_norm, clip_grad_value
 from jopt.explain import Explanation, explain
 from jopt.fusion import enable_multi_output_fusion
+from jopt.groups import Groups, norms_and_biases, param_groups
 from jopt.lbfgs import lbfgs
 from jopt.optimizers import (
     adadelta,
@@ -27,6 +28,7 @@ from jopt.optimizers import (
     sgd,
     sparse_adam,
 )
+from jopt.plateau import Plateau, PlateauState, reduce_lr_on_plateau
 from jopt.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
 from jopt.transform import State, Transform
 
@@ -35,8 +37,11 @@ __all__ = [
     "AverageState",
     "Chain",
     "Explanation",
+    "Groups",
     "LossScale",
     "Packed",
+    "Plateau",
+    "PlateauState",
     "ScaleState",
     "State",
     "Transform",
@@ -60,8 +65,11 @@ __all__ = [
     "momentum",
     "muon",
     "nadam",
+    "norms_and_biases",
     "pack",
+    "param_groups",
     "radam",
+    "reduce_lr_on_plateau",
     "rmsprop",
     "rprop",
     "schedules",
