@@ -9,6 +9,7 @@ from jopt.explain import Explanation, explain
 from jopt.fusion import enable_multi_output_fusion
 from jopt.groups import Groups, norms_and_biases, param_groups
 from jopt.lbfgs import lbfgs
+from jopt.monitor import Health, HealthReport, Monitor, health_report, monitor
 from jopt.optimizers import (
     adadelta,
     adafactor,
@@ -38,7 +39,10 @@ __all__ = [
     "Chain",
     "Explanation",
     "Groups",
+    "Health",
+    "HealthReport",
     "LossScale",
+    "Monitor",
     "Packed",
     "Plateau",
     "PlateauState",
@@ -59,10 +63,12 @@ __all__ = [
     "enable_multi_output_fusion",
     "explain",
     "gradient_descent",
+    "health_report",
     "lbfgs",
     "loss_scale",
     "mars",
     "momentum",
+    "monitor",
     "muon",
     "nadam",
     "norms_and_biases",

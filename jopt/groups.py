@@ -146,7 +146,7 @@ def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _title(pattern: Pattern) -> str:
+def _title(pattern: Any) -> str:
     return pattern if isinstance(pattern, str) else getattr(pattern, "pattern", getattr(pattern, "__name__", "?"))
 
 

@@ -1,0 +1,208 @@
+"""Gradient health: what each layer's gradients and updates look like, measured inside the compiled step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jopt import chaining, numerics
+
+Tree = Any
+
+
+class Health(NamedTuple):
+    """One step's figures, float32 vectors over the leaves in the order of `jax.tree.leaves`.
+
+    Attributes:
+      grad_norm, update_norm, param_norm: Euclidean norms of the gradient, of what the step added, of the parameter
+        before it.
+      zeros, nans, infs: shares of the gradient's elements, 0 to 1.
+    """
+
+    grad_norm: Array
+    update_norm: Array
+    param_norm: Array
+    zeros: Array
+    nans: Array
+    infs: Array
+
+
+class MonitorState(NamedTuple):
+    """The transformation's own state, and the last step's `Health`; zeros before the first."""
+
+    inner: Any
+    health: Health
+
+
+class Monitor(optax.GradientTransformationExtraArgs):
+    """What `jopt.monitor` makes."""
+
+    _tx: optax.GradientTransformation
+
+    def __new__(cls, tx: optax.GradientTransformation) -> Self:
+        def init(params: Tree) -> MonitorState:
+            zeros = jnp.zeros(len(jax.tree.leaves(params)), jnp.float32)
+            return MonitorState(tx.init(params), Health(*(jnp.array(zeros) for _ in Health._fields)))
+
+        def update(updates: Tree, state: MonitorState, params: Tree | None = None, **extra: Any) -> Any:
+            if params is None:
+                raise ValueError(
+                    "params: expected the parameters, found None; pass them to update(grads, state, params)"
+                )
+            new, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
+            return new, MonitorState(inner, _health(updates, new, params))
+
+        self = super().__new__(cls, init, update)  # type: ignore[arg-type]
+        self._tx = tx
+        return self
+
+    def __reduce__(self) -> Any:
+        return Monitor, (self._tx,)
+
+    def step(
+        self, grads: Tree, state: MonitorState, params: Tree, *, active: Tree | None = None
+    ) -> tuple[Tree, MonitorState]:
+        """One step of the transformation, measured: as `Transform.step`. A leaf without gradient counts as zeros."""
+        new, inner = chaining.step(self._tx, grads, state.inner, params, active=active)
+        updates = jax.tree.map(jnp.subtract, new, params)
+        return new, MonitorState(inner, _health(grads, updates, params))
+
+
+def monitor(tx: optax.GradientTransformation) -> Monitor:
+    """`tx`, with each step's norms and shares of zeros, nans and infinities in the state.
+
+    >>> import jax, jax.numpy as jnp, jopt
+    >>> tx = jopt.monitor(jopt.sgd(lr=0.1))
+    >>> params = {"dense": jnp.ones(4)}
+    >>> params, state = jax.jit(tx.step)({"dense": jnp.full(4, 0.5)}, tx.init(params), params)
+    >>> state.health.grad_norm.item(), round(state.health.update_norm.item(), 3)
+    (1.0, 0.1)
+    >>> print(jopt.health_report(state.health, params))  # doctest: +ELLIPSIS
+    layer  gradient rms  ...
+
+    Put it around everything else (`jopt.monitor(jopt.chain(...))`): it then sees the gradients as they come. The sums
+    are part of the compiled step. Of a packed tree it sees the buffers.
+
+    Raises:
+      TypeError: `tx` is no gradient transformation.
+    """
+    if not isinstance(tx, tuple) or not hasattr(tx, "update"):
+        raise TypeError(f"tx: expected a gradient transformation, found {type(tx).__name__}")
+    return Monitor(tx)
+
+
+def _health(grads: Tree, updates: Tree, params: Tree) -> Health:
+    leaves, treedef = jax.tree.flatten(params)
+    rows = []
+    for grad, update, param in zip(treedef.flatten_up_to(grads), treedef.flatten_up_to(updates), leaves, strict=True):
+        grad = jnp.zeros_like(param) if grad is None else grad
+        rows.append(
+            [
+                _norm(grad),
+                _norm(update),
+                _norm(param),
+                *(_share(f(grad)) for f in (lambda x: x == 0, jnp.isnan, jnp.isinf)),
+            ]
+        )
+    return Health(*(jnp.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _norm(x: Array) -> Array:
+    """In float32 at least: a bfloat16 norm would say little."""
+    wide = jnp.abs(x).astype(numerics.compute_dtype(x.dtype))
+    return jnp.sqrt(jnp.sum(wide * wide)).astype(jnp.float32)
+
+
+def _share(x: Array) -> Array:
+    return jnp.sum(x, dtype=jnp.float32) / max(x.size, 1)
+
+
+# --- reading it --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A leaf's figures. `grad_rms` is the gradient's norm over the root of its size; `update_ratio` the update's
+    norm over the parameter's."""
+
+    name: str
+    size: int
+    grad_rms: float
+    update_ratio: float
+    zeros: float
+    nans: float
+    infs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthReport:
+    """Every layer's figures, and the names of those that stand out."""
+
+    layers: tuple[Layer, ...]
+    vanishing: tuple[str, ...]
+    exploding: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = ("layer", "gradient rms", "update / param", "zeros", "nan", "inf", "")
+        rows = [
+            (
+                x.name,
+                f"{x.grad_rms:.2e}",
+                f"{x.update_ratio:.2e}",
+                *(f"{share:.1%}" for share in (x.zeros, x.nans, x.infs)),
+                "vanishing" if x.name in self.vanishing else "exploding" if x.name in self.exploding else "",
+            )
+            for x in self.layers
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+        )
+
+
+def health_report(health: Health, params: Tree, *, vanishing: float = 1e-4, exploding: float = 1.0) -> HealthReport:
+    """What `jopt.monitor` measured, by layer, on the host.
+
+    A layer's gradient vanishes if its root mean square is below `vanishing` times the largest one of any layer, or 0. A
+    layer explodes if its gradient has a nan or an infinity, or the step moved it by more than `exploding` times its own
+    norm.
+
+    Args:
+      health: `state.health`.
+      params: the tree that it was measured on; gives names and sizes.
+
+    Raises:
+      ValueError: `health` is of another number of leaves.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    columns = [np.asarray(x, np.float64) for x in health]
+    if len(leaves) != len(columns[0]):
+        raise ValueError(
+            f"params: expected the tree that was measured, of {len(columns[0])} leaves, found {len(leaves)}"
+        )
+    layers = []
+    for (path, leaf), grad, update, param, zeros, nans, infs in zip(leaves, *columns, strict=True):
+        layers.append(
+            Layer(
+                jax.tree_util.keystr(path, simple=True, separator=".") or "params",
+                leaf.size,
+                float(grad / math.sqrt(max(leaf.size, 1))),
+                float(update / param) if param else math.inf if update else 0.0,
+                float(zeros),
+                float(nans),
+                float(infs),
+            )
+        )
+    largest = max((x.grad_rms for x in layers if math.isfinite(x.grad_rms)), default=0.0)
+    return HealthReport(
+        tuple(layers),
+        tuple(x.name for x in layers if x.grad_rms < vanishing * largest or x.grad_rms == 0),
+        tuple(x.name for x in layers if x.nans or x.infs or exploding < x.update_ratio < math.inf),
+    )
