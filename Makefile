@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-all test-versions bench parity lint clean
+.PHONY: demo test test-all test-versions bench parity docs lint clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -25,6 +25,9 @@ bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and 
 
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity
+
+docs: $(VENV)/.dev  ## draw docs/schedules.png
+	$(BIN)/python -m docs.draw_schedules
 
 lint: $(VENV)/.dev  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

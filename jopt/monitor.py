@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 
 from jopt import chaining, numerics
 
@@ -100,28 +100,27 @@ def monitor(tx: optax.GradientTransformation) -> Monitor:
 
 def _health(grads: Tree, updates: Tree, params: Tree) -> Health:
     leaves, treedef = jax.tree.flatten(params)
-    rows = []
-    for grad, update, param in zip(treedef.flatten_up_to(grads), treedef.flatten_up_to(updates), leaves, strict=True):
-        grad = jnp.zeros_like(param) if grad is None else grad
-        rows.append(
-            [
-                _norm(grad),
-                _norm(update),
-                _norm(param),
-                *(_share(f(grad)) for f in (lambda x: x == 0, jnp.isnan, jnp.isinf)),
-            ]
-        )
-    return Health(*(jnp.stack(column) for column in zip(*rows, strict=True)))
+    grads = [jnp.zeros_like(p) if g is None else g for g, p in zip(treedef.flatten_up_to(grads), leaves, strict=True)]
+    norms = [jnp.stack([_norm(x) for x in xs]) for xs in (grads, treedef.flatten_up_to(updates), leaves)]
+    sizes = jnp.asarray([max(x.size, 1) for x in leaves], jnp.float32)
+
+    # XLA on CPU vectorizes sums of signs, not of integers or comparisons. They are enough unless something is not
+    # finite.
+    def finite(grads: list[Array]) -> list[Array]:
+        nonzero = jnp.stack([jnp.sum(jnp.abs(jnp.sign(g)).astype(jnp.float32)) for g in grads])
+        return [1 - nonzero / sizes, jnp.zeros_like(sizes), jnp.zeros_like(sizes)]
+
+    def not_finite(grads: list[Array]) -> list[Array]:
+        questions = (lambda g: g == 0, jnp.isnan, jnp.isinf)
+        return [jnp.stack([jnp.sum(q(g), dtype=jnp.float32) for g in grads]) / sizes for q in questions]
+
+    return Health(*norms, *lax.cond(jnp.isfinite(norms[0]).all(), finite, not_finite, grads))
 
 
 def _norm(x: Array) -> Array:
     """In float32 at least: a bfloat16 norm would say little."""
     wide = jnp.abs(x).astype(numerics.compute_dtype(x.dtype))
     return jnp.sqrt(jnp.sum(wide * wide)).astype(jnp.float32)
-
-
-def _share(x: Array) -> Array:
-    return jnp.sum(x, dtype=jnp.float32) / max(x.size, 1)
 
 
 # --- reading it --------------------------------------------------------------------------------------
