@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+
+from jopt.clip import ClipGradNorm, scaled
 
 Tree = Any
 
@@ -32,9 +36,16 @@ class Chain(optax.GradientTransformationExtraArgs):
         return Chain, self._links.transforms
 
     def step(
-        self, grads: Tree, state: Any, params: Tree, *, active: Tree | None = None, **extra: Any
+        self,
+        grads: Tree,
+        state: Any,
+        params: Tree,
+        *,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
+        **extra: Any,
     ) -> tuple[Tree, Any]:
-        """One step: the new parameters and state. `active` and, for optax's transformations, `extra` go to the links.
+        """One step: the new parameters and state. `active`, `factors` and, for optax's links, `extra` go to the links.
 
         Raises:
           What the links raise; ValueError if the state is not of this chain.
@@ -44,9 +55,15 @@ class Chain(optax.GradientTransformationExtraArgs):
             raise ValueError(f"state: expected the {len(transforms)} states of this chain, found {state!r:.80}")
         new = []
         for tx, s in zip(transforms[:-1], state, strict=False):
-            grads, s = optax.with_extra_args_support(tx).update(grads, s, params, **extra)
+            if isinstance(tx, ClipGradNorm):
+                # Multiplied by in the pass of the step: the clipped gradients would be arrays of their own.
+                factor, s = tx.factor(grads, factors, s)
+                factors = (*factors, factor)
+            else:
+                grads, factors = scaled(grads, factors), ()
+                grads, s = optax.with_extra_args_support(tx).update(grads, s, params, **extra)
             new.append(s)
-        params, last = step(transforms[-1], grads, state[-1], params, active=active, **extra)
+        params, last = step(transforms[-1], grads, state[-1], params, active=active, factors=factors, **extra)
         return params, (*new, last)
 
 
@@ -78,12 +95,13 @@ def step(
     params: Tree,
     *,
     active: Tree | None = None,
+    factors: Sequence[Array] = (),
     **extra: Any,
 ) -> tuple[Tree, Any]:
     """A transformation's exact `step` if it has one, else its update, applied; what is not `active` is kept."""
     if hasattr(tx, "step"):
-        return tx.step(grads, state, params, active=active)  # type: ignore[attr-defined]
-    updates, new_state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+        return tx.step(grads, state, params, active=active, factors=factors)  # type: ignore[attr-defined]
+    updates, new_state = optax.with_extra_args_support(tx).update(scaled(grads, factors), state, params, **extra)
     new = optax.apply_updates(params, updates)
     if active is not None:
         new = jax.tree.map(jnp.where, active, new, params)

@@ -9,7 +9,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,7 @@ class ClipState(NamedTuple):
     total_norm: Array
 
 
-def clip_grad_norm(
-    max_norm: float | Array, norm_type: float = 2.0, error_if_nonfinite: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def clip_grad_norm(max_norm: float | Array, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> ClipGradNorm:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`.
 
     norm is the `norm_type`-norm over the norms of the tensors: over all that the transformation sees, so in a chain
@@ -96,35 +94,65 @@ def clip_grad_norm(
     """
     _check_number("max_norm", max_norm)
     _check_number("norm_type", norm_type, at_least=-math.inf)
-    p = float(norm_type)
+    return ClipGradNorm(max_norm, float(norm_type), error_if_nonfinite)
 
-    def init(params: Tree) -> ClipState:
-        dtypes = [jnp.finfo(x.dtype).dtype for x in jax.tree.leaves(params)]
-        return ClipState(jnp.zeros((), _widest(dtypes) if dtypes else None))
 
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
-        del params, extra
+class ClipGradNorm(optax.GradientTransformationExtraArgs):
+    """What `clip_grad_norm` makes. A `jopt.chain` asks it for the factor alone, which the step then multiplies by."""
+
+    _arguments: tuple[Any, float, bool]
+
+    def __new__(cls, max_norm: float | Array, p: float, error_if_nonfinite: bool) -> Self:
+        def init(params: Tree) -> ClipState:
+            dtypes = [jnp.finfo(x.dtype).dtype for x in jax.tree.leaves(params)]
+            return ClipState(jnp.zeros((), _widest(dtypes) if dtypes else None))
+
+        def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
+            del params, extra
+            factor, state = self.factor(updates, (), state)
+            return scaled(updates, (factor,)), state
+
+        self = super().__new__(cls, init, update)
+        self._arguments = (max_norm, p, error_if_nonfinite)
+        return self
+
+    def __reduce__(self) -> Any:
+        return ClipGradNorm, self._arguments
+
+    def factor(self, updates: Tree, factors: Sequence[Array], state: ClipState) -> tuple[Array, ClipState]:
+        """What gradients, that are still to be multiplied by `factors`, are to be multiplied by then."""
+        max_norm, p, error_if_nonfinite = self._arguments
         leaves = _dense("clip_grad_norm", updates)
         if not leaves:
-            return updates, ClipState(jnp.zeros_like(state.total_norm))
+            return jnp.ones_like(state.total_norm), ClipState(jnp.zeros_like(state.total_norm))
         if p < 0 and any(isinstance(x, Packed) for x in jax.tree.leaves(updates, is_leaf=_is_packed)):
-            raise ValueError(f"norm_type: {norm_type} would see the zeros that fill a packed buffer; unpack first")
-        norm = total_norm([vector_norm(x, p) for x in leaves], p)
+            raise ValueError(f"norm_type: {p} would see the zeros that fill a packed buffer; unpack first")
+        norm = total_norm([vector_norm(x, p) for x in scaled(leaves, factors)], p)
         if error_if_nonfinite:
-            text = (
-                f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped. "
-                "To disable this error and scale the gradients by the non-finite norm anyway, set "
-                "`error_if_nonfinite=False`"
-            )
-            if isinstance(norm, Tracer):
-                checkify.check(jnp.isfinite(norm), text)
-            elif not jnp.isfinite(norm):
-                raise RuntimeError(text)
-        factor = clip_factor(norm, max_norm)
-        clipped = jax.tree.map(lambda g: numerics.mul(g, factor.astype(numerics.compute_dtype(g.dtype))), updates)
-        return clipped, ClipState(norm.astype(state.total_norm.dtype))
+            _check_finite(norm, p)
+        return clip_factor(norm, max_norm), ClipState(norm.astype(state.total_norm.dtype))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+
+def scaled(grads: Tree, factors: Sequence[Array]) -> Tree:
+    """The gradients times each factor, rounded after each."""
+
+    def multiply(g: Array) -> Array:
+        for factor in factors:
+            g = numerics.mul(g, factor.astype(numerics.compute_dtype(g.dtype)))
+        return g
+
+    return jax.tree.map(multiply, grads)
+
+
+def _check_finite(norm: Array, p: float) -> None:
+    text = (
+        f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
+        "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+    )
+    if isinstance(norm, Tracer):
+        checkify.check(jnp.isfinite(norm), text)
+    elif not jnp.isfinite(norm):
+        raise RuntimeError(text)
 
 
 def clip_grad_value(clip_value: float | Array) -> optax.GradientTransformationExtraArgs:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from jopt import chaining
 from jopt.arena import Packed
@@ -79,7 +80,13 @@ class Groups(optax.GradientTransformationExtraArgs):
         return {name: titles[label] for inside, label in zip(names, labels, strict=True) for name in inside}
 
     def step(
-        self, grads: Tree, state: GroupsState, params: Tree, *, active: Tree | None = None
+        self,
+        grads: Tree,
+        state: GroupsState,
+        params: Tree,
+        *,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
     ) -> tuple[Tree, GroupsState]:
         """One step of every group: as `Transform.step`.
 
@@ -98,7 +105,8 @@ class Groups(optax.GradientTransformationExtraArgs):
                 continue
             part = _part(treedef, params, labels, i)
             mask = None if active is None else _part(treedef, active, labels, i)
-            new, s = chaining.step(tx, _part(treedef, grads, labels, i), s, part, active=mask)
+            own = _part(treedef, grads, labels, i)
+            new, s = chaining.step(tx, own, s, part, active=mask, factors=factors)
             states.append(s)
             new_leaves = treedef.flatten_up_to(new)
             for j, label in enumerate(labels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -13,6 +14,7 @@ import optax
 from jax import Array, lax
 
 from jopt import chaining, numerics
+from jopt.clip import scaled
 
 Tree = Any
 
@@ -67,12 +69,18 @@ class Monitor(optax.GradientTransformationExtraArgs):
         return Monitor, (self._tx,)
 
     def step(
-        self, grads: Tree, state: MonitorState, params: Tree, *, active: Tree | None = None
+        self,
+        grads: Tree,
+        state: MonitorState,
+        params: Tree,
+        *,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
     ) -> tuple[Tree, MonitorState]:
         """One step of the transformation, measured: as `Transform.step`. A leaf without gradient counts as zeros."""
-        new, inner = chaining.step(self._tx, grads, state.inner, params, active=active)
+        new, inner = chaining.step(self._tx, grads, state.inner, params, active=active, factors=factors)
         updates = jax.tree.map(jnp.subtract, new, params)
-        return new, MonitorState(inner, _health(grads, updates, params))
+        return new, MonitorState(inner, _health(scaled(grads, factors), updates, params))
 
 
 def monitor(tx: optax.GradientTransformation) -> Monitor:

@@ -171,6 +171,7 @@ def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
 
 
 MASTER = "master"  # the slot of a leaf's float32 copy
+FACTOR = "gradient factor "  # among a leaf's coefficients, with a number: what its gradient is multiplied by first
 
 
 def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None, *, master_copy: bool = False) -> LeafState:
@@ -199,12 +200,16 @@ def step_leaf(
 
     The leaf is stepped in its state's type where that is wider (`state_dtype`), rounded once at the end, with a `key`
     and in bfloat16 at random: up or down with the probability that keeps the mean. A master copy in the state is what
-    is stepped in the leaf's place. `active` (a bool array that broadcasts against the leaf) keeps the leaf and its
+    is stepped in the leaf's place. Coefficients called `FACTOR` and a number multiply the gradient, in its own type,
+    one after the other. `active` (a bool array that broadcasts against the leaf) keeps the leaf and its
     state where False.
     """
     if not param.size:
         return param, state
     old_state, old_param = state, param
+    c = dict(c)
+    for name in sorted(name for name in c if name.startswith(FACTOR)):
+        grad = numerics.mul(grad, c.pop(name).astype(numerics.compute_dtype(grad.dtype)))
     wide = {x.dtype for x in state.values()} | {param.dtype}
     at_random = key is not None and param.dtype == jnp.bfloat16
     if at_random:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -15,6 +16,7 @@ import optax
 from jax import Array
 
 from jopt import chaining, numerics
+from jopt.clip import scaled
 from jopt.transform import State
 
 Tree = Any
@@ -56,12 +58,10 @@ class LossScale:
     def unscale(self, grads: Tree, state: ScaleState) -> tuple[Tree, Array]:
         """(grads / scale, whether one of them is not finite). Gradients of float16 lose digits, as in torch, which
         refuses them: keep the parameters in float32 and cast them in the loss."""
-        found_inf = jnp.logical_not(all_finite(grads))
-        inverse = numerics.in_double(lambda _, scale: 1 / scale, (), state.scale, dtype=jnp.float32)
-        return (
-            jax.tree.map(lambda g: numerics.mul(g, inverse.astype(numerics.compute_dtype(g.dtype))), grads),
-            found_inf,
-        )
+        return scaled(grads, (self._inverse(state),)), jnp.logical_not(all_finite(grads))
+
+    def _inverse(self, state: ScaleState) -> Array:
+        return numerics.in_double(lambda _, scale: 1 / scale, (), state.scale, dtype=jnp.float32)
 
     def update(self, found_inf: Array, state: ScaleState) -> ScaleState:
         """The next scale: backed off if something was not finite, grown after `growth_interval` good steps."""
@@ -87,8 +87,8 @@ class LossScale:
         Returns:
           `(params, state, scale)`.
         """
-        grads, found_inf = self.unscale(grads, scale)
-        params, state = step_unless(found_inf, tx, grads, state, params, counts=True)
+        found_inf = jnp.logical_not(all_finite(grads))
+        params, state = step_unless(found_inf, tx, grads, state, params, (self._inverse(scale),), counts=True)
         return params, state, self.update(found_inf, scale)
 
 
@@ -126,15 +126,20 @@ def loss_scale(
 
 
 def step_unless(
-    skip: Array, tx: optax.GradientTransformation, grads: Tree, state: Any, params: Tree, *, counts: bool
+    skip: Array,
+    tx: optax.GradientTransformation,
+    grads: Tree,
+    state: Any,
+    params: Tree,
+    factors: Sequence[Array] = (),
+    active: Tree | None = None,
+    *,
+    counts: bool,
 ) -> tuple[Tree, Any]:
     """A step of `tx`, or where `skip` the parameters and state as they are; `counts`: jopt's step counts go on."""
-    goes = jnp.logical_not(skip)
-    new_params, new_state = chaining.step(
-        tx, grads, state, params, active=jax.tree.map(lambda _: goes, params) if hasattr(tx, "step") else None
-    )
-    if not hasattr(tx, "step"):
-        new_params = jax.tree.map(lambda new, old: jnp.where(skip, old, new), new_params, params)
+    active = jax.tree.map(lambda _: True, params) if active is None else active
+    goes = jax.tree.map(lambda a: jnp.logical_and(a, jnp.logical_not(skip)), active)
+    new_params, new_state = chaining.step(tx, grads, state, params, active=goes, factors=factors)
 
     def choose(new: Any, old: Any) -> Any:
         if isinstance(new, State):  # its step left what is not active as it was
@@ -175,17 +180,17 @@ class Skipping(optax.GradientTransformationExtraArgs):
         return Skipping, (self._tx,)
 
     def step(
-        self, grads: Tree, state: SkipState, params: Tree, *, active: Tree | None = None
+        self,
+        grads: Tree,
+        state: SkipState,
+        params: Tree,
+        *,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
     ) -> tuple[Tree, SkipState]:
-        """One step, or none: as `Transform.step`."""
-        if active is not None:
-            grads = jax.tree.map(lambda a, g: jnp.where(a, g, jnp.zeros_like(g)), active, grads)
+        """One step, or none: as `Transform.step`. The gradient of a leaf that is not `active` is looked at too."""
         bad = jnp.logical_not(all_finite(grads))
-        if active is None:
-            params, inner = step_unless(bad, self._tx, grads, state.inner, params, counts=False)
-        else:
-            goes = jax.tree.map(lambda a: jnp.logical_and(a, jnp.logical_not(bad)), active)
-            params, inner = chaining.step(self._tx, grads, state.inner, params, active=goes)
+        params, inner = step_unless(bad, self._tx, grads, state.inner, params, factors, active, counts=False)
         return params, SkipState(inner, state.skipped + bad.astype(jnp.int32))
 
 

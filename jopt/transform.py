@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -16,7 +16,7 @@ from jax.experimental.sparse import BCOO
 from jopt import numerics
 from jopt.arena import Packed
 from jopt.fusion import fuses_outputs
-from jopt.rule import Hyperparameter, Rule, init_leaf, step_leaves
+from jopt.rule import FACTOR, Hyperparameter, Rule, init_leaf, step_leaves
 
 Tree = Any
 
@@ -66,7 +66,15 @@ class Transform(optax.GradientTransformationExtraArgs):
         """What was given: numbers, 0-d arrays and schedules by name."""
         return self._lift.hyperparameters
 
-    def step(self, grads: Tree, state: State, params: Tree, *, active: Tree | None = None) -> tuple[Tree, State]:
+    def step(
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
+    ) -> tuple[Tree, State]:
         """One step: the new parameters, exactly, and the new state.
 
         To have it in place, donate both, to a function that returns them in the order in which it takes them: XLA
@@ -91,6 +99,8 @@ class Transform(optax.GradientTransformationExtraArgs):
           state: from `init` or the last step.
           params: the parameters; floating or complex arrays. None and `optax.MaskedNode` are left alone.
           active: a tree of bools like `params`, possibly traced: skip the leaves that are False.
+          factors: 0-d arrays that every gradient is multiplied by, one after the other, in the pass of the step.
+            Clipping (`jopt.chain`) and unscaling (`jopt.loss_scale`) use it.
 
         Returns:
           `(params, state)`, of the structure, shapes and types that came in.
@@ -100,7 +110,7 @@ class Transform(optax.GradientTransformationExtraArgs):
           RuntimeError: a sparse gradient, or for `sparse_adam` a dense one.
           ValueError: trees, shapes or the state do not fit `params`, or `params` is None.
         """
-        return self._lift.step(grads, state, params, active=active)
+        return self._lift.step(grads, state, params, active=active, factors=factors)
 
 
 def transform(
@@ -188,7 +198,14 @@ class _Lift:
         # A skipped leaf gets zeros rather than None, which optax.apply_updates cannot add to an array.
         return jax.tree.map(lambda n, p: n - p, new, params), state
 
-    def step(self, grads: Tree, state: State, params: Tree | None, active: Tree | None = None) -> tuple[Tree, State]:
+    def step(
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree | None,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
+    ) -> tuple[Tree, State]:
         if params is None:
             raise ValueError("params: expected the parameters, found None; pass them to update(grads, state, params)")
         leaves, treedef = self._flatten(params)
@@ -201,6 +218,7 @@ class _Lift:
         mask = self._active(grads, None if active is None else _match(treedef, "active", active))
 
         c, scalars, scheduled = self._scalars(state, numerics.widest(x.dtype for x in leaves))
+        c |= {f"{FACTOR}{i}": factor for i, factor in enumerate(factors)}
         key = None if self.key is None else jax.random.fold_in(self.key, state.count)
         stepped = [i for i, grad in enumerate(grads) if grad is not None]
         mask_of = None if active is None else mask

@@ -174,3 +174,22 @@ def test_in_the_users_jit(flags):
         flags,
     )
     assert found.split() == ["True" if flags else "False"] * 2
+
+
+def test_clipped_gradients_are_no_arrays_of_their_own():
+    """Clipping and unscaling are factors in the step's own loop: no temporary memory that grows with the parameters."""
+    code = """
+        import jax, jax.numpy as jnp, jopt
+        jopt.enable_multi_output_fusion()
+        tx, scaler = jopt.chain(jopt.clip_grad_norm(1.0), jopt.adamw(lr=0.1)), jopt.loss_scale()
+        params = {f"p{i}": jnp.ones((256, 128 + i)) for i in range(3)}
+        def clip(params, state, scale, grads):
+            return (*tx.step(grads, state, params), scale)
+        def unscale_and_clip(params, state, scale, grads):
+            return scaler.step(tx, grads, state, params, scale)
+        for f in (clip, unscale_and_clip):
+            step = jax.jit(f, donate_argnums=(0, 1))
+            compiled = step.lower(params, tx.init(params), scaler.init(), params).compile()
+            print(compiled.memory_analysis().temp_size_in_bytes < 4096)
+    """
+    assert run(code) == "True\nTrue"
