@@ -120,14 +120,18 @@ class ClipGradNorm(optax.GradientTransformationExtraArgs):
         return ClipGradNorm, self._arguments
 
     def factor(self, updates: Tree, factors: Sequence[Array], state: ClipState) -> tuple[Array, ClipState]:
-        """What gradients, that are still to be multiplied by `factors`, are to be multiplied by then."""
+        """What gradients, that are still to be multiplied by the positive `factors`, are to be multiplied by then."""
         max_norm, p, error_if_nonfinite = self._arguments
         leaves = _dense("clip_grad_norm", updates)
         if not leaves:
             return jnp.ones_like(state.total_norm), ClipState(jnp.zeros_like(state.total_norm))
         if p < 0 and any(isinstance(x, Packed) for x in jax.tree.leaves(updates, is_leaf=_is_packed)):
             raise ValueError(f"norm_type: {p} would see the zeros that fill a packed buffer; unpack first")
-        norm = total_norm([vector_norm(x, p) for x in scaled(leaves, factors)], p)
+        norms = [vector_norm(x, p) for x in leaves]
+        if p != 0:
+            # The norm of the products is the product, rounding aside. The products would be arrays of their own.
+            norms = scaled(norms, factors)
+        norm = total_norm(norms, p)
         if error_if_nonfinite:
             _check_finite(norm, p)
         return clip_factor(norm, max_norm), ClipState(norm.astype(state.total_norm.dtype))
