@@ -1,0 +1,200 @@
+"""jopt's transformations inside the libraries that people train with in JAX: each run is the plain run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jopt
+from tests import cases
+
+REASON = "pip install 'jopt[ecosystem]'"
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def relaxed():
+    """JAX as its users run it: these libraries and optax mix types and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def problem():
+    return cases.Problem("float32")
+
+
+def plain(tx, problem, steps=STEPS):
+    """The run that the others have to be."""
+    params = [jnp.asarray(x) for x in problem.start]
+    state = tx.init(params)
+    for i in range(steps):
+        params, state = jax.jit(tx.step)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
+    return params
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert cases.difference(a, b) <= cases.FRONT_ENDS["float32"]
+
+
+# --- optax
+
+
+def test_inject_hyperparams(problem):
+    """betas are a tuple, which optax leaves static; the learning rate may be set in the state."""
+    tx = optax.inject_hyperparams(jopt.adamw, static_args=("betas",))(lr=0.5, weight_decay=0.1, betas=(0.8, 0.99))
+    params = [jnp.asarray(x) for x in problem.start]
+    state = tx.init(params)
+    state.hyperparams["lr"] = jnp.asarray(0.02)
+    for i in range(STEPS):
+        updates, state = jax.jit(tx.update)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
+        params = optax.apply_updates(params, updates)
+    assert_same(params, plain(jopt.adamw(lr=0.02, weight_decay=0.1, betas=(0.8, 0.99)), problem))
+
+
+@pytest.mark.parametrize("name", ["partition", "masked"])
+def test_partition_and_masked(name, problem):
+    """Two optimizers of one model, by optax's means."""
+    labels = ["adam", "sgd", "adam"]
+    txs = {"adam": jopt.adam(lr=0.02), "sgd": jopt.sgd(lr=0.1, momentum=0.9)}
+    if name == "partition":
+        tx = optax.partition(txs, labels)
+    else:
+        tx = optax.chain(*(optax.masked(t, [label == key for label in labels]) for key, t in txs.items()))
+    params = [jnp.asarray(x) for x in problem.start]
+    state = tx.init(params)
+    for i in range(STEPS):
+        updates, state = jax.jit(tx.update)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
+        params = optax.apply_updates(params, updates)
+    by_hand = {key: plain(t, problem) for key, t in txs.items()}
+    assert_same(params, [by_hand[label][i] for i, label in enumerate(labels)])
+
+
+def test_apply_if_finite_and_lookahead_take_it(problem):
+    tx = optax.apply_if_finite(jopt.rmsprop(lr=0.01), max_consecutive_errors=3)
+    params = [jnp.asarray(x) for x in problem.start]
+    state = tx.init(params)
+    bad = [jnp.full_like(x, jnp.nan) for x in params]
+    updates, state = tx.update(bad, state, params)
+    params = optax.apply_updates(params, updates)
+    for i in range(STEPS):
+        updates, state = jax.jit(tx.update)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
+        params = optax.apply_updates(params, updates)
+    assert_same(params, plain(jopt.rmsprop(lr=0.01), problem))
+
+
+# --- flax nnx
+
+
+@pytest.mark.slow
+def test_flax_nnx():
+    nnx = pytest.importorskip("flax.nnx", reason=REASON)
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(4, 8, rngs=rngs)
+            self.norm = nnx.LayerNorm(8, rngs=rngs)
+            self.out = nnx.Linear(8, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(jax.nn.tanh(self.norm(self.hidden(x))))
+
+    def loss(model):
+        return jnp.mean((model(x) - 1.0) ** 2)
+
+    tx = jopt.param_groups(jopt.adamw, {jopt.norms_and_biases: {"weight_decay": 0.0}}, lr=1e-2, weight_decay=0.1)
+    model, again = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(train_step(model, optimizer)) for _ in range(STEPS)]
+    graph, params = nnx.split(again, nnx.Param)
+    state = tx.init(params)
+    for value in losses:
+        found, grads = jax.value_and_grad(lambda p: loss(nnx.merge(graph, p)))(params)
+        assert float(found) == pytest.approx(value, rel=cases.NETWORK["float32"])
+        params, state = jax.jit(tx.step)(grads, state, params)
+    assert losses[-1] < losses[0]
+    groups = tx.assignment(params)
+    assert {name for name, group in groups.items() if group == "the rest"} == {
+        name for name in groups if "kernel" in name
+    }
+
+
+# --- equinox
+
+
+@pytest.mark.slow
+def test_equinox():
+    eqx = pytest.importorskip("equinox", reason=REASON)
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    model = eqx.nn.MLP(4, 1, 8, 2, key=jax.random.key(1))
+    tx = jopt.param_groups(jopt.adamw, {jopt.norms_and_biases: {"weight_decay": 0.0}}, lr=1e-2, weight_decay=0.1)
+
+    def loss(model, x):
+        return jnp.mean((jax.vmap(model)(x) - 1.0) ** 2)
+
+    @eqx.filter_jit
+    def by_update(model, state, x):
+        value, grads = eqx.filter_value_and_grad(loss)(model, x)
+        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_array))
+        return eqx.apply_updates(model, updates), state, value
+
+    @eqx.filter_jit
+    def by_step(model, state, x):
+        value, grads = eqx.filter_value_and_grad(loss)(model, x)
+        params, static = eqx.partition(model, eqx.is_array)
+        params, state = tx.step(grads, state, params)
+        return eqx.combine(params, static), state, value
+
+    runs = []
+    for train_step in (by_update, by_step):
+        trained, state, losses = model, tx.init(eqx.filter(model, eqx.is_array)), []
+        for _ in range(STEPS):
+            trained, state, value = train_step(trained, state, x)
+            losses.append(float(value))
+        runs.append(losses)
+        assert losses[-1] < losses[0]
+    np.testing.assert_allclose(*runs, rtol=cases.NETWORK["float32"])
+    assert tx.assignment(eqx.filter(model, eqx.is_array))["layers.0.bias"] == "norms_and_biases"
+
+
+# --- orbax
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hyperparams_in_state", [False, True])
+def test_orbax(tmp_path, problem, hyperparams_in_state):
+    """A run that is saved, restored into fresh trees and gone on with is the run that went through."""
+    ocp = pytest.importorskip("orbax.checkpoint", reason=REASON)
+    tx = jopt.chain(
+        jopt.clip_grad_norm(5.0), jopt.nadam(lr=0.02, weight_decay=0.1, hyperparams_in_state=hyperparams_in_state)
+    )
+    average = jopt.ema(0.9)
+    params = [jnp.asarray(x) for x in problem.start]
+    state, averaged = tx.init(params), average.init(params)
+
+    def train(params, state, averaged, steps):
+        for i in steps:
+            params, state = jax.jit(tx.step)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
+            averaged = average.update(params, averaged)
+        return params, state, averaged
+
+    half = train(params, state, averaged, range(5))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", half)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(jnp.zeros_like, (params, state, averaged))
+        restored = checkpointer.restore(tmp_path / "run", like)
+    assert jax.tree.structure(restored) == jax.tree.structure(half)
+    whole = train(*half, range(5, 10))
+    for a, b in zip(jax.tree.leaves(train(*restored, range(5, 10))), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
