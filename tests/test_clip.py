@@ -181,3 +181,18 @@ def test_chains_nest_and_pass_on_what_is_active():
     assert new["b"].tolist() == [0, 0]
     with pytest.raises(ValueError, match="the 2 states of this chain"):
         tx.step(params, (), params)
+
+
+def test_the_norm_is_of_what_the_link_sees():
+    """Around the groups it is that of all gradients, inside a group's chain that of the group."""
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    params = jax.tree.map(jnp.zeros_like, grads)
+    around = jopt.chain(jopt.clip_grad_norm(1.0), jopt.param_groups(jopt.sgd, {"a": {"lr": 2.0}}, lr=1.0))
+    new, state = around.step(grads, around.init(params), params)
+    assert state[0].total_norm == 5.0
+    np.testing.assert_allclose([new["a"][0], new["b"][0]], [-2 * 0.6, -0.8], rtol=1e-6)
+    own = jopt.chain(jopt.clip_grad_norm(1.0), jopt.sgd(lr=1.0))
+    inside = jopt.param_groups(jopt.sgd, {"a": own}, lr=1.0)
+    new, state = inside.step(grads, inside.init(params), params)
+    assert state.groups[0][0].total_norm == 3.0
+    np.testing.assert_allclose([new["a"][0], new["b"][0]], [-1.0, -4.0], rtol=1e-6)
