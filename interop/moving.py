@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from interop import optim
 from interop.dlpack import DTYPES, to_jax, to_torch
 from interop.program import EMA
 from jopt import State, Transform
+from jopt.groups import Groups, GroupsState
 
 # What of an optimizer's group is no argument of its mathematics.
 NO_ARGUMENTS = ("params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable")
@@ -24,7 +28,7 @@ UNCOUNTED = ("SGD", "Muon")  # which store no step
 
 def optimizer_to_jax(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, *, step: int | None = None, **arguments: Any
-) -> tuple[Transform, dict[str, jax.Array], State]:
+) -> tuple[Transform | Groups, dict[str, jax.Array], State | GroupsState]:
     """The run that a torch optimizer, native or of `interop.optim`, is in the middle of, for `jopt` to go on with.
 
     >>> import torch, jax.numpy as jnp, interop
@@ -42,8 +46,8 @@ def optimizer_to_jax(
     2.0
 
     Args:
-      optimizer: any class of torch.optim but LBFGS, or a subclass. Its groups must have equal options: a
-        transformation has one set of them.
+      optimizer: any class of torch.optim but LBFGS, or a subclass. Groups of different options become those of a
+        `jopt.param_groups`, by the parameters' names; the state is then a `GroupsState`.
       model: whose `named_parameters()` give the names. Parameters that the optimizer does not hold are left out; those
         that it holds must be of the model.
       step: `State.count`, at which schedules are evaluated. By default the largest step count of the state; SGD and
@@ -57,48 +61,90 @@ def optimizer_to_jax(
     Raises:
       TypeError: the optimizer is none of these, or a type or place that JAX does not have (float64 needs
         jax_enable_x64).
-      ValueError: groups of different options, a parameter that the model has not, or a state of another shape.
+      ValueError: a parameter that the model has not, or a state of another shape.
     """
     cls = _torch_class(optimizer)
     names = _names(optimizer, model)
-    tensors = {name: p.detach() for p, name in names.items()}
+    params = {name: to_jax(p.detach(), copy=True) for p, name in names.items()}
+    groups = _groups(optimizer)
+    parts = []
+    for options, members in groups:
+        own = {names[p]: p for p in members}
+        masked = {name: x if name in own else optax.MaskedNode() for name, x in params.items()}
+        parts.append(_group_to_jax(cls, options, own, masked, optimizer, step, arguments))
+    if len(parts) == 1:
+        tx, state = parts[0]
+        return tx, params, state
+    own_names = [_Names(frozenset(names[p] for p in members), g) for g, (_, members) in enumerate(groups)]
+    txs, states = zip(*parts, strict=True)
+    return Groups(tuple(own_names[:-1]), txs), params, GroupsState(states)
+
+
+def _group_to_jax(
+    cls: str,
+    options: dict[str, Any],
+    own: dict[str, Tensor],
+    params: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    step: int | None,
+    arguments: dict[str, Any],
+) -> tuple[Transform, State]:
+    """The transformation of a group, and its state; the parameters of others are masked."""
     function = getattr(jopt, "sparse_adam" if cls == "SparseAdam" else cls.lower())
     known = inspect.signature(function).parameters
-    given = {k: _number(v) for k, v in _options(optimizer).items() if k in known}
-    states: dict[str, dict[str, Any]] = {name: optimizer.state.get(p, {}) for p, name in names.items()}
-    if any(_is_wider(x, tensors[name]) for name, state in states.items() for x in state.values()):
+    given = {k: _number(v) for k, v in options.items() if k in known}
+    states: dict[str, dict[str, Any]] = {name: optimizer.state.get(p, {}) for name, p in own.items()}
+    if any(_is_wider(x, own[name]) for name, state in states.items() for x in state.values()):
         given["state_dtype"] = jnp.float32
     tx = function(**given | arguments)
-    params = {name: to_jax(x, copy=True) for name, x in tensors.items()}
     state = tx.init(params)
     slots = {slot: dict(tree) for slot, tree in state.slots.items()}
     for slot, tree in slots.items():
-        for name, fresh in tree.items():
-            value = states[name].get(slot)
+        for name in own:
+            fresh, value = tree[name], states[name].get(slot)
             if fresh is not None and value is not None:
                 _check(f"the state {slot!r} of {name!r}", value, fresh.shape)
                 tree[name] = to_jax(value.detach(), copy=True).astype(fresh.dtype)
     scalars = {key: np.array(x) for key, x in state.scalars.items()}
-    order = list(jax.tree.leaves({name: name for name in params}))
     for key, values in scalars.items():
-        for i, name in enumerate(order):
+        for i, name in enumerate(_order(own)):
             if key in states[name]:
                 values[i] = float(states[name][key])
             elif cls in UNCOUNTED and key == "step":
                 values[i] = states[name].get("momentum_buffer") is not None
     if step is None:
         step = 0 if cls in UNCOUNTED else int(max(scalars["step"], default=0))
-    return (
-        tx,
-        params,
-        state._replace(
-            count=jnp.asarray(step, jnp.int32), slots=slots, scalars={k: jnp.asarray(v) for k, v in scalars.items()}
-        ),
+    return tx, state._replace(
+        count=jnp.asarray(step, jnp.int32), slots=slots, scalars={k: jnp.asarray(v) for k, v in scalars.items()}
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """The pattern of a group: its parameters' names."""
+
+    names: frozenset[str]
+    group: int
+
+    def __call__(self, path: str, leaf: Any) -> bool:
+        return path in self.names
+
+    @property
+    def __name__(self) -> str:
+        return f"param_groups[{self.group}]"
+
+
+def _order(own: Iterable[str]) -> list[str]:
+    """The names in the order of a tree's leaves."""
+    return list(jax.tree.leaves({name: name for name in own}))
+
+
 def optimizer_to_torch(
-    tx: Transform, params: dict[str, Any], state: State, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    tx: Transform | Groups,
+    params: dict[str, Any],
+    state: State | GroupsState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Write what `optimizer_to_jax` gave, some steps later, back into the model and the optimizer.
 
@@ -111,9 +157,7 @@ def optimizer_to_torch(
     """
     cls = _torch_class(optimizer)
     names = _names(optimizer, model)
-    expected = getattr(optim, cls).rule
-    if type(tx.rule) is not expected:
-        raise TypeError(f"tx: expected one that steps {expected.__name__}, as {cls}, found {type(tx.rule).__name__}")
+    groups = _parts(cls, tx, state, optimizer)
     if set(params) != set(names.values()):
         missing, extra = set(names.values()) - set(params), set(params) - set(names.values())
         raise ValueError(f"params: expected the optimizer's; missing {sorted(missing)}, unknown {sorted(extra)}")
@@ -121,18 +165,11 @@ def optimizer_to_torch(
         _check(f"params[{name!r}]", params[name], tuple(p.shape))
         if DTYPES[p.dtype] != params[name].dtype:
             raise TypeError(f"params[{name!r}]: expected {p.dtype}, found {params[name].dtype}")
-    order = list(jax.tree.leaves({name: name for name in params}))
-    lr = _learning_rate(tx, state)
     new: dict[Tensor, dict[str, Any]] = {}
-    for p, name in names.items():
-        i = order.index(name)
-        scalars = {key: float(x[i]) for key, x in state.scalars.items()}
-        slots = {k: to_torch(tree[name], copy=True) for k, tree in state.slots.items() if tree[name] is not None}
-        if scalars.get("step", 1) == 0 and cls != "Adagrad":
-            new[p] = {}
-            continue
-        kept = {key: int(x) if cls == "SparseAdam" else torch.tensor(x) for key, x in scalars.items()}
-        new[p] = {key: x for key, x in kept.items() if key != "step" or cls not in UNCOUNTED} | slots
+    for _, part, members in groups:
+        order = _order(names[p] for p in members)
+        for p in members:
+            new[p] = _state_of(cls, part, names[p], order.index(names[p]))
     with torch.no_grad():
         for p, values in new.items():
             p.copy_(to_torch(params[names[p]]))
@@ -141,11 +178,46 @@ def optimizer_to_torch(
                 optimizer.state[p] = values | average
             else:
                 optimizer.state.pop(p, None)
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+    for part_tx, part, members in groups:
+        lr = _learning_rate(part_tx, part)
+        own = set(members)
+        for group in optimizer.param_groups:
+            if own.isdisjoint(group["params"]):
+                continue
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+def _parts(
+    cls: str, tx: Transform | Groups, state: Any, optimizer: torch.optim.Optimizer
+) -> list[tuple[Transform, State, list[Tensor]]]:
+    """What steps each group of the optimizer, or all of them."""
+    if isinstance(tx, Groups):
+        txs, states = tx.transforms, state.groups if isinstance(state, GroupsState) else ()
+        members = [list(group["params"]) for group in optimizer.param_groups]
+        if not len(txs) == len(states) == len(members):
+            raise ValueError(f"tx: expected one of {len(members)} groups, as the optimizer's, found {len(txs)}")
+    else:
+        txs, states = [tx], [state]
+        members = [[p for group in optimizer.param_groups for p in group["params"]]]
+    expected = getattr(optim, cls).rule
+    for one in txs:
+        rule = getattr(one, "rule", one)
+        if type(rule) is not expected:
+            raise TypeError(f"tx: expected one that steps {expected.__name__}, as {cls}, found {type(rule).__name__}")
+    return list(zip(txs, states, members, strict=True))  # type: ignore[arg-type]
+
+
+def _state_of(cls: str, state: State, name: str, i: int) -> dict[str, Any]:
+    """torch's state of a parameter, the i-th of its group; none if it was never stepped."""
+    scalars = {key: float(x[i]) for key, x in state.scalars.items()}
+    if scalars.get("step", 1) == 0 and cls != "Adagrad":
+        return {}
+    kept = {key: int(x) if cls == "SparseAdam" else torch.tensor(x) for key, x in scalars.items()}
+    slots = {k: to_torch(tree[name], copy=True) for k, tree in state.slots.items() if tree[name] is not None}
+    return {key: x for key, x in kept.items() if key != "step" or cls not in UNCOUNTED} | slots
 
 
 def _torch_class(optimizer: Any) -> str:
@@ -172,16 +244,16 @@ def _names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[Ten
     return names
 
 
-def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    first, *others = ({k: v for k, v in group.items() if k not in NO_ARGUMENTS} for group in optimizer.param_groups)
-    for g, other in enumerate(others, 1):
-        for key, value in first.items():
-            if other.get(key) != value:
-                raise ValueError(
-                    f"optimizer: expected groups of equal options, found {key}={value!r} in group 0 and "
-                    f"{other.get(key)!r} in group {g}; move each group by an optimizer of its own"
-                )
-    return first
+def _groups(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """The groups' options and parameters; all in one where their options are equal."""
+    groups = [
+        ({k: v for k, v in group.items() if k not in NO_ARGUMENTS}, list(group["params"]))
+        for group in optimizer.param_groups
+    ]
+    first = groups[0][0]
+    if all(first.keys() == other.keys() and all(other[k] == v for k, v in first.items()) for other, _ in groups[1:]):
+        return [(first, [p for _, members in groups for p in members])]
+    return groups
 
 
 def _number(x: Any) -> Any:

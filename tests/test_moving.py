@@ -87,6 +87,41 @@ def test_there_and_back(case, module, x64):
     assert_equal(case, *runs)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "Adafactor"])
+def test_groups_there_and_back(name, x64):
+    """Groups of different numbers become those of jopt.param_groups; each keeps its own."""
+    problem = cases.Problem("float64")
+    runs = []
+    for moves in (True, False):
+        model = Model(problem)
+        groups = [
+            {"params": [model.b], "weight_decay": 0.0},
+            {"params": [model.c, model.a], "lr": 0.005},
+        ]
+        optimizer = getattr(torch.optim, name)(groups, lr=0.02, weight_decay=0.1)
+        torch_leg(problem, model, optimizer, range(STEPS))
+        if moves:
+            tx, params, state = interop.optimizer_to_jax(optimizer, model)
+            assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+            groups = {"b": "param_groups[0]", "c": "the rest", "a": "the rest"}
+            assert tx.assignment(params) == groups
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.fill_(7)
+            params, state = jax_leg(problem, tx, params, state, range(STEPS, 2 * STEPS))
+            interop.optimizer_to_torch(tx, params, state, model, optimizer)
+        else:
+            torch_leg(problem, model, optimizer, range(STEPS, 2 * STEPS))
+        torch_leg(problem, model, optimizer, range(2 * STEPS, 3 * STEPS))
+        assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.005]
+        runs.append((model, optimizer))
+    assert_equal(next(c for c in cases.CASES if c.torch == name), *runs)
+    model = Model(problem)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="expected one of 1 groups, as the optimizer's, found 2"):
+        interop.optimizer_to_torch(tx, params, state, model, optimizer)
+
+
 @pytest.mark.parametrize("name", ["Adam", "SGD", "NAdam", "Adafactor"])
 def test_from_jax_first(name, x64):
     """Into an optimizer that has not stepped yet."""
@@ -199,9 +234,6 @@ def test_what_cannot_be_moved():
     model = torch.nn.Linear(3, 2)
     with pytest.raises(TypeError, match=r"but LBFGS, found torch\.optim\.lbfgs\.LBFGS"):
         interop.optimizer_to_jax(torch.optim.LBFGS(model.parameters()), model)
-    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
-    with pytest.raises(ValueError, match=r"found weight_decay=0\.01 in group 0 and 0\.0 in group 1"):
-        interop.optimizer_to_jax(torch.optim.AdamW(groups), model)
     with pytest.raises(ValueError, match=r"parameter 0 of group 0, of shape \(2, 3\), is none of the model's"):
         interop.optimizer_to_jax(torch.optim.AdamW(model.parameters()), torch.nn.Linear(3, 2))
     wide = torch.nn.Linear(3, 2).double()
