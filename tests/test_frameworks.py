@@ -108,6 +108,7 @@ class Accelerated:
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, opt, loader, scheduler
         )
+        self.clips = "max_norm" not in arguments
         self.losses: list[float] = []
 
     def train(self, epochs: int) -> Run:
@@ -116,7 +117,7 @@ class Accelerated:
                 with self.accelerator.accumulate(self.model):
                     loss = nn.functional.mse_loss(self.model(x), y)
                     self.accelerator.backward(loss)
-                    if self.accelerator.sync_gradients:
+                    if self.clips and self.accelerator.sync_gradients:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), 2.0)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
@@ -138,6 +139,13 @@ def test_accelerate_in_mixed_precision(accelerate):
     )
     assert_learned(ours)
     assert_same_run(ours, theirs, cases.AUTOCAST)
+
+
+def test_accelerate_leaves_clipping_to_the_step(accelerate):
+    theirs = Accelerated(accelerate, torch.optim, ADAMW).train(5)
+    ours = Accelerated(accelerate, optim, ("AdamW", dict(lr=0.01, max_norm=2.0)))
+    assert_same_run(ours.train(5), theirs, cases.FRONT_ENDS["float32"])
+    assert ours.optimizer.optimizer.grad_norm > 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -211,12 +219,18 @@ def lit_module(lightning: Any) -> type:
 
 
 def fit(
-    lightning: Any, model: Any, folder: Any, ckpt_path: str | None = None, batch_size: int = 8, **kwargs: Any
+    lightning: Any,
+    model: Any,
+    folder: Any,
+    ckpt_path: str | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    **kwargs: Any,
 ) -> Run:
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
     kwargs = {"max_epochs": 4, "enable_checkpointing": False} | kwargs
     trainer = lightning.Trainer(accelerator="cpu", default_root_dir=folder, **quiet, **kwargs)
-    trainer.fit(model, ResumableLoader(dataset(), batch_size), ckpt_path=ckpt_path)
+    trainer.fit(model, ResumableLoader(dataset(), batch_size, num_workers=num_workers), ckpt_path=ckpt_path)
     return Run.of(model.losses, model)
 
 
@@ -252,6 +266,14 @@ def test_lightning_resumes_in_an_epochs_middle(lightning, optimizer, saved_by, t
     after.losses = before.losses
     resumed = fit(lightning, after, tmp_path, str(tmp_path / "step=13.ckpt"), **keep)
     assert_same_run(resumed, whole, None if saved_by == "ours" else cases.FRONT_ENDS["float32"])
+
+
+def test_lightning_with_workers(lightning, tmp_path):
+    """Which fork in each epoch, from a process that has stepped."""
+    make, options = lit_module(lightning), dict(num_workers=1, max_epochs=3)
+    theirs, ours = (fit(lightning, make(module, ADAMW), tmp_path, **options) for module in MODULES.values())
+    assert_learned(ours)
+    assert_same_run(ours, theirs, cases.FRONT_ENDS["float32"])
 
 
 def test_lightning_accumulates(lightning, tmp_path):
