@@ -163,9 +163,9 @@ MUON_OF_LOW_RANK = {"float64": 0.05}
 NETWORK = {"float64": 1e-10, "float32": 1e-4}
 # Between two ways to compute the same in JAX: other fusions, other contractions.
 FRONT_ENDS = {"float64": 1e-14, "float32": 5e-6}
-# A network whose float32 weights autocast rounds to bfloat16: one that differs by an ulp may be rounded the other way,
-# by 2^-8 of it. Of 12 starts that happened in one to ours within 20 steps (2e-3 in a loss), in one to torch from an ulp
-# away.
+# Of a small network whose float32 weights autocast rounds to bfloat16: one that differs by an ulp may be rounded the
+# other way, by 2^-8 of it. In 20 steps that happened from one of 12 starts to ours (2e-3 in a loss), from one to torch
+# beside torch started an ulp away.
 AUTOCAST = 2**-7
 
 

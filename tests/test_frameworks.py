@@ -54,9 +54,7 @@ class Run:
 def assert_same_run(ours: Run, theirs: Run, tolerance: float | None = None) -> None:
     """To the tolerance; without one, to the bit."""
     assert len(ours.losses) == len(theirs.losses) > 0
-    pairs = [
-        ("losses", torch.tensor(ours.losses, dtype=torch.float64), torch.tensor(theirs.losses, dtype=torch.float64))
-    ]
+    pairs = [("losses", *(torch.tensor(run.losses, dtype=torch.float64) for run in (ours, theirs)))]
     pairs += [(name, ours.params[name], theirs.params[name]) for name in theirs.params]
     for name, a, b in pairs:
         assert torch.equal(a, b) if tolerance is None else cases.difference(a, b) <= tolerance, name
@@ -485,13 +483,14 @@ def test_transformers_trains_and_resumes(transformers, optimizer, saved_by, tmp_
     assert_same_run(resumed, ours, None if saved_by == "ours" else cases.FRONT_ENDS["float32"])
 
 
-def test_transformers_makes_the_optimizer(transformers, tmp_path):
-    """By its class: the Trainer's own groups, without decay for the norms, and its own scheduler; under bfloat16."""
+@pytest.mark.parametrize("bf16", [False, True])
+def test_transformers_makes_the_optimizer(transformers, bf16, tmp_path):
+    """By its class: the Trainer's own groups, without decay for the norms, and its own scheduler."""
     theirs, ours = (
         trained(
             transformers.Trainer(
                 language_model(transformers, 0),
-                arguments(transformers, tmp_path, bf16=True, save_strategy="no", lr_scheduler_type="linear"),
+                arguments(transformers, tmp_path, bf16=bf16, save_strategy="no", lr_scheduler_type="linear"),
                 train_dataset=sentences(),
                 optimizer_cls_and_kwargs=(module.AdamW, dict(lr=0.01)),
             )
@@ -499,4 +498,7 @@ def test_transformers_makes_the_optimizer(transformers, tmp_path):
         for module in MODULES.values()
     )
     assert_learned(ours)
-    assert_same_run(ours, theirs, cases.AUTOCAST)
+    if bf16:  # torch's own parameters are 7e-2 away from those of a start an ulp away, its losses 2e-4
+        assert cases.difference(ours.losses, theirs.losses) <= cases.AUTOCAST
+    else:
+        assert_same_run(ours, theirs, cases.FRONT_ENDS["float32"])
