@@ -13,8 +13,8 @@ demo: $(VENV)/.demo  ## train one CNN four ways and compare
 test: $(VENV)/.dev  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU included
-	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,ecosystem]"
+test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU and those of the frameworks included
+	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,ecosystem,frameworks]"
 	$(BIN)/python -m pytest -n 2
 
 test-versions:  ## the oldest and the newest JAX that pyproject.toml admits, and Python 3.12 and 3.13

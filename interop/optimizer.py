@@ -108,6 +108,21 @@ def _guarded(optimizer: Stepped) -> None:
         optimizer._step()
 
 
+@dataclasses.dataclass(slots=True)
+class _Around:
+    """What a step does around itself, and what it found.
+
+    One object, for Lightning and Fabric wrap an optimizer in an object of a subclass of its class, which has the
+    optimizer's attributes only until one is assigned.
+    """
+
+    max_norm: float | None = None
+    ema: float | None = None
+    grad_scale: Tensor | None = None
+    grad_norm: Tensor | None = None
+    skipped: bool = False
+
+
 class CompiledStep(Stepped):
     """Gives a class of torch.optim the compiled step. Put it before that class among the bases.
 
@@ -129,24 +144,26 @@ class CompiledStep(Stepped):
     hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
 
     _plan: _Plan | None = None
-    _max_norm: float | None = None
-    _ema: float | None = None
-
-    _grad_norm: Tensor | None = None
-    _skipped: bool = False
-
-    grad_scale: Tensor | None = None
-    """What the gradients are divided by, set by `interop.amp.GradScaler` for the step."""
+    _around: _Around
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of the last step's gradients, unscaled and before clipping, if the step clips or unscales."""
-        return self._grad_norm
+        return self._around.grad_norm
 
     @property
     def skipped(self) -> bool:
         """Whether the last step changed nothing, for an unscaled gradient was not finite."""
-        return self._skipped
+        return self._around.skipped
+
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """What the gradients are divided by, set by `interop.amp.GradScaler` for the step."""
+        return self._around.grad_scale
+
+    @grad_scale.setter
+    def grad_scale(self, value: Tensor | None) -> None:
+        self._around.grad_scale = value
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -162,27 +179,28 @@ class CompiledStep(Stepped):
         cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, max_norm: float | None = None, ema: float | None = None, **kwargs: Any):
+        self._around = _Around()
         self.max_norm, self.ema = max_norm, ema
         super().__init__(*args, **kwargs)
 
     @property
     def max_norm(self) -> float | None:
-        return self._max_norm
+        return self._around.max_norm
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
-        self._max_norm = _number("max_norm", value, lambda x: x >= 0, "a number of at least 0, or None")
+        self._around.max_norm = _number("max_norm", value, lambda x: x >= 0, "a number of at least 0, or None")
 
     @property
     def ema(self) -> float | None:
-        return self._ema
+        return self._around.ema
 
     @ema.setter
     def ema(self, value: float | None) -> None:
-        self._ema = _number("ema", value, lambda x: 0 <= x <= 1, "a decay between 0 and 1, or None")
+        self._around.ema = _number("ema", value, lambda x: 0 <= x <= 1, "a decay between 0 and 1, or None")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_max_norm": self._max_norm, "_ema": self._ema}  # type: ignore[misc]
+        return {**super().__getstate__(), "_around": _Around(self.max_norm, self.ema)}  # type: ignore[misc]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -258,7 +276,7 @@ def _step(optimizer: Any) -> None:
     if plan is None or not plan.is_as_before(optimizer, rules, params, grads):
         present = _gradients(optimizer)
         if not present and (plan is None or not plan.averages):
-            optimizer._grad_norm, optimizer._skipped = None, False
+            optimizer._around.grad_norm, optimizer._around.skipped = None, False
             return
         if plan is None or not plan.serves(optimizer, rules, present):
             plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, present, plan)
@@ -515,7 +533,8 @@ class _Plan:
                 if not skipped:
                     for bucket, _, scalars in results:
                         bucket.finish(scalars)
-        optimizer._skipped, optimizer._grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
+        around = optimizer._around
+        around.skipped, around.grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
 
 
 def _averages_begun(optimizer: Any) -> bool:

@@ -246,6 +246,40 @@ def test_grad_scaler_is_torchs_with_skips():
         assert reference.state[p]["step"] == ours.state[q]["step"] == 5
 
 
+def test_a_wrapper_that_takes_on_the_class_sees_the_optimizers_own():
+    """As Lightning and Fabric wrap optimizers: an object of a subclass that forwards what it does not have."""
+
+    class Wrapper:
+        def __init__(self, inner):
+            self.inner = inner
+            self.__class__ = type("Wrapped", (Wrapper, type(inner)), {})
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def step(self):
+            self.inner.step()
+
+    models = [network() for _ in range(2)]
+    direct = optim.AdamW(models[0].parameters(), lr=0.01, max_norm=0.05, ema=DECAY)
+    inner = optim.AdamW(models[1].parameters(), lr=0.01, max_norm=7.0)
+    wrapper = Wrapper(inner)
+    assert (wrapper.max_norm, wrapper.ema, wrapper.skipped) == (7.0, None, False)
+    wrapper.max_norm, wrapper.ema = 0.05, DECAY
+    assert (inner.max_norm, inner.ema) == (0.05, DECAY)
+    scaler = amp.GradScaler("cpu", init_scale=1024.0)
+    for model, opt in zip(models, (direct, wrapper), strict=True):
+        scaler.scale(model(torch.ones(8, 300)).pow(2).mean()).backward()
+        scaler.step(opt)
+        assert not opt.skipped
+    assert wrapper.grad_norm == inner.grad_norm == direct.grad_norm > 0
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    models[1][2].bias.grad[0] = float("inf")
+    scaler.update()
+    scaler.step(wrapper)
+    assert wrapper.skipped
+
+
 def test_large_finite_gradients_are_no_infinities():
     """Their squares overflow; torch looks at the gradients themselves."""
     p = torch.nn.Parameter(torch.ones(optimizer.BIG))
