@@ -49,9 +49,12 @@ def check(name: str, optimizer: Any, rule: Rule, p: Tensor, grad: Tensor) -> Non
     """
     placed = placement(p)
     if placement(grad) != placed:
+        kinds_differ = placed is None or placement(grad) is None
+        remedy = (
+            "distribute both, or none" if kinds_differ else "p.grad.redistribute(p.device_mesh, p.placements) is one"
+        )
         raise TypeError(
-            f"the gradient of {name}: expected {describe(p)} as the parameter is, found {describe(grad)}; "
-            "p.grad = p.grad.redistribute(p.device_mesh, p.placements)"
+            f"the gradient of {name}: expected {describe(p)} as the parameter, found {describe(grad)}; {remedy}"
         )
     if placed is None:
         return

@@ -307,7 +307,7 @@ def parameter_name(optimizer: Any, group: int, p: Tensor) -> str:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Leaf:
-    """One parameter: where its values and its state lie in a bucket's buffers. All but `param` is of its local tensor."""
+    """One parameter: where its values and its state lie in a bucket's buffers. Of a DTensor, all is of the local one."""
 
     param: Tensor
     local: Tensor  # a DTensor's; else the parameter itself

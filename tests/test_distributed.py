@@ -7,6 +7,7 @@ test. Each process has data of its own, so that a gradient that is not reduced s
 import contextlib
 import copy
 import datetime
+import functools
 import gc
 
 import pytest
@@ -19,7 +20,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # noqa: E402
+from torch.distributed.tensor.parallel import (  # noqa: E402
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from interop import amp, optim  # noqa: E402
@@ -57,7 +64,7 @@ def alone():
 
 
 def network(seed=0, dtype=torch.float64):
-    """Over two processes: a large matrix in uneven shards, small tensors in even ones, and some that leave one empty."""
+    """Over two processes: a large matrix in uneven shards, small tensors in even ones, and some that leave one out."""
     torch.manual_seed(seed)
     layers = torch.nn.Linear(300, 201), torch.nn.Tanh(), torch.nn.Linear(201, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)
     return torch.nn.Sequential(*layers).to(dtype)
@@ -76,11 +83,12 @@ def backward(model, step, rank):
     return loss
 
 
-def train(model, opt, rank, steps=range(5), set_to_none=True, before_step=lambda: None):
+def train(model, opt, rank, steps=range(5), set_to_none=True, max_norm=None):
     for i in steps:
         opt.zero_grad(set_to_none=set_to_none)
         backward(model, i, rank)
-        before_step()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         opt.step()
 
 
@@ -121,11 +129,7 @@ def ddp_worker(rank, configurations, ways):
             theirs, ours = models
             opt = getattr(torch.optim, name)(theirs.parameters(), **arguments, foreach=False)
 
-            def clip(params=list(theirs.parameters()), max_norm=max_norm):
-                if max_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(params, max_norm)
-
-            train(theirs, opt, rank, set_to_none=set_to_none, before_step=clip)
+            train(theirs, opt, rank, set_to_none=set_to_none, max_norm=max_norm)
             opt = getattr(optim, name)(ours.parameters(), **arguments, max_norm=max_norm)
             places = []
             for i in range(5):
@@ -247,23 +251,18 @@ def zero_worker(rank):
             sharded.consolidate_state_dict(to=0)
             saved = [sharded.state_dict() if rank == 0 else None]
             dist.broadcast_object_list(saved)
-            # torch's own, sharded otherwise or not at all, takes it up; and so do these.
-            resumed = []
-            for make in (
-                lambda p: getattr(torch.optim, name)(p, **arguments),  # noqa: B023
-                lambda p: getattr(optim, name)(p, **arguments),  # noqa: B023
-                lambda p: ZeroRedundancyOptimizer(p, getattr(optim, name), **arguments),  # noqa: B023
-                lambda p: ZeroRedundancyOptimizer(p, getattr(torch.optim, name), **arguments),  # noqa: B023
-            ):
+            train(theirs, opt, rank, range(5, 8))
+            # torch's own takes it up, sharded or not, and so do ours
+            classes = getattr(torch.optim, name), getattr(optim, name)
+            whole = [functools.partial(c, **arguments) for c in classes]
+            parts = [functools.partial(ZeroRedundancyOptimizer, optimizer_class=c, **arguments) for c in classes]
+            for make in whole + parts:
                 model = network()
                 model.load_state_dict(ours.module.state_dict())
                 model = DistributedDataParallel(model)
                 fresh = make(model.parameters())
                 fresh.load_state_dict(copy.deepcopy(saved[0]))  # torch loads tensors as they are
                 train(model, fresh, rank, range(5, 8))
-                resumed.append(model)
-            train(theirs, opt, rank, range(5, 8))
-            for model in resumed:
                 assert_near(theirs.parameters(), model.parameters())
 
 
@@ -351,6 +350,10 @@ def amp_train(model, opt, rank, norm, after_step=lambda: None):
 
 def fsdp_surroundings_worker(rank):
     mesh = init_device_mesh("cpu", (WORLD,))
+    part = fully_shard(torch.nn.Linear(300, 1).double(), mesh=mesh)  # of which the second process has nothing
+    train(part, optim.AdamW(part.parameters(), ema=0.9), rank)
+    assert {p.to_local().numel() for p in part.parameters()} == ({300, 1} if rank == 0 else {0})
+
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     for tolerance, options in (
         (cases.NETWORK["float64"], dict(reshard_after_forward=False)),
@@ -391,3 +394,209 @@ def fsdp_checkpoint_worker(rank, folder):
 def test_checkpoints_under_fsdp2(tmp_path):
     """Also of a sharded run into a whole one."""
     spawn(fsdp_checkpoint_worker, tmp_path, folder=tmp_path)
+
+
+def fsdp_refusals_worker(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for make, text in (
+        (lambda p: optim.AdamW(p, max_norm=1.0), "max_norm does not take DTensors"),
+        (lambda p: optim.Adafactor(p), "interop.optim.Adafactor looks at whole tensors"),
+        (lambda p: optim.LBFGS(p), "this optimizer steps whole parameters alone"),
+    ):
+        model = shard(network(), mesh)
+        before = [whole(p).clone() for p in model.parameters()]
+        opt = make(model.parameters())
+        backward(model, 0, rank)
+        with pytest.raises(TypeError, match=rf"param_groups\[0\]\['params'\]\[0\]: .*{text}"):
+            opt.step(*([lambda: 1.0] if isinstance(opt, optim.LBFGS) else []))
+        assert not opt.state
+        assert all(torch.equal(whole(p), x) for p, x in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.slow
+def test_what_is_refused_under_fsdp2(tmp_path):
+    """In each process, also in one whose part is empty, before anything has changed."""
+    spawn(fsdp_refusals_worker, folder=tmp_path)
+
+
+def tensor_parallel_worker(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    models = []
+    for module in (torch.optim, optim):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.LayerNorm(20), torch.nn.Linear(20, 6)).double()
+        plan = {
+            "0": ColwiseParallel(output_layouts=Shard(0)),
+            "1": SequenceParallel(sequence_dim=0),
+            "2": RowwiseParallel(input_layouts=Shard(0)),
+        }
+        models.append(parallelize_module(model, mesh, plan))
+        opt = module.AdamW(model.parameters(), lr=0.01)
+        for i in range(4):
+            opt.zero_grad()
+            model(batch(i, 0)[:, :30]).pow(2).mean().backward()
+            if module is optim:
+                with pytest.raises(TypeError, match=r"\[2\]: expected .*Replicate.* found .*Partial.*redistribute"):
+                    opt.step()
+                for p in model.parameters():
+                    p.grad = p.grad.redistribute(p.device_mesh, p.placements)
+            opt.step()
+    assert_near(*(model.parameters() for model in models))
+    assert_placed_as_parameters(opt)
+
+
+@pytest.mark.slow
+def test_tensor_parallelism(tmp_path):
+    """Of sequences too, whose replicated parameters have gradients that wait for their sum."""
+    spawn(tensor_parallel_worker, folder=tmp_path)
+
+
+# --- DTensors in one process
+
+
+def sharded(mesh, *shape, placement=None, dtype=torch.float64):
+    """A parameter, and its gradient."""
+    p, grad = torch.randn(2, *shape, dtype=dtype).unbind()
+    p = torch.nn.Parameter(DTensor.from_local(p, mesh, [placement or Shard(0)]))
+    p.grad = DTensor.from_local(grad, mesh, [placement or Shard(0)])
+    return p
+
+
+def plain_gradient(opt, p, good):
+    p.grad = torch.ones(4, 3, dtype=torch.float64)
+
+
+def distributed_gradient_of_a_plain_parameter(opt, p, good):
+    good.grad = DTensor.from_local(good.grad, p.device_mesh, [Shard(0)])
+
+
+def partial_gradient(opt, p, good):
+    p.grad = DTensor.from_local(p.grad.to_local().detach(), p.device_mesh, [Partial()])
+
+
+def plain_state(opt, p, good):
+    opt.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def replicated_state(opt, p, good):
+    x = torch.zeros_like(p)
+    opt.state[p] = {"step": torch.zeros(()), "exp_avg": x.redistribute(placements=[Replicate()]), "exp_avg_sq": x}
+
+
+def clipped(opt, p, good):
+    opt.max_norm = 1.0
+
+
+REFUSED = {
+    "plain-gradient": (plain_gradient, "expected a DTensor of .*, found a plain tensor; distribute both, or none"),
+    "distributed-gradient": (distributed_gradient_of_a_plain_parameter, "expected a plain tensor .* found a DTensor"),
+    "partial-gradient": (partial_gradient, r"Shard\(dim=0\),\) .* found .*Partial.*p.grad.redistribute"),
+    "plain-state": (plain_state, "its state 'exp_avg' placed as the parameter, a DTensor .*found a plain"),
+    "replicated-state": (replicated_state, r"its state 'exp_avg' placed .*Shard\(dim=0\).*, found .*Replicate"),
+    "max_norm": (clipped, "max_norm does not take DTensors.* torch.nn.utils.clip_grad_norm_ before the step"),
+    "Adafactor": (None, "interop.optim.Adafactor looks at whole tensors.*use an elementwise optimizer"),
+    "Muon": (None, "interop.optim.Muon looks at whole tensors.*use an elementwise optimizer"),
+    "LBFGS": (None, "expected a plain tensor, .*DTensor; this optimizer steps whole parameters alone"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused(what):
+    """By name, and before anything has changed."""
+    change, text = REFUSED[what]
+    name = what if hasattr(optim, what) else "AdamW"
+    with alone() as mesh:
+        good, p = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)), sharded(mesh, 4, 3)
+        good.grad = torch.ones_like(good)
+        opt = getattr(optim, name)([good, p])
+        if change is not None:
+            change(opt, p, good)
+        states = {q: dict(state) for q, state in opt.state.items()}
+        before = p.detach().to_local().clone()
+        with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[[01]\].*" + text):
+            opt.step(*([lambda: 1.0] if name == "LBFGS" else []))
+        assert torch.equal(p.detach().to_local(), before)
+        assert torch.equal(good, torch.ones_like(good))
+        assert {q: dict(state) for q, state in opt.state.items()} == states
+
+
+def test_partial_parameter_is_refused():
+    with alone() as mesh:
+        p = sharded(mesh, 4, placement=Partial())
+        with pytest.raises(TypeError, match=r"\('w'\): expected a DTensor sharded or replicated.*; redistribute it"):
+            optim.SGD([("w", p)]).step()
+
+
+def test_grad_scaler_is_refused():
+    """Whose compiled check for infinities would see one process's part."""
+    with alone() as mesh:
+        p = sharded(mesh, 4)
+        opt, scaler = optim.SGD([p]), amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        before = p.detach().to_local().clone()
+        with pytest.raises(TypeError, match=r"interop.amp.GradScaler does not take DTensors.*use torch.amp.GradScaler"):
+            scaler.step(opt)
+        assert torch.equal(p.detach().to_local(), before)
+
+
+def test_dtensors_beside_plain_parameters():
+    """Sharded, replicated, empty, without axes: in one bucket."""
+    with alone() as mesh:
+        results = []
+        for module in (torch.optim, optim):
+            torch.manual_seed(0)
+            params = [
+                sharded(mesh, 40, 3),
+                sharded(mesh, 5, placement=Replicate()),
+                sharded(mesh, 0, 7),
+                sharded(mesh, placement=Replicate()),
+                torch.nn.Parameter(torch.ones(3, dtype=torch.float64)),
+            ]
+            params[-1].grad = torch.ones(3, dtype=torch.float64)
+            opt = module.AdamW(params)
+            for _ in range(3):
+                opt.step()
+            results.append((opt, params))
+        (theirs, wanted), (ours, found) = results
+        assert_near(wanted, found)
+        assert_same_state(theirs, ours)
+
+
+def test_state_of_a_dtensor():
+    """Edits count, in place and by assignment; a float32 state of a bfloat16 parameter stays one."""
+    with alone() as mesh:
+        results = []
+        for module in (torch.optim, optim):
+            torch.manual_seed(0)
+            p = sharded(mesh, 64, 3)
+            opt = module.AdamW([p], lr=0.01)
+            opt.step()
+            opt.state[p]["exp_avg"].mul_(2)
+            opt.step()
+            opt.state[p]["exp_avg_sq"] = torch.full_like(p, 0.5)
+            opt.step()
+            state = opt.state_dict()
+            assert type(state["state"][0]["exp_avg"]) is DTensor
+            results.append((p, opt))
+        (p, theirs), (q, ours) = results
+        assert_near([p], [q])
+        assert_same_state(theirs, ours)
+
+        narrow = sharded(mesh, 64, 3, dtype=torch.bfloat16)
+        opt = optim.AdamW([narrow])
+        state = copy.deepcopy(theirs.state_dict())
+        for name in ("exp_avg", "exp_avg_sq"):
+            state["state"][0][name] = state["state"][0][name].float()
+        opt.load_state_dict(state)
+        opt.step()
+        assert opt.state[narrow]["exp_avg"].dtype is torch.float32
+
+
+def test_backward_through_values_before_the_step():
+    with alone() as mesh:
+        p = sharded(mesh, 4)
+        opt = optim.SGD([p], lr=0.1)
+        loss = (p * p).sum()
+        opt.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
