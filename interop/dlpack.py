@@ -60,7 +60,7 @@ def _check_class(name: str, x: Tensor, remedy: str) -> None:
 
 def check_parameter(name: str, x: Tensor) -> None:
     """check_tensor, and a type that an optimizer steps."""
-    _check_class(name, x, "this optimizer steps whole parameters alone, as DistributedDataParallel keeps them")
+    _check_class(name, x, "keep the parameter whole and plain, as DistributedDataParallel does")
     check_tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, found {x.dtype}")

@@ -16,9 +16,9 @@ from jopt.rule import Rule
 
 def placement(x: Any) -> tuple[Any, ...] | None:
     """How a DTensor's elements lie over the processes; None for anything else."""
-    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+    if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
         return None
-    from torch.distributed.tensor import DTensor  # costs half a second, which only its users pay
+    from torch.distributed.tensor import DTensor  # not in every build of torch
 
     return (x.device_mesh, tuple(x.placements), x.shape) if type(x) is DTensor else None
 
@@ -42,43 +42,34 @@ def like(x: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def check(name: str, optimizer: Any, rule: Rule, p: Tensor, grad: Tensor) -> None:
-    """Raise TypeError where stepping the local tensors alone would be wrong.
+def error(optimizer: Any, rule: Rule, p: Tensor, grad: Tensor) -> str | None:
+    """Why stepping the local tensors alone would be wrong, where `p` or its gradient is a DTensor; else None.
 
     It depends on nothing but what all processes know, so that none goes on without the others.
     """
-    placed = placement(p)
-    if placement(grad) != placed:
-        kinds_differ = placed is None or placement(grad) is None
-        remedy = (
-            "distribute both, or none" if kinds_differ else "p.grad.redistribute(p.device_mesh, p.placements) is one"
-        )
-        raise TypeError(
-            f"the gradient of {name}: expected {describe(p)} as the parameter, found {describe(grad)}; {remedy}"
-        )
-    if placed is None:
-        return
-    if any(x.is_partial() for x in placed[1]):
-        raise TypeError(
-            f"{name}: expected a DTensor sharded or replicated, found {describe(p)}; redistribute it before the "
-            "optimizer is made"
-        )
+    name = f"interop.optim.{type(optimizer).__name__}"
+    if placement(grad) != placement(p):
+        both = placement(grad) is not None and placement(p) is not None
+        remedy = "p.grad.redistribute(p.device_mesh, p.placements) is one" if both else "distribute both, or none"
+        return f"expected a gradient placed as the parameter, {describe(p)}, found {describe(grad)}; {remedy}"
+    if any(x.is_partial() for x in p.placements):  # type: ignore[attr-defined]
+        return f"expected a DTensor sharded or replicated, found {describe(p)}; redistribute it first"
     if rule.scope != "element":
-        raise TypeError(
-            f"{name}: expected a plain tensor, found a DTensor: interop.optim.{type(optimizer).__name__} looks at whole "
-            "tensors, of which each process has a part; use an elementwise optimizer such as AdamW, or "
-            "DistributedDataParallel, which keeps parameters whole"
+        return (
+            f"expected a plain tensor, found a DTensor: {name} looks at whole tensors, of which each process has a "
+            "part; use an elementwise optimizer such as AdamW, or DistributedDataParallel, which keeps parameters whole"
         )
     if optimizer.max_norm is not None:
-        raise TypeError(
-            f"{name}: max_norm does not take DTensors: the norm is of all processes' parts; call "
+        return (
+            f"{name} with max_norm does not take DTensors: the norm is of all processes' parts; call "
             "torch.nn.utils.clip_grad_norm_ before the step, and leave max_norm=None"
         )
     if optimizer.grad_scale is not None:
-        raise TypeError(
-            f"{name}: interop.amp.GradScaler does not take DTensors: whether to skip a step is for all processes to "
-            "decide; use torch.amp.GradScaler"
+        return (
+            "interop.amp.GradScaler does not take DTensors: whether to skip a step is for all processes to decide; use "
+            "torch.amp.GradScaler"
         )
+    return None
 
 
 def describe(x: Any) -> str:

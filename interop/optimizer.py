@@ -285,8 +285,10 @@ def _gradients(optimizer: Any, rules: Sequence[Rule]) -> dict[Tensor, Tensor]:
             grad = p.grad
             if grad is None:
                 continue
-            dtensor.check(parameter_name(optimizer, index, p), optimizer, rules[index], p, grad)
-            grad = dtensor.local(grad)
+            if dtensor.placement(p) is not None or dtensor.placement(grad) is not None:
+                if (error := dtensor.error(optimizer, rules[index], p, grad)) is not None:
+                    raise TypeError(f"{parameter_name(optimizer, index, p)}: {error}")
+                grad = dtensor.local(grad)
             if type(grad) is not Tensor or grad.layout is not torch.strided or grad.dtype is not p.dtype:
                 if grad.layout is not torch.strided and type(grad) is Tensor:
                     if (error := optimizer.sparse_error(group)) is not None:
@@ -307,7 +309,7 @@ def parameter_name(optimizer: Any, group: int, p: Tensor) -> str:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Leaf:
-    """One parameter: where its values and its state lie in a bucket's buffers. Of a DTensor, all is of the local one."""
+    """One parameter: where its values and its state lie in a bucket's buffers. Of a DTensor, the local tensor's."""
 
     param: Tensor
     local: Tensor  # a DTensor's; else the parameter itself
@@ -382,7 +384,7 @@ class _Plan:
                 if before := known.get(p):
                     leaf.stays = before.stays
                     leaf.moved_before = before.home is None and before.pointer == x.data_ptr()
-                leaf.stays |= leaf.lazy or leaf.placement is not None  # FSDP gathers from memory of its own
+                leaf.stays |= leaf.lazy or leaf.placement is not None  # FSDP gathers from memory that it holds
                 real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
@@ -795,7 +797,7 @@ class _Bucket:
             self._take_state(i, leaf, state, values, hyperparameters[leaf.group], begun)
         self.copied_in = [leaf for leaf in (self.leaves if averages else stepped) if leaf.home is not None]
         self.copied_out = [leaf for leaf in stepped if leaf.home is not None]
-        # Writing to a DTensor's local tensor does not count for itself.
+        # A DTensor's own counter does not see that its local tensor was written to.
         self.resident = [leaf.param for leaf in stepped if leaf.home is None or leaf.placement is not None]
         self.places = [places[leaf.param] if leaf.param in grads else None for leaf in self.big]
         small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]

@@ -400,8 +400,11 @@ def fsdp_refusals_worker(rank):
     mesh = init_device_mesh("cpu", (WORLD,))
     for make, text in (
         (lambda p: optim.AdamW(p, max_norm=1.0), "max_norm does not take DTensors"),
-        (lambda p: optim.Adafactor(p), "interop.optim.Adafactor looks at whole tensors"),
-        (lambda p: optim.LBFGS(p), "this optimizer steps whole parameters alone"),
+        (
+            lambda p: optim.Adafactor(p),
+            "expected a plain tensor, found a DTensor: interop.optim.Adafactor looks at whole tensors",
+        ),
+        (lambda p: optim.LBFGS(p), "keep the parameter whole and plain"),
     ):
         model = shard(network(), mesh)
         before = [whole(p).clone() for p in model.parameters()]
@@ -436,10 +439,12 @@ def tensor_parallel_worker(rank):
             opt.zero_grad()
             model(batch(i, 0)[:, :30]).pow(2).mean().backward()
             if module is optim:
-                with pytest.raises(TypeError, match=r"\[2\]: expected .*Replicate.* found .*Partial.*redistribute"):
+                with pytest.raises(
+                    TypeError, match=r"\[2\]: expected a gradient .*Replicate.* found .*Partial.*redistribute"
+                ):
                     opt.step()
                 for p in model.parameters():
-                    p.grad = p.grad.redistribute(p.device_mesh, p.placements)
+                    p.grad = p.grad.redistribute(p.device_mesh, p.placements, async_op=True)
             opt.step()
     assert_near(*(model.parameters() for model in models))
     assert_placed_as_parameters(opt)
@@ -488,15 +493,21 @@ def clipped(opt, p, good):
 
 
 REFUSED = {
-    "plain-gradient": (plain_gradient, "expected a DTensor of .*, found a plain tensor; distribute both, or none"),
-    "distributed-gradient": (distributed_gradient_of_a_plain_parameter, "expected a plain tensor .* found a DTensor"),
+    "plain-gradient": (
+        plain_gradient,
+        "expected a gradient placed as the .*, a DTensor of .*, found a plain .*; distribute both, or none",
+    ),
+    "distributed-gradient": (
+        distributed_gradient_of_a_plain_parameter,
+        "expected a gradient .*, a plain tensor, found a DTensor",
+    ),
     "partial-gradient": (partial_gradient, r"Shard\(dim=0\),\) .* found .*Partial.*p.grad.redistribute"),
     "plain-state": (plain_state, "its state 'exp_avg' placed as the parameter, a DTensor .*found a plain"),
     "replicated-state": (replicated_state, r"its state 'exp_avg' placed .*Shard\(dim=0\).*, found .*Replicate"),
     "max_norm": (clipped, "max_norm does not take DTensors.* torch.nn.utils.clip_grad_norm_ before the step"),
-    "Adafactor": (None, "interop.optim.Adafactor looks at whole tensors.*use an elementwise optimizer"),
-    "Muon": (None, "interop.optim.Muon looks at whole tensors.*use an elementwise optimizer"),
-    "LBFGS": (None, "expected a plain tensor, .*DTensor; this optimizer steps whole parameters alone"),
+    "Adafactor": (None, "found a DTensor: interop.optim.Adafactor looks at whole tensors.*use an elementwise"),
+    "Muon": (None, "found a DTensor: interop.optim.Muon looks at whole tensors.*use an elementwise"),
+    "LBFGS": (None, "expected a plain tensor, .*DTensor; keep the parameter whole and plain"),
 }
 
 
