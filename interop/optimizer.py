@@ -611,7 +611,7 @@ def _state_dtypes(
         if value is not None and dtensor.placement(value) != dtensor.placement(p):
             raise TypeError(
                 f"{name}: expected its state {slot!r} placed as the parameter, {dtensor.describe(p)}, found "
-                f"{dtensor.describe(value)}"
+                f"{dtensor.describe(value)}; torch.distributed.checkpoint.state_dict.set_state_dict places it"
             )
         value = dtensor.local(value)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):

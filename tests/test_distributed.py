@@ -169,6 +169,28 @@ def test_ddp_in_all_ways(tmp_path):
     spawn(ddp_worker, configurations, ways, folder=tmp_path)
 
 
+def ddp_scaler_worker(rank):
+    theirs, ours = (DistributedDataParallel(network()) for _ in range(2))
+    amp_train(theirs, torch.optim.AdamW(theirs.parameters(), lr=0.01), rank, 0.1)
+    opt = optim.AdamW(ours.parameters(), lr=0.01, max_norm=0.1)
+    scaler = amp.GradScaler("cpu", init_scale=8.0)
+    for i in range(5):
+        opt.zero_grad()
+        loss = ours(batch(i, rank)).pow(2).mean()
+        scaler.scale(loss * (torch.inf if rank == 1 and i == 2 else 1.0)).backward()
+        scaler.step(opt)
+        scaler.update()
+        assert opt.skipped == (i == 2)
+    assert_near(theirs.parameters(), ours.parameters())
+    assert_equal_on_all(ours.parameters())
+
+
+@pytest.mark.slow
+def test_unscaling_and_clipping_in_the_step_under_ddp(tmp_path):
+    """An infinity in one process is skipped by all."""
+    spawn(ddp_scaler_worker, folder=tmp_path)
+
+
 # --- checkpoints
 
 
