@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jopt.rule import Rule
-
 
 def placement(x: Any) -> tuple[Any, ...] | None:
     """How a DTensor's elements lie over the processes; None for anything else."""
@@ -42,7 +40,7 @@ def like(x: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def error(optimizer: Any, rule: Rule, p: Tensor, grad: Tensor) -> str | None:
+def error(optimizer: Any, p: Tensor, grad: Tensor) -> str | None:
     """Why stepping the local tensors alone would be wrong, where `p` or its gradient is a DTensor; else None.
 
     It depends on nothing but what all processes know, so that none goes on without the others.
@@ -54,7 +52,7 @@ def error(optimizer: Any, rule: Rule, p: Tensor, grad: Tensor) -> str | None:
         return f"expected a gradient placed as the parameter, {describe(p)}, found {describe(grad)}; {remedy}"
     if any(x.is_partial() for x in p.placements):  # type: ignore[attr-defined]
         return f"expected a DTensor sharded or replicated, found {describe(p)}; redistribute it first"
-    if rule.scope != "element":
+    if optimizer.rule.scope != "element":
         return (
             f"expected a plain tensor, found a DTensor: {name} looks at whole tensors, of which each process has a "
             "part; use an elementwise optimizer such as AdamW, or DistributedDataParallel, which keeps parameters whole"

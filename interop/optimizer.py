@@ -262,7 +262,7 @@ def _step(optimizer: Any) -> None:
     ]
     plan = optimizer._plan
     if plan is None or not plan.is_as_before(optimizer, rules, params, grads):
-        present = _gradients(optimizer, rules)
+        present = _gradients(optimizer)
         if not present and (plan is None or not plan.averages):
             optimizer._grad_norm, optimizer._skipped = None, False
             return
@@ -277,7 +277,7 @@ def _numbers(h: dict[str, Any]) -> dict[str, float]:
     return {name: float(x) for name, x in h.items()}
 
 
-def _gradients(optimizer: Any, rules: Sequence[Rule]) -> dict[Tensor, Tensor]:
+def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
     """The gradients that there are, as plain dense tensors of their parameters' types; of a DTensor the local one."""
     grads = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -286,7 +286,7 @@ def _gradients(optimizer: Any, rules: Sequence[Rule]) -> dict[Tensor, Tensor]:
             if grad is None:
                 continue
             if dtensor.placement(p) is not None or dtensor.placement(grad) is not None:
-                if (error := dtensor.error(optimizer, rules[index], p, grad)) is not None:
+                if (error := dtensor.error(optimizer, p, grad)) is not None:
                     raise TypeError(f"{parameter_name(optimizer, index, p)}: {error}")
                 grad = dtensor.local(grad)
             if type(grad) is not Tensor or grad.layout is not torch.strided or grad.dtype is not p.dtype:
