@@ -44,11 +44,7 @@ def check_tensor(name: str, x: Tensor) -> None:
 
     A subclass is refused: DTensor and other wrappers have no memory behind their `data_ptr()`.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        raise TypeError(
-            f"{name}: expected a plain tensor, found {type(x).__module__}.{type(x).__qualname__}; take its local "
-            "tensor (for a DTensor, .to_local())"
-        )
+    _check_class(name, x, "take its local tensor (for a DTensor, .to_local())")
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, found layout {x.layout}; use .to_dense()")
     if x.is_quantized:
@@ -57,8 +53,14 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor in CPU memory, found {_where(x.device)}")
 
 
+def _check_class(name: str, x: Tensor, remedy: str) -> None:
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        raise TypeError(f"{name}: expected a plain tensor, found {type(x).__module__}.{type(x).__qualname__}; {remedy}")
+
+
 def check_parameter(name: str, x: Tensor) -> None:
     """check_tensor, and a type that an optimizer steps."""
+    _check_class(name, x, "keep the parameter whole and plain, as DistributedDataParallel does")
     check_tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, found {x.dtype}")

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interop import dlpack, program
+from interop import dlpack, dtensor, program
 from interop.program import EMA
 from jopt.arena import ROW, Layout
 from jopt.rule import Rule, init_leaf
@@ -213,6 +213,13 @@ class CompiledStep(Stepped):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)  # type: ignore[misc]
+        if "max_norm" in self.param_groups[-1]:
+            del self.param_groups[-1]
+            raise ValueError(
+                "max_norm: expected an argument of the optimizer, found one of a parameter group: the norm is of all "
+                "gradients together. Under ZeroRedundancyOptimizer, whose processes have a part each, call "
+                "torch.nn.utils.clip_grad_norm_ before the step instead"
+            )
         if self.param_groups[-1].get("differentiable"):
             del self.param_groups[-1]
             raise NotImplementedError(
@@ -290,13 +297,17 @@ def _numbers(h: dict[str, Any]) -> dict[str, float]:
 
 
 def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
-    """The gradients that there are, as plain dense tensors of their parameters' types."""
+    """The gradients that there are, as plain dense tensors of their parameters' types; of a DTensor the local one."""
     grads = {}
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
             grad = p.grad
             if grad is None:
                 continue
+            if dtensor.placement(p) is not None or dtensor.placement(grad) is not None:
+                if (error := dtensor.error(optimizer, p, grad)) is not None:
+                    raise TypeError(f"{parameter_name(optimizer, index, p)}: {error}")
+                grad = dtensor.local(grad)
             if type(grad) is not Tensor or grad.layout is not torch.strided or grad.dtype is not p.dtype:
                 if grad.layout is not torch.strided and type(grad) is Tensor:
                     if (error := optimizer.sparse_error(group)) is not None:
@@ -317,9 +328,11 @@ def parameter_name(optimizer: Any, group: int, p: Tensor) -> str:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Leaf:
-    """One parameter: where its values and its state lie in a bucket's buffers."""
+    """One parameter: where its values and its state lie in a bucket's buffers. Of a DTensor, the local tensor's."""
 
     param: Tensor
+    local: Tensor  # a DTensor's; else the parameter itself
+    placement: Any  # a DTensor's
     group: int
     dtype: torch.dtype
     shape: torch.Size
@@ -368,16 +381,29 @@ class _Plan:
                 if p not in self.waves or p in self.leaves:
                     continue
                 name = parameter_name(optimizer, index, p)
-                dlpack.check_parameter(name, p)
-                rules[index].check_param(name, tuple(p.shape), dlpack.DTYPES[p.dtype])
-                shapes = self._slots(rules[index], tuple(p.shape))
+                x = dtensor.local(p)
+                dlpack.check_parameter(name, x)
+                rules[index].check_param(name, tuple(x.shape), dlpack.DTYPES[x.dtype])
+                shapes = self._slots(rules[index], tuple(x.shape))
                 dtypes = _state_dtypes(name, p, shapes, optimizer.state.get(p) or {})
-                size = p.numel() * (2 if p.is_complex() else 1)
-                leaf = self.leaves[p] = _Leaf(p, index, p.dtype, p.shape, p.stride(), size, dtypes, shapes, _is_lazy(p))
+                size = x.numel() * (2 if x.is_complex() else 1)
+                leaf = self.leaves[p] = _Leaf(
+                    param=p,
+                    local=x,
+                    placement=dtensor.placement(p),
+                    group=index,
+                    dtype=x.dtype,
+                    shape=x.shape,
+                    strides=x.stride(),
+                    size=size,
+                    state_dtypes=dtypes,
+                    state_shapes=shapes,
+                    lazy=_is_lazy(x),
+                )
                 if before := known.get(p):
                     leaf.stays = before.stays
-                    leaf.moved_before = before.home is None and before.pointer == p.data_ptr()
-                leaf.stays |= leaf.lazy
+                    leaf.moved_before = before.home is None and before.pointer == x.data_ptr()
+                leaf.stays |= leaf.lazy or leaf.placement is not None  # FSDP gathers from memory that it holds
                 real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
@@ -397,7 +423,7 @@ class _Plan:
             begun = _averages_begun(optimizer)
             for bucket in self.buckets:
                 bucket.take(optimizer, hyperparameters, staging, begun)
-        self.views = [view for leaf in self.leaves.values() for view in leaf.views.values()]
+        self.views = [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
         self.addresses = list(map(_pointer_of, self.views))
 
     def _slots(self, rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -461,17 +487,20 @@ class _Plan:
                 if leaf is None or leaf.group != index:
                     fits = False
                     continue
-                if leaf.dtype is not p.dtype or leaf.shape != p.shape or leaf.strides != p.stride():
+                x = leaf.local = dtensor.local(p)
+                if leaf.dtype is not x.dtype or leaf.shape != x.shape or leaf.strides != x.stride():
                     fits = False
-                if leaf.lazy != _is_lazy(p):
+                if leaf.placement != dtensor.placement(p):
+                    fits = False
+                if leaf.lazy != _is_lazy(x):
                     leaf.stays = True
                     fits = False
-                if p.data_ptr() != leaf.pointer:
+                if x.data_ptr() != leaf.pointer:
                     if leaf.home is None:
                         # Someone may still hold what it left: that memory cannot serve as its place.
                         leaf.stays = True
                         fits = False
-                    leaf.pointer = p.data_ptr()
+                    leaf.pointer = x.data_ptr()
                     moved = True
                 state = optimizer.state.get(p)
                 if state and any(state.get(slot) is not leaf.views[slot] for slot in leaf.state_dtypes):
@@ -493,7 +522,8 @@ class _Plan:
         begun = _averages_begun(optimizer)
         for bucket in self.buckets:
             bucket.begin(optimizer.state, hyperparameters, present, places, begun, self.averages)
-        if all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
+        plain = all(leaf.placement is None for leaf in self.leaves.values())
+        if plain and all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
             self.seen = self.look(optimizer, params, grads)
 
     def step(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], grads: Sequence[Any]) -> None:
@@ -572,15 +602,16 @@ def is_big(rule: Rule, size: int) -> bool:
 def _waves(params: Sequence[Tensor]) -> dict[Tensor, int]:
     """torch steps parameters one after the other, which shows where two share memory: the turn of each."""
     waves: dict[Tensor, int] = {}
-    by_storage: dict[int, list[Tensor]] = {}
+    by_storage: dict[int, list[tuple[int, int, int]]] = {}
     for p in params:
+        x = dtensor.local(p)
         # A tensor without storage of its own is refused later, by name.
         others = (
-            by_storage.setdefault(p.untyped_storage().data_ptr(), []) if type(p) in (Tensor, torch.nn.Parameter) else []
+            by_storage.setdefault(x.untyped_storage().data_ptr(), []) if type(x) in (Tensor, torch.nn.Parameter) else []
         )
-        begin, end = _extent(p)
-        waves[p] = 1 + max((waves[q] for q in others if begin < _extent(q)[1] and _extent(q)[0] < end), default=-1)
-        others.append(p)
+        begin, end = _extent(x)
+        waves[p] = 1 + max((wave for wave, first, last in others if begin < last and first < end), default=-1)
+        others.append((waves[p], begin, end))
     return waves
 
 
@@ -597,9 +628,15 @@ def _state_dtypes(
     dtypes = {}
     for slot, shape in shapes.items():
         value = state.get(slot)
+        if value is not None and dtensor.placement(value) != dtensor.placement(p):
+            raise TypeError(
+                f"{name}: expected its state {slot!r} placed as the parameter, {dtensor.describe(p)}, found "
+                f"{dtensor.describe(value)}; torch.distributed.checkpoint.state_dict.set_state_dict places it"
+            )
+        value = dtensor.local(value)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
-            whose = "the parameter's shape" if shape == tuple(p.shape) else "shape"
+            whose = "the parameter's shape" if shape == tuple(dtensor.local(p).shape) else "shape"
             raise ValueError(f"{name}: expected its state {slot!r} of {whose} {shape}, found {found}")
         dtype = p.dtype if value is None else value.dtype
         if dtype is not p.dtype and not KeepsWideState.keeps(dtype, p.dtype):
@@ -695,7 +732,8 @@ class _Bucket:
             if name not in optimizer.hidden_scalars
         }
         for slot, dtype in leaf.state_dtypes.items():
-            leaf.views[slot] = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
+            view = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
+            leaf.views[slot] = dtensor.like(view, leaf.param)
         leaf.home = buffers["param"].view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
         if leaf.views:
             state = optimizer.state[leaf.param]
@@ -724,7 +762,7 @@ class _Bucket:
             assert leaf.home is not None
             leaf.param.data = leaf.home.copy_(leaf.param)
             leaf.home = None
-        leaf.pointer = leaf.param.data_ptr()
+        leaf.pointer = leaf.local.data_ptr()
 
     def _take_state(
         self, i: int, leaf: _Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float], begun: bool
@@ -733,21 +771,22 @@ class _Bucket:
         first: dict[str, Any] = {}
         if any(values.get(name) is None for name in leaf.views):
             scalars = self.rule.init_scalars(h)
-            first = scalars | self._first_slots(leaf, h) | {EMA: leaf.param}
+            first = scalars | self._first_slots(leaf, h) | {EMA: leaf.local}
             for name in scalars.keys() - leaf.views.keys():
                 self.scalars[name][i] = scalars[name]
         self.new[i] = EMA in leaf.views and values.get(EMA) is None and not begun
         for name, view in leaf.views.items():
             value = first[name] if values.get(name) is None else values[name]
+            value, place = dtensor.local(value), dtensor.local(view)
             if isinstance(value, Tensor):
-                view.copy_(value.to_dense() if value.is_sparse else value)
+                place.copy_(value.to_dense() if value.is_sparse else value)
             else:
-                view.fill_(float(value))
+                place.fill_(float(value))
             state[name] = view
 
     def _first_slots(self, leaf: _Leaf, h: dict[str, float]) -> dict[str, Tensor]:
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            param = dlpack.to_jax(leaf.param)
+            param = dlpack.to_jax(leaf.local)
             slots = init_leaf(
                 self.rule, {name: jnp.asarray(x, self.spec.compute_dtype) for name, x in h.items()}, param
             )
@@ -778,7 +817,8 @@ class _Bucket:
             self._take_state(i, leaf, state, values, hyperparameters[leaf.group], begun)
         self.copied_in = [leaf for leaf in (self.leaves if averages else stepped) if leaf.home is not None]
         self.copied_out = [leaf for leaf in stepped if leaf.home is not None]
-        self.resident = [leaf.param for leaf in stepped if leaf.home is None]
+        # A DTensor's own counter does not see that its local tensor was written to.
+        self.resident = [leaf.param for leaf in stepped if leaf.home is None or leaf.placement is not None]
         self.places = [places[leaf.param] if leaf.param in grads else None for leaf in self.big]
         small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]
         self.small_views = [self.grad_views[i] for i in small]
@@ -824,7 +864,7 @@ class _Bucket:
     ) -> tuple[list[Any], dict[str, Any]]:
         """Step the leaves. Returns what the program found, and for `finish`, if that is to come, the scalar state."""
         for leaf in self.copied_in:
-            leaf.home.copy_(leaf.param)  # type: ignore[union-attr]
+            leaf.home.copy_(leaf.local)  # type: ignore[union-attr]
         scalars = self._coefficients(hyperparameters, ema)
         found = {
             name: x if isinstance(x, list) else np.asarray(x, self.spec.compute_dtype) for name, x in found.items()
@@ -837,7 +877,7 @@ class _Bucket:
         finally:
             jax.block_until_ready(out)
         for leaf in self.copied_out:
-            leaf.param.copy_(leaf.home)  # type: ignore[arg-type]
+            leaf.local.copy_(leaf.home)  # type: ignore[arg-type]
         self.new[:] = False
         return out[len(self.buffers) :], scalars
 

@@ -1,7 +1,6 @@
 """Front end 3: a drop-in for torch.optim. In place, for every kind of parameter, and safe."""
 
 import concurrent.futures
-import contextlib
 import copy
 import gc
 import io
@@ -1043,37 +1042,6 @@ def test_differentiable_is_refused():
     model = network()
     with pytest.raises(NotImplementedError, match="differentiable=True would need torch's autograd"):
         optim.Adam(model.parameters(), differentiable=True)
-
-
-@contextlib.contextmanager
-def process_group():
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_dtensor_is_refused_by_name():
-    """A DTensor has no memory behind its address: imported, it reads garbage."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    with process_group():
-        mesh = init_device_mesh("cpu", (1,))
-        p = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Shard(0)]))
-        good = torch.nn.Parameter(torch.ones(2))
-        opt = optim.SGD([("good", good), ("sharded", p)], lr=0.1)
-        p.grad, good.grad = DTensor.from_local(torch.ones(4), mesh, [Shard(0)]), torch.ones(2)
-        with pytest.raises(
-            TypeError, match=r"param_groups\[0\]\['params'\]\[1\] \('sharded'\): .*DTensor; take its local"
-        ):
-            opt.step()
-        assert good.tolist() == [1, 1]
-        del opt, p
 
 
 def test_meta_parameters_are_refused():

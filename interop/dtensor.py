@@ -1,0 +1,77 @@
+"""DTensors, as FSDP2 and tensor parallelism make them: a step sees the local tensor.
+
+Enough for a rule that looks at single elements. What looks at more would compute the numbers of one process's part:
+it is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def placement(x: Any) -> tuple[Any, ...] | None:
+    """How a DTensor's elements lie over the processes; None for anything else."""
+    if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+    return (x.device_mesh, tuple(x.placements), x.shape) if type(x) is DTensor else None
+
+
+def local(x: Any) -> Any:
+    """A DTensor's elements in this process, to be called without autograd; anything else as it is."""
+    if placement(x) is None:
+        return x
+    x = x.to_local()
+    return x.wait() if hasattr(x, "wait") else x  # a collective may still be computing it
+
+
+def like(x: Tensor, p: Tensor) -> Tensor:
+    """A contiguous local tensor as the state of the parameter `p`, in the same memory."""
+    if (placed := placement(p)) is None:
+        return x
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements, shape = placed
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def error(optimizer: Any, p: Tensor, grad: Tensor) -> str | None:
+    """Why stepping the local tensors alone would be wrong, where `p` or its gradient is a DTensor; else None.
+
+    It depends on nothing but what all processes know, so that none goes on without the others.
+    """
+    name = f"interop.optim.{type(optimizer).__name__}"
+    if placement(grad) != placement(p):
+        both = placement(grad) is not None and placement(p) is not None
+        remedy = "p.grad.redistribute(p.device_mesh, p.placements) is one" if both else "distribute both, or none"
+        return f"expected a gradient placed as the parameter, {describe(p)}, found {describe(grad)}; {remedy}"
+    if any(x.is_partial() for x in p.placements):  # type: ignore[attr-defined]
+        return f"expected a DTensor sharded or replicated, found {describe(p)}; redistribute it first"
+    if optimizer.rule.scope != "element":
+        return (
+            f"expected a plain tensor, found a DTensor: {name} looks at whole tensors, of which each process has a "
+            "part; use an elementwise optimizer such as AdamW, or DistributedDataParallel, which keeps parameters whole"
+        )
+    if optimizer.max_norm is not None:
+        return (
+            f"{name} with max_norm does not take DTensors: the norm is of all processes' parts; call "
+            "torch.nn.utils.clip_grad_norm_ before the step, and leave max_norm=None"
+        )
+    if optimizer.grad_scale is not None:
+        return (
+            "interop.amp.GradScaler does not take DTensors: whether to skip a step is for all processes to decide; use "
+            "torch.amp.GradScaler"
+        )
+    return None
+
+
+def describe(x: Any) -> str:
+    """For messages."""
+    if (placed := placement(x)) is None:
+        return "a plain tensor" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"
+    return f"a DTensor of shape {tuple(placed[2])} and placements {placed[1]} on {placed[0]}"
