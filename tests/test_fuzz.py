@@ -20,6 +20,8 @@ SHAPES = [(), (0,), (7,), (3, 5), (2, 3, 4), (2**15 + 1,)]
 DTYPES = ["float32", "float64", "bfloat16", "complex64"]
 LAYOUTS = ["own", "offset", "transposed", "every other", "shared storage", "overlapping", "numpy"]
 GRADS = ["usual", "usual", "usual", "none", "sparse", "inf", "nan", "strided", "conjugate", "zero"]
+# torch says once a process that it makes sparse tensors unchecked.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 OPTIMIZERS = {
     "SGD": dict(momentum=0.9),
     "AdamW": dict(amsgrad=True),

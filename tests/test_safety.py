@@ -1218,3 +1218,42 @@ def test_memory_is_flat_over_many_steps():
     assert result.returncode == 0, result.stderr
     early, late = map(int, result.stdout.split())
     assert late - early < 2**20
+
+
+# --- a write straight after a step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lives in a buffer", "is copied", "of optax"])
+def test_a_write_straight_after_a_step_never_races(kind):
+    """XLA runs behind Python's back: the step must neither read nor overwrite what is written once it has returned.
+
+    Ten thousand times, to the parameter, its gradient and its state, of a size that takes XLA a while.
+    """
+    import optax
+
+    import interop
+
+    n, lr = 2**16, 0.5
+    w = torch.nn.Parameter(torch.zeros(n))
+    alias = w.detach() if kind == "is copied" else None  # a second owner: the parameter stays where it is
+    made = interop.wrap(optax.trace(0.0), [w]) if kind == "of optax" else optim.SGD([w], lr=lr, momentum=0.5)
+    grad = torch.empty(n)
+    w.grad = grad
+    for i in range(10_000):
+        before, g = float(i % 7), float(1 + i % 5)
+        with torch.no_grad():
+            w.fill_(before)
+        grad.fill_(g)
+        for x in made.state.get(w, {}).values():
+            if isinstance(x, torch.Tensor):
+                x.zero_()
+        made.step()
+        grad.fill_(1e9)  # were it read late, it would be seen
+        found = w[:: n - 1].tolist()
+        with torch.no_grad():
+            w.fill_(-1.0)
+        expected = before + g if kind == "of optax" else before - lr * g
+        assert found == [expected] * 2, i
+        assert w[0].item() == w[-1].item() == -1.0
+    assert alias is None or alias[0].item() == -1.0
