@@ -324,3 +324,40 @@ def test_float32_too(name):
     types = {x.dtype for x in run.optimizer.state[run.params[0]].values() if torch.is_tensor(x)}
     assert types <= {torch.float32, torch.int64}
     assert all(np.isfinite(p.detach().numpy()).all() for p in run.params)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam", "Adafactor"])
+def test_parameters_and_state_are_swapped_in(name):
+    """torch's context manager puts others in place of the optimizer's for a while; then its own are stepped again."""
+    from torch.optim._stateless import swap_in_optimizer_params_and_state
+
+    runs = []
+    for module in (optim, torch.optim):
+        p = torch.nn.Parameter(torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4))
+        other = torch.nn.Parameter(torch.linspace(-3, -1, 12, dtype=torch.float64).view(3, 4))
+        optimizer = getattr(module, name)([p], lr=0.1, **({"momentum": 0.9} if name == "SGD" else {}))
+        seen = []
+        for swapped in (False, False, True, False):
+            if swapped:
+                with swap_in_optimizer_params_and_state(optimizer, {"p": other}, copy.deepcopy(optimizer.state_dict())):
+                    other.grad = other.detach().clone()
+                    optimizer.step()
+                    optimizer.step()
+            else:
+                p.grad = p.detach().clone()
+                optimizer.step()
+            seen += [p.detach().clone(), other.detach().clone()]
+        runs.append(seen)
+    for a, b in zip(*runs, strict=True):
+        assert cases.difference(a.numpy(), b.numpy()) <= cases.TOLERANCES["float64"]
+
+
+def test_the_profiler_names_the_step():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.AdamW([p])
+    p.grad = torch.ones(3)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= found
