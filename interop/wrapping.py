@@ -25,7 +25,8 @@ from torch import Tensor
 
 from interop import dlpack
 from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
-from jopt.transform import Transform
+from jopt.arena import path_name
+from jopt.chaining import is_transformation
 
 NAMES = {"learning_rate": "lr"}  # optax's names of hyperparameters -> torch's
 PAIRS = [("b1", "b2"), ("beta1", "beta2")]  # shown as torch's "betas"
@@ -148,8 +149,7 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         self._training = {}
         for group, work in zip(self.param_groups, self._groups, strict=True):
             with torch.no_grad(), _settings(group["params"]):
-                if (state := work.state(self, group)) is None:
-                    continue
+                state = work.state(self, group, work.arrays(group["params"]))
                 for node in _nodes(state, ScheduleFreeState):
                     for p, x in work.evaluation(node, group["params"]):
                         self._training.setdefault(p, p.clone())
@@ -172,11 +172,7 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
 
 
 def _check(tx: Any) -> optax.GradientTransformation:
-    if (
-        not isinstance(tx, tuple)
-        or not callable(getattr(tx, "init", None))
-        or not callable(getattr(tx, "update", None))
-    ):
+    if not is_transformation(tx):
         raise TypeError(f"tx: expected an optax.GradientTransformation, found {type(tx).__name__}")
     return tx  # type: ignore[return-value]
 
@@ -281,7 +277,7 @@ class _Group:
 
         for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=by_parameter):
             if not by_parameter(node):
-                key = _key(path)
+                key = path_name(path)
                 parents = [getattr(entry, "name", None) for entry in path[-2:-1]]
                 numeric = node.shape == () and jnp.issubdtype(node.dtype, jnp.number)
                 name = str(path[-1].key) if parents == ["hyperparams"] and numeric else ""
@@ -289,11 +285,11 @@ class _Group:
                 continue
             for owner in sorted(node):
                 for subpath, leaf in jax.tree_util.tree_leaves_with_path(node[owner]):
-                    yield _Leaf(_key((*path, *subpath)), owner, leaf)
+                    yield _Leaf(path_name((*path, *subpath)), owner, leaf)
 
     def show(self, group: dict[str, Any]) -> None:
         """Put the hyperparameters of a fresh state into the group, where it does not set them itself."""
-        params = self._arrays(group["params"])
+        params = self.arrays(group["params"])
         leaves, _ = self.layout(params)
         wanted = [i for i, leaf in enumerate(leaves) if leaf.hyperparameter]
         values = jax.jit(lambda params: [jax.tree.leaves(self.tx.init(params))[i] for i in wanted])(params)
@@ -328,7 +324,7 @@ class _Group:
 
     # --- values
 
-    def _arrays(self, tensors: Iterable[Tensor], copy: bool | None = None) -> dict[str, jax.Array]:
+    def arrays(self, tensors: Iterable[Tensor], copy: bool | None = None) -> dict[str, jax.Array]:
         return {name: dlpack.to_jax(x, copy=copy) for name, x in zip(self.names, tensors, strict=True)}
 
     def _tensors(self, optimizer: Any, group: dict[str, Any], leaves: list[_Leaf]) -> list[Tensor | None] | None:
@@ -353,9 +349,8 @@ class _Group:
             found.append(x)
         return found
 
-    def state(self, optimizer: Any, group: dict[str, Any]) -> Any:
+    def state(self, optimizer: Any, group: dict[str, Any], params: dict[str, jax.Array]) -> Any:
         """The transformation's own state; None before the first step."""
-        params = self._arrays(group["params"])
         leaves, treedef = self.layout(params)
         tensors = self._tensors(optimizer, group, leaves)
         if tensors is None:
@@ -375,7 +370,7 @@ class _Group:
         )
 
     def evaluation(self, state: ScheduleFreeState, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        y = self._arrays(params)
+        y = self.arrays(params)
         x = schedule_free_eval_params(state, y)
         for name, p in zip(self.names, params, strict=True):
             yield p, dlpack.to_torch(x[name].astype(y[name].dtype))
@@ -387,9 +382,9 @@ class _Group:
     ) -> None:
         group = optimizer.param_groups[index]
         copy = True if closure is not None else None  # the closure, called from inside, writes parameters and gradients
-        params = self._arrays(group["params"], copy)
+        params = self.arrays(group["params"], copy)
         leaves, treedef = self.layout(params)
-        state = self.state(optimizer, group)
+        state = self.state(optimizer, group, params)
         if state is None:
             state = self._joined(group, leaves, treedef, jax.tree.leaves(self._init(params)))
         gradients = {
@@ -423,8 +418,8 @@ class _Group:
         self, has_closure: bool, functions: Any, grads: Any, state: Any, params: Any, arrays: Any
     ) -> tuple[Any, Any]:
         """One update, to be compiled."""
-        if isinstance(self.tx, Transform):
-            return self.tx.step(grads, state, params)
+        if hasattr(self.tx, "step"):  # jopt's, which is exact
+            return self.tx.step(grads, state, params)  # type: ignore[attr-defined]
         value = {"value": arrays.pop("value")} if "value" in arrays else {}
         offered = value
         if has_closure:
@@ -471,10 +466,6 @@ class _Group:
             by_name[name].copy_(dlpack.to_torch(params[name], copy=None))
         if values:
             self._show(group, values)
-
-
-def _key(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _number(x: Any) -> float:

@@ -113,6 +113,15 @@ class Packed:
         ]
 
 
+def is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def path_name(path: Any) -> str:
+    """A leaf's path as groups and reports call it: keys, indices and attribute names, joined by dots."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 def pack(tree: Any, *, groups: Any = None) -> Packed:
     """Pack a tree's arrays into one flat buffer a type.
 
@@ -140,7 +149,7 @@ def pack(tree: Any, *, groups: Any = None) -> Packed:
     leaves = [jnp.asarray(x) for _, x in with_path]
     kinds = [(0, x.dtype) for x in leaves]
     if groups is not None:
-        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in with_path]
+        names = [path_name(path) for path, _ in with_path]
         kinds = [(groups.group_of(name, x), x.dtype) for name, x in zip(names, leaves, strict=True)]
     layouts, buffers = [], []
     for kind in dict.fromkeys(kinds):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -16,24 +15,23 @@ from jopt.clip import ClipGradNorm, scaled
 Tree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class _Links:
-    transforms: tuple[optax.GradientTransformation, ...]
+def is_transformation(x: Any) -> bool:
+    return isinstance(x, tuple) and callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))
 
 
 class Chain(optax.GradientTransformationExtraArgs):
     """`jopt.chain`'s transformation: optax's chain, and a `step` whose last link takes its exact one."""
 
-    _links: _Links
+    transforms: tuple[optax.GradientTransformation, ...]
 
     def __new__(cls, *transforms: optax.GradientTransformation) -> Self:
         whole = optax.chain(*transforms)
         self = super().__new__(cls, whole.init, optax.with_extra_args_support(whole).update)
-        self._links = _Links(transforms)
+        self.transforms = transforms
         return self
 
     def __reduce__(self) -> Any:
-        return Chain, self._links.transforms
+        return Chain, self.transforms
 
     def step(
         self,
@@ -50,11 +48,10 @@ class Chain(optax.GradientTransformationExtraArgs):
         Raises:
           What the links raise; ValueError if the state is not of this chain.
         """
-        transforms = self._links.transforms
-        if not isinstance(state, tuple) or len(state) != len(transforms):
-            raise ValueError(f"state: expected the {len(transforms)} states of this chain, found {state!r:.80}")
+        if not isinstance(state, tuple) or len(state) != len(self.transforms):
+            raise ValueError(f"state: expected the {len(self.transforms)} states of this chain, found {state!r:.80}")
         new = []
-        for tx, s in zip(transforms[:-1], state, strict=False):
+        for tx, s in zip(self.transforms[:-1], state, strict=False):
             if isinstance(tx, ClipGradNorm):
                 # Multiplied by in the pass of the step: the clipped gradients would be arrays of their own.
                 factor, s = tx.factor(grads, factors, s)
@@ -63,7 +60,7 @@ class Chain(optax.GradientTransformationExtraArgs):
                 grads, factors = scaled(grads, factors), ()
                 grads, s = optax.with_extra_args_support(tx).update(grads, s, params, **extra)
             new.append(s)
-        params, last = step(transforms[-1], grads, state[-1], params, active=active, factors=factors, **extra)
+        params, last = step(self.transforms[-1], grads, state[-1], params, active=active, factors=factors, **extra)
         return params, (*new, last)
 
 
@@ -83,7 +80,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     if not transforms:
         raise ValueError("chain: expected at least one transformation, found none")
     for i, tx in enumerate(transforms):
-        if not isinstance(tx, tuple) or not hasattr(tx, "update"):
+        if not is_transformation(tx):
             raise TypeError(f"chain: expected gradient transformations, found {tx!r:.80} at position {i}")
     return Chain(*transforms)
 

@@ -20,7 +20,7 @@ from jax.experimental import checkify
 from jax.experimental.sparse import BCOO
 
 from jopt import numerics
-from jopt.arena import Packed
+from jopt.arena import is_packed
 
 Tree = Any
 
@@ -125,7 +125,7 @@ class ClipGradNorm(optax.GradientTransformationExtraArgs):
         leaves = _dense("clip_grad_norm", updates)
         if not leaves:
             return jnp.ones_like(state.total_norm), ClipState(jnp.zeros_like(state.total_norm))
-        if p < 0 and any(isinstance(x, Packed) for x in jax.tree.leaves(updates, is_leaf=_is_packed)):
+        if p < 0 and any(is_packed(x) for x in jax.tree.leaves(updates, is_leaf=is_packed)):
             raise ValueError(f"norm_type: {p} would see the zeros that fill a packed buffer; unpack first")
         norms = [vector_norm(x, p) for x in leaves]
         if p != 0:
@@ -140,12 +140,7 @@ class ClipGradNorm(optax.GradientTransformationExtraArgs):
 def scaled(grads: Tree, factors: Sequence[Array]) -> Tree:
     """The gradients times each factor, rounded after each."""
 
-    def multiply(g: Array) -> Array:
-        for factor in factors:
-            g = numerics.mul(g, factor.astype(numerics.compute_dtype(g.dtype)))
-        return g
-
-    return jax.tree.map(multiply, grads)
+    return jax.tree.map(lambda g: numerics.scale(g, factors), grads)
 
 
 def _check_finite(norm: Array, p: float) -> None:
@@ -183,10 +178,6 @@ def _check_number(name: str, value: Any, at_least: float = 0.0) -> None:
         return
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not float(value) >= at_least:
         raise ValueError(f"{name}: expected a number of at least {at_least}, found {value!r}")
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, Packed)
 
 
 def _dense(function: str, updates: Tree) -> list[Array]:

@@ -12,7 +12,8 @@ import optax
 from jax import Array
 
 from jopt import chaining
-from jopt.arena import Packed
+from jopt.arena import is_packed, path_name
+from jopt.transform import check_params
 
 Tree = Any
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -50,10 +51,7 @@ class Groups(optax.GradientTransformationExtraArgs):
 
         def update(updates: Tree, state: GroupsState, params: Tree | None = None, **extra: Any) -> Any:
             del extra
-            if params is None:
-                raise ValueError(
-                    "params: expected the parameters, found None; pass them to update(grads, state, params)"
-                )
+            check_params(params)
             new, state = self.step(updates, state, params)
             return jax.tree.map(jnp.subtract, new, params), state
 
@@ -129,9 +127,9 @@ class Groups(optax.GradientTransformationExtraArgs):
         """For each leaf of `params` the paths in it and their group."""
         names: list[list[str]] = []
         labels: list[int] = []
-        for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Packed)):
-            for inside in node.contents() if isinstance(node, Packed) else [[((), node)]]:
-                paths = [_path((*path, *subpath)) for subpath, _ in inside]
+        for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed):
+            for inside in node.contents() if is_packed(node) else [[((), node)]]:
+                paths = [path_name((*path, *subpath)) for subpath, _ in inside]
                 found = {self.group_of(name, leaf) for name, (_, leaf) in zip(paths, inside, strict=True)}
                 if len(found) > 1:
                     raise ValueError(
@@ -148,10 +146,6 @@ class Groups(optax.GradientTransformationExtraArgs):
                 f"the paths are {', '.join(every[:10])}{', ...' if len(every) > 10 else ''}"
             )
         return names, jax.tree.structure(params), labels
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _title(pattern: Any) -> str:
@@ -220,7 +214,7 @@ def param_groups(
             transforms.append(None)
         elif isinstance(group, Mapping):
             transforms.append(optimizer(**{**arguments, **group}))
-        elif isinstance(group, tuple) and hasattr(group, "update"):
+        elif chaining.is_transformation(group):
             transforms.append(group)
         else:
             raise TypeError(

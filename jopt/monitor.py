@@ -14,7 +14,9 @@ import optax
 from jax import Array, lax
 
 from jopt import chaining, numerics
+from jopt.arena import path_name
 from jopt.clip import scaled
+from jopt.transform import check_params
 
 Tree = Any
 
@@ -54,10 +56,7 @@ class Monitor(optax.GradientTransformationExtraArgs):
             return MonitorState(tx.init(params), Health(*(jnp.array(zeros) for _ in Health._fields)))
 
         def update(updates: Tree, state: MonitorState, params: Tree | None = None, **extra: Any) -> Any:
-            if params is None:
-                raise ValueError(
-                    "params: expected the parameters, found None; pass them to update(grads, state, params)"
-                )
+            check_params(params)
             new, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
             return new, MonitorState(inner, _health(updates, new, params))
 
@@ -101,7 +100,7 @@ def monitor(tx: optax.GradientTransformation) -> Monitor:
     Raises:
       TypeError: `tx` is no gradient transformation.
     """
-    if not isinstance(tx, tuple) or not hasattr(tx, "update"):
+    if not chaining.is_transformation(tx):
         raise TypeError(f"tx: expected a gradient transformation, found {type(tx).__name__}")
     return Monitor(tx)
 
@@ -198,7 +197,7 @@ def health_report(health: Health, params: Tree, *, vanishing: float = 1e-4, expl
     for (path, leaf), grad, update, param, zeros, nans, infs in zip(leaves, *columns, strict=True):
         layers.append(
             Layer(
-                jax.tree_util.keystr(path, simple=True, separator=".") or "params",
+                path_name(path) or "params",
                 leaf.size,
                 float(grad / math.sqrt(max(leaf.size, 1))),
                 float(update / param) if param else math.inf if update else 0.0,

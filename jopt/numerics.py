@@ -173,6 +173,13 @@ def mul(x: Array, y: Array) -> Array:
     return _round(a * b, x.dtype)
 
 
+def scale(x: Array, factors: Iterable[Array]) -> Array:
+    """x times each factor, one after the other."""
+    for factor in factors:
+        x = mul(x, factor.astype(compute_dtype(x.dtype)))
+    return x
+
+
 def div(x: Array, y: Array) -> Array:
     """torch.div: x / y."""
     a, b = _up(x, y)

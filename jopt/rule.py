@@ -208,8 +208,7 @@ def step_leaf(
         return param, state
     old_state, old_param = state, param
     c = dict(c)
-    for name in sorted(name for name in c if name.startswith(FACTOR)):
-        grad = numerics.mul(grad, c.pop(name).astype(numerics.compute_dtype(grad.dtype)))
+    grad = numerics.scale(grad, [c.pop(name) for name in sorted(c) if name.startswith(FACTOR)])
     wide = {x.dtype for x in state.values()} | {param.dtype}
     at_random = key is not None and param.dtype == jnp.bfloat16
     if at_random:

@@ -207,6 +207,6 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> Skipping:
     Raises:
       TypeError: `tx` is no gradient transformation.
     """
-    if not isinstance(tx, tuple) or not hasattr(tx, "update"):
+    if not chaining.is_transformation(tx):
         raise TypeError(f"tx: expected a gradient transformation, found {type(tx).__name__}")
     return Skipping(tx)

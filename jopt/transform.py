@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental.sparse import BCOO
 
 from jopt import numerics
-from jopt.arena import Packed
+from jopt.arena import is_packed
 from jopt.fusion import fuses_outputs
 from jopt.rule import FACTOR, Hyperparameter, Rule, init_leaf, step_leaves
 
@@ -206,8 +206,7 @@ class _Lift:
         active: Tree | None = None,
         factors: Sequence[Array] = (),
     ) -> tuple[Tree, State]:
-        if params is None:
-            raise ValueError("params: expected the parameters, found None; pass them to update(grads, state, params)")
+        check_params(params)
         leaves, treedef = self._flatten(params)
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         grads = [
@@ -218,7 +217,7 @@ class _Lift:
         mask = self._active(grads, None if active is None else _match(treedef, "active", active))
 
         c, scalars, scheduled = self._scalars(state, numerics.widest(x.dtype for x in leaves))
-        c |= {f"{FACTOR}{i}": factor for i, factor in enumerate(factors)}
+        c |= {f"{FACTOR}{i:03}": factor for i, factor in enumerate(factors)}
         key = None if self.key is None else jax.random.fold_in(self.key, state.count)
         stepped = [i for i, grad in enumerate(grads) if grad is not None]
         mask_of = None if active is None else mask
@@ -287,7 +286,7 @@ class _Lift:
     # --- trees
 
     def _flatten(self, params: Tree) -> tuple[list[Array], Any]:
-        packed = [x for x in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(x)]
+        packed = [x for x in jax.tree.leaves(params, is_leaf=is_packed) if is_packed(x)]
         if packed and self.rule.scope != "element":
             raise ValueError(
                 f"{type(self.rule).__name__} looks at whole tensors or rows (scope {self.rule.scope!r}), which a "
@@ -310,6 +309,11 @@ class _Lift:
         return jnp.stack([jnp.logical_and(f, a) for f, a in zip(flags, active, strict=True)])
 
 
+def check_params(params: Tree | None) -> None:
+    if params is None:
+        raise ValueError("params: expected the parameters, found None; pass them to update(grads, state, params)")
+
+
 def _scheduled(name: str, schedule: Callable[[Array], Any], count: Array) -> Any:
     value = schedule(count)
     if not isinstance(value, Array | np.ndarray | np.generic | int | float) or isinstance(value, bool):
@@ -326,10 +330,6 @@ def _scheduled(name: str, schedule: Callable[[Array], Any], count: Array) -> Any
 def _row(vectors: Any, position: Array) -> Any:
     """The entries of vectors at a position; scalars as they are."""
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, position, keepdims=False) if jnp.ndim(x) else x, vectors)
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, Packed)
 
 
 def _match(treedef: Any, name: str, tree: Tree) -> list[Any]:

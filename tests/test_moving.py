@@ -46,6 +46,19 @@ def jax_leg(problem, tx, params, state, steps):
     return params, state
 
 
+def there_and_back(problem, model, optimizer):
+    """The second leg in JAX."""
+    tx, params, state = interop.optimizer_to_jax(optimizer, model)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+    assert sorted(params) == ["a", "b", "c"]
+    with torch.no_grad():  # that what comes back is what went is seen by nothing being left
+        for p in model.parameters():
+            p.fill_(7)
+    params, state = jax_leg(problem, tx, params, state, range(STEPS, 2 * STEPS))
+    interop.optimizer_to_torch(tx, params, state, model, optimizer)
+    return tx, params, state
+
+
 def assert_equal(case, ours, theirs):
     tolerance = (cases.MUON if case.torch == "Muon" else cases.TOLERANCES)["float64"]
     (model, optimizer), (reference, expected) = ours, theirs
@@ -72,14 +85,7 @@ def test_there_and_back(case, module, x64):
         )
         torch_leg(problem, model, optimizer, range(STEPS))
         if moves:
-            tx, params, state = interop.optimizer_to_jax(optimizer, model)
-            assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
-            assert sorted(params) == ["a", "b", "c"]
-            with torch.no_grad():  # that what comes back is what went is seen by nothing being left
-                for p in model.parameters():
-                    p.fill_(7)
-            params, state = jax_leg(problem, tx, params, state, range(STEPS, 2 * STEPS))
-            interop.optimizer_to_torch(tx, params, state, model, optimizer)
+            there_and_back(problem, model, optimizer)
         else:
             torch_leg(problem, model, optimizer, range(STEPS, 2 * STEPS))
         torch_leg(problem, model, optimizer, range(2 * STEPS, 3 * STEPS))
@@ -101,15 +107,8 @@ def test_groups_there_and_back(name, x64):
         optimizer = getattr(torch.optim, name)(groups, lr=0.02, weight_decay=0.1)
         torch_leg(problem, model, optimizer, range(STEPS))
         if moves:
-            tx, params, state = interop.optimizer_to_jax(optimizer, model)
-            assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
-            groups = {"b": "param_groups[0]", "c": "the rest", "a": "the rest"}
-            assert tx.assignment(params) == groups
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.fill_(7)
-            params, state = jax_leg(problem, tx, params, state, range(STEPS, 2 * STEPS))
-            interop.optimizer_to_torch(tx, params, state, model, optimizer)
+            tx, params, state = there_and_back(problem, model, optimizer)
+            assert tx.assignment(params) == {"b": "param_groups[0]", "c": "the rest", "a": "the rest"}
         else:
             torch_leg(problem, model, optimizer, range(STEPS, 2 * STEPS))
         torch_leg(problem, model, optimizer, range(2 * STEPS, 3 * STEPS))
