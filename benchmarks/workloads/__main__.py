@@ -158,7 +158,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    jopt.enable_multi_output_fusion()  # before JAX starts
     measure.prepare()
     torch.set_num_threads(1)  # the models are small: a second thread costs more than it gives
     sys.exit(main())

@@ -23,7 +23,7 @@ WIDTH, BATCH, SIZE, MOMENTUM, EPS = 16, 64, 32, 0.1, 1e-5
 class Images(Workload):
     name, title = "images", "Images: a residual CNN with batch normalisation"
     measure, higher, goal = "accuracy", True, 0.95
-    steps, grid = 200, True
+    steps, grid = 150, True
     recipes = (
         Recipe("AdamW", 2e-3, dict(weight_decay=1e-2)),
         Recipe("SGD", 0.05, dict(momentum=0.9, weight_decay=5e-4)),

@@ -20,10 +20,10 @@ WAYS = (TORCH, DROP_IN, JAX)
 Runs = dict[tuple[str, str, int], dict[str, Any]]  # way, dtype, seed -> what training.run returns
 
 TEXT = f"""Each model is trained by `torch.optim`, by `interop.optim` (the same loop) and, in JAX, by `jopt`, from the
-same weights over the same batches. `difference` is the largest between the losses of two runs, each smoothed over {SMOOTH}
-steps. `one ulp` is what PyTorch's own run differs by from runs that start with each weight moved to the next float32:
-the largest of three. A run agrees if it is no further away than {MARGIN:g} times that, or than the rounding of a loss.
-In float64 the first losses are compared as they are; Muon iterates in bfloat16 there too, in torch as well.
+same weights over the same batches. `difference` is the largest between the losses of two runs, each smoothed over
+{SMOOTH} steps. `one ulp` is the largest by which PyTorch's own run differs from three that start with each weight
+moved to the next float32. A run agrees if it is no further away than {MARGIN:g} times that, or than the rounding of a
+loss. In float64 the first losses are compared as they are; Muon iterates in bfloat16 there too, as in torch.
 
 Quality is of data that were not trained on, at the end of each run, with its buffers. Milliseconds are the median of
 whole steps: forward, backward, optimizer, and reading the loss. Seconds to the goal leave out the first step, in which

@@ -33,7 +33,7 @@ class Model(nn.Module):
 class Text(Workload):
     name, title = "text", "Text: an LSTM of characters"
     measure, higher, goal = "bits a character", False, 2.2
-    steps = 300
+    steps = 200
     recipes = (
         Recipe("AdamW", 5e-3),
         Recipe("RMSprop", 2e-3),
