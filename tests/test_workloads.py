@@ -189,7 +189,7 @@ def test_bad_data_are_named(tmp_path, name, content, message):
         (b"no sound", "expected a wav file"),
         (b"", "expected a wav file"),
         ("empty", "expected sound"),
-        ("nan", "finite"),
+        ("nan", "expected finite"),
     ],
 )
 def test_bad_sounds_are_named(tmp_path, content, message):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,6 @@ def carry_out(workload: Workload, plan: Plan, cells: Cells, show: Callable[..., 
 
 
 def main(argv: list[str] | None = None) -> int:
-    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, separated by commas")
     parser.add_argument("--steps", type=int, help="of each run (default: the workload's own number)")
@@ -146,12 +144,11 @@ def main(argv: list[str] | None = None) -> int:
                 bar.set_description(f"{workload.name}, {plan.recipe}")
                 runs = carry_out(workload, plan, cells, bar.update)
                 results.append(page.Result(workload, plan.recipe, runs))
-    seconds = time.perf_counter() - start
-    page.write(results, measure.machine(), seconds, out)
+    page.write(results, measure.machine(), out)
     report.summary(out)
     disagree = [r for r in results if r.compared and not r.agrees]
     compared = sum(r.compared for r in results)
-    print(f"{compared - len(disagree)} of {compared} agree with torch.optim; {seconds:.0f} s; {out / 'workloads.md'}")
+    print(f"{compared - len(disagree)} of {compared} agree with torch.optim; {out / 'workloads.md'}")
     for r in disagree:
         print(f"{r.workload.name}, {r.recipe}: DOES NOT AGREE: {r.gaps()}, one ulp {r.yardstick:.1e}")
     return 1 if disagree else 0

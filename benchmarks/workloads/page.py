@@ -153,18 +153,13 @@ def outcome(result: Result) -> Row:
 
 
 def rates(results: list[Result]) -> list[Row]:
-    """An optimizer a row: the loss at the end and the quality at each of its learning rates, by torch.optim."""
-    names = ("a quarter of", "", "four times")
-    rows: dict[str, Row] = {}
+    """By torch.optim, at each learning rate."""
+    rows = []
     for result in results:
-        row = rows.setdefault(str(result.recipe), {"optimizer": str(result.recipe)})
-        factor = names[(len(row) - 1) // 2]
-        run = result.run(TORCH)
-        row[f"{factor} lr".strip()] = f"{result.recipe.lr:g}"
-        row[f"loss, {result.workload.measure} {factor}".strip() if factor else "loss, " + result.workload.measure] = (
-            f"{last(run):.3f}, {run['qualities'][-1][1]:.3f}"
-        )
-    return list(rows.values())
+        numbers = result.numbers()["ways"][TORCH]
+        row: Row = {"optimizer": str(result.recipe), "lr": f"{result.recipe.lr:g}"}
+        rows.append(row | {k: numbers[k] for k in ("final loss", result.workload.measure, "best", "steps to goal")})
+    return rows
 
 
 def section(results: list[Result]) -> Section:
@@ -193,7 +188,8 @@ def section(results: list[Result]) -> Section:
 # --- files
 
 
-def write(results: list[Result], machine: dict[str, Any], seconds: float, out: Path) -> None:
+def write(results: list[Result], machine: dict[str, Any], out: Path) -> None:
+    seconds = sum(sum(run["seconds"]) for r in results for run in r.runs.values())  # of the steps, whenever they ran
     out.mkdir(parents=True, exist_ok=True)
     found = section(results)
     content = {"machine": machine, "seconds": round(seconds)} | dataclasses.asdict(found)
