@@ -82,8 +82,5 @@ class Text(Workload):
     @torch.no_grad()
     def quality(self, model: nn.Module) -> float:
         n = min(len(self.test) - 1, 200 * CONTEXT) // CONTEXT * CONTEXT
-        if n < CONTEXT:
-            x, y = (torch.from_numpy(a)[None] for a in (self.test[:-1], self.test[1:]))
-        else:
-            x, y = (torch.from_numpy(a[:n].reshape(-1, CONTEXT)) for a in (self.test, self.test[1:]))
+        x, y = (torch.from_numpy(a[:n].reshape(-1, CONTEXT)) for a in (self.test, self.test[1:]))
         return self.loss(model, x, y).item() / math.log(2)
