@@ -93,7 +93,9 @@ def test_what_was_killed_goes_on_and_what_changed_starts_anew(tmp_path, monkeypa
     dead[0] = None
     assert workloads(tmp_path, *only) == 0
     everything = len(made)
-    assert everything == len(set(made)) == 2 * (3 + 3 + 3)  # two optimizers: three ways, three nudged, float64
+    assert (
+        everything == len(set(made)) == 2 * (3 + 3 + 2 + 3)
+    )  # two optimizers: three ways, nudged at first and always, float64
     assert workloads(tmp_path, *only) == 0
     assert len(made) == everything
     next((tmp_path / "workloads").glob("*.json")).write_text('{"configuration": {')  # killed while writing, by another

@@ -34,10 +34,11 @@ from benchmarks.workloads.ratings import Ratings
 from benchmarks.workloads.speech import Speech
 from benchmarks.workloads.task import Recipe, Workload
 from benchmarks.workloads.text import Text
-from benchmarks.workloads.training import DROP_IN, JAX, NUDGED, TORCH
+from benchmarks.workloads.training import DROP_IN, JAX, NUDGED, ROUNDED, TORCH
 
 WORKLOADS = {w.name: w for w in (Images, Text, Ratings, Speech)}
-NUDGES, LOOKS = 3, 20
+NUDGES = {NUDGED: 3, ROUNDED: 2}
+LOOKS = 20
 FULL = 20  # steps with all data in each
 FIRST, FIRST_FULL = 20, 3  # steps in float64
 SHORT = 24
@@ -65,7 +66,7 @@ def plans(workload: type[Workload] | Workload, steps: int | None, short: bool) -
     found = []
     ways = (TORCH, DROP_IN, JAX)
     compared = tuple((way, "float32", 0) for way in ways)
-    compared += tuple((NUDGED, "float32", seed) for seed in range(NUDGES))
+    compared += tuple((way, "float32", seed) for way, n in NUDGES.items() for seed in range(n))
     compared += tuple((way, "float64", 0) for way in ways)
     for recipe in workload.recipes[:2] if short else workload.recipes:
         n = steps or (SHORT if short else workload.steps)
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     compared = sum(r.compared for r in results)
     print(f"{compared - len(disagree)} of {compared} agree with torch.optim; {out / 'workloads.md'}")
     for r in disagree:
-        print(f"{r.workload.name}, {r.recipe}: DOES NOT AGREE: {r.gaps()}, one ulp {r.yardstick:.1e}")
+        print(f"{r.workload.name}, {r.recipe}: DOES NOT AGREE: {r.gaps()}, torch from itself {r.yardsticks()}")
     return 1 if disagree else 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.report import Row, Section, Target
 from benchmarks.workloads.task import Recipe, Workload
-from benchmarks.workloads.training import DROP_IN, JAX, NUDGED, TORCH
+from benchmarks.workloads.training import DROP_IN, JAX, NUDGED, ROUNDED, TORCH
 from examples.porting_a_run import MARGIN, ROUNDING, SMOOTH, gap, smooth
 
 WAYS = (TORCH, DROP_IN, JAX)
@@ -21,9 +21,11 @@ Runs = dict[tuple[str, str, int], dict[str, Any]]  # way, dtype, seed -> what tr
 
 TEXT = f"""Each model is trained by `torch.optim`, by `interop.optim` (the same loop) and, in JAX, by `jopt`, from the
 same weights over the same batches. `difference` is the largest between the losses of two runs, each smoothed over
-{SMOOTH} steps. `one ulp` is the largest by which PyTorch's own run differs from three that start with each weight
-moved to the next float32. A run agrees if it is no further away than {MARGIN:g} times that, or than the rounding of a
-loss. In float64 the first losses are compared as they are; Muon iterates in bfloat16 there too, as in torch.
+{SMOOTH} steps. What PyTorch's own run differs by from itself is the yardstick: `one ulp away`, the largest of three
+runs that start with each weight moved to the next float32, up or down at random; `one ulp a step`, of two in which that
+is done after every step too, as another rounding of each step would. A run agrees if it is no further away than
+{MARGIN:g} times the larger, or than the rounding of a loss. In float64 the first losses are compared as they are; Muon
+iterates in bfloat16 there too, as in torch.
 `statistics` are batch norm's running ones at the end: the norm of their difference over their norm.
 
 Quality is of data that were not trained on, at the end of each run, with its buffers. Milliseconds are the median of
@@ -48,21 +50,25 @@ class Result:
     def run(self, way: str, dtype: str = "float32") -> dict[str, Any]:
         return self.runs[way, dtype, 0]
 
-    def nudged(self) -> list[dict[str, Any]]:
-        return [run for (way, dtype, _), run in self.runs.items() if way == NUDGED and dtype == "float32"]
+    def nudged(self, *ways: str) -> list[dict[str, Any]]:
+        return [run for (way, _, _), run in self.runs.items() if way in ways]
 
     def gaps(self) -> dict[str, float]:
         reference = self.run(TORCH)["losses"]
         return {way: gap(self.run(way)["losses"], reference) for way in (DROP_IN, JAX)}
 
+    def yardsticks(self) -> dict[str, float]:
+        reference = self.run(TORCH)["losses"]
+        return {way: max(gap(run["losses"], reference) for run in self.nudged(way)) for way in (NUDGED, ROUNDED)}
+
     @property
     def yardstick(self) -> float:
-        return max(gap(run["losses"], self.run(TORCH)["losses"]) for run in self.nudged())
+        return max(*self.yardsticks().values(), ROUNDING)
 
     @property
     def agrees(self) -> bool:
         """False also for a loss that is nan."""
-        return max(self.gaps().values()) <= MARGIN * max(self.yardstick, ROUNDING)
+        return max(self.gaps().values()) <= MARGIN * self.yardstick
 
     def exact(self) -> dict[str, float]:
         reference = np.array(self.run(TORCH, "float64")["losses"])
@@ -81,7 +87,7 @@ class Result:
         """All that others may want to cite."""
         ways = {}
         for (way, dtype, _), run in self.runs.items():
-            if dtype == "float32" and way != NUDGED:
+            if dtype == "float32" and way in WAYS:
                 ways[way] = {
                     "final loss": last(run),
                     self.workload.measure: run["qualities"][-1][1],
@@ -100,7 +106,7 @@ class Result:
             "ways": ways,
         }
         if self.compared:
-            found |= {"difference": self.gaps(), "one ulp": self.yardstick, "float64": self.exact()}
+            found |= {"difference": self.gaps(), "torch from itself": self.yardsticks(), "float64": self.exact()}
         return found
 
     def to_goal(self, run: dict[str, Any]) -> float | None:
@@ -129,13 +135,14 @@ def agreement(result: Result) -> Row:
     gaps, exact = result.gaps(), result.exact()
     row: Row = {"optimizer": str(result.recipe), "lr": f"{result.recipe.lr:g}"}
     row |= {f"{way}: difference": exponent(x) for way, x in gaps.items()}
-    row |= {"one ulp": exponent(result.yardstick), "agree": "yes" if result.agrees else "NO"}
+    row |= {way: exponent(x) for way, x in result.yardsticks().items()}
+    row |= {"agree": "yes" if result.agrees else "NO"}
     row |= {f"{way}, float64": exponent(x) for way, x in exact.items()}
     if result.run(TORCH)["buffers"]:
         row |= {
             f"statistics, {way}": exponent(result.buffers(result.run(way))) for way in (DROP_IN, JAX)
         } | {
-            "statistics, one ulp": exponent(max(map(result.buffers, result.nudged()))),
+            "statistics, one ulp": exponent(max(map(result.buffers, result.nudged(NUDGED, ROUNDED)))),
             "statistics, JAX, float64": exponent(result.buffers(result.run(JAX, "float64"), "float64")),
         }  # fmt: skip
     return row
@@ -180,7 +187,7 @@ def section(results: list[Result]) -> Section:
         tables[f"{workload.title}: quality and time"] = [outcome(r) for r in compared]
         if len(of_one) > len(compared):
             tables[f"{workload.title}: learning rates"] = rates(of_one)
-        worst = max(max(r.gaps().values()) / max(r.yardstick, ROUNDING) for r in compared)
+        worst = max(max(r.gaps().values()) / r.yardstick for r in compared)
         targets.append(
             Target(f"{workload.name}: difference of losses from torch over what one ulp makes", MARGIN, worst, True)
         )
@@ -226,14 +233,15 @@ def plot(results: list[Result], path: Path) -> None:
             WAYS, (dict(lw=5, color="0.75"), dict(lw=2.2, color="C1"), dict(lw=1, color="C0")), strict=True
         ):
             left.plot(smooth(first.run(way)["losses"]), label=way, **style)
-        left.set(title=f"{first.workload.title}, {first.recipe}", xlabel="step", ylabel=f"loss, mean of {SMOOTH}")
+        left.set(title=f"{first.workload.name}, {first.recipe}", xlabel="step", ylabel=f"loss, mean of {SMOOTH}")
         left.set_yscale("log")
         left.legend(fontsize=8)
         for i, result in enumerate(of_one):
             lowest = 1e-9  # an equal run has to be seen
-            yardsticks = [max(gap(run["losses"], result.run(TORCH)["losses"]), lowest) for run in result.nudged()]
-            label = {"label": "torch.optim, one ulp away (each of 3)"} if i == 0 else {}
-            right.plot([i] * len(yardsticks), yardsticks, "_", ms=16, mew=2, color="0.6", **label)
+            for way, color in ((NUDGED, "0.6"), (ROUNDED, "0.3")):
+                away = [max(gap(run["losses"], result.run(TORCH)["losses"]), lowest) for run in result.nudged(way)]
+                label = {"label": f"torch.optim, {way}"} if i == 0 else {}
+                right.plot([i] * len(away), away, "_", ms=16, mew=2, color=color, **label)
             for way, marker, color, shift in ((DROP_IN, "o", "C1", -0.15), (JAX, "^", "C0", 0.15)):
                 label = {"label": way} if i == 0 else {}
                 right.plot(i + shift, max(result.gaps()[way], lowest), marker, color=color, **label)
@@ -241,7 +249,7 @@ def plot(results: list[Result], path: Path) -> None:
         right.set_xticks(
             range(len(of_one)), [str(r.recipe).replace(", ", "\n") for r in of_one], fontsize=8, rotation=45
         )
-        right.set(title="Away from torch.optim", ylabel="largest difference of the loss (0 drawn as 1e-9)")
+        right.set(title="Away from torch.optim", ylabel="largest difference of loss (1e-9: 0)")
         right.legend(fontsize=8)
     plt.savefig(path, dpi=90)
     plt.close()

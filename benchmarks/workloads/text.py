@@ -44,10 +44,8 @@ class Text(Workload):
         text, self.characters = porting_a_run.load(None if path is None else Path(path))
         held_out = len(text) // 10
         self.train, self.test = text[:-held_out], text[-held_out:]
-        self.source = (
-            f"{'the texts of Python`s help()' if path is None else path}; {len(text)} characters, {self.characters} "
-            "different, the last tenth to test on"
-        ).replace("`", "'")
+        kind = "the texts of Python's help()" if path is None else path
+        self.source = f"{kind}; {len(text)} characters, {self.characters} different, the last tenth to test on"
 
     def data(self) -> dict[str, np.ndarray]:
         return {"train": self.train, "test": self.test}

@@ -17,7 +17,8 @@ from benchmarks.workloads.task import Batch, Recipe, Workload
 from interop import optim
 
 TORCH, DROP_IN, JAX, NUDGED = "torch.optim", "interop.optim", "jopt in JAX", "one ulp away"
-MODULES = {TORCH: torch.optim, DROP_IN: optim, NUDGED: torch.optim}
+ROUNDED = "one ulp a step"
+MODULES = {TORCH: torch.optim, DROP_IN: optim, NUDGED: torch.optim, ROUNDED: torch.optim}
 
 
 def run(
@@ -35,14 +36,14 @@ def run(
 
     Args:
       every: steps between two looks at the quality, whose time is not counted.
-      seed: of what moves the first weights by one ulp, `NUDGED`.
+      seed: of what moves weights by one ulp: the first, `NUDGED`, or those after every step too, `ROUNDED`.
 
     Returns:
       losses and seconds of each step; [step, quality] pairs; and the buffers at the end (batch norm's statistics).
     """
     torch.manual_seed(0)
     model = workload.model(recipe).to(getattr(torch, dtype))
-    if way == NUDGED:
+    if way in (NUDGED, ROUNDED):
         nudge(model, seed)
     with jax.enable_x64(dtype == "float64"):
         trainer = (InJax if way == JAX else InTorch)(workload, recipe, model, way)
@@ -54,6 +55,8 @@ def run(
             start = time.perf_counter()
             losses.append(trainer.step())
             seconds.append(time.perf_counter() - start)
+            if way == ROUNDED:
+                nudge(model, 1000 * (seed + 1) + step)
             if (step + 1) % every == 0 or step + 1 == steps:
                 trained = trainer.model().eval()
                 qualities.append([step + 1, workload.quality(trained)])
