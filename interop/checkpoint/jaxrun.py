@@ -66,8 +66,11 @@ def _options(tx: Transform, state: State) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _number(tx: Transform, state: State, key: str) -> float:
-    value = state.hyperparams.get(key, tx.hyperparameters[key])
+def _number(tx: Transform, state: State, key: str) -> float | None:
+    """A hyperparameter at the state's count; None where none was given (Adafactor's first eps)."""
+    value = state.hyperparams.get(key, tx.hyperparameters.get(key))
+    if value is None:
+        return None
     if callable(value):
         with jax.enable_x64(True):
             value = value(state.count)

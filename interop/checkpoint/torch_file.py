@@ -6,6 +6,7 @@ import collections
 import io
 import pickle
 import pickletools
+import re
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -71,17 +72,16 @@ def _load(file: Any, mmap: bool) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"its pickle holds more than tensors and numbers, and is not run: {_global(error)}. If you trust the "
+            f"its pickle holds more than tensors and numbers, and is not run: {_refused(error)}. If you trust the "
             "file, load it with torch.load(weights_only=False) and save its state_dicts alone; or allow a class "
             "with torch.serialization.add_safe_globals"
         ) from error
 
 
-def _global(error: Exception) -> str:
-    text = str(error)
-    at = text.find("Unsupported")
-    text = text[at:] if at >= 0 else text
-    return text.splitlines()[0].split(" was not an allowed")[0].strip()[:200]
+def _refused(error: Exception) -> str:
+    """What torch's message says that it does not run."""
+    name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return name[1] if name else str(error).strip().splitlines()[-1][:200]
 
 
 def check(file: IO[bytes], size: int, bar: Bar) -> None:
