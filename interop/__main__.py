@@ -1,7 +1,7 @@
 """Look into checkpoints, convert and compare them: `python -m interop inspect|convert|diff`; docs/files.md.
 
 Exit codes: 0, all well (diff: no difference); 1, diff found one; 2, the arguments are wrong, or the output exists and
-there is no --force; 3, a file is not what was expected, or its format's library is not installed.
+there is no --force; 3, a file is not what was expected, or cannot be read or written; or a library is missing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (CheckpointError, ModuleNotFoundError) as error:
+    except (CheckpointError, ModuleNotFoundError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD
 

@@ -227,6 +227,8 @@ def test_types_and_shapes(dtype, file, tmp_path):
         "turned": torch.arange(6.0).reshape(2, 3).to(dtype).t(),
         "part": torch.arange(6.0).to(dtype)[2:4],
     }
+    if dtype.is_complex:
+        params["conjugate"] = params["matrix"].conj()
     saved = interop.Checkpoint(params, {"flag": torch.tensor([True, False]), "count": torch.tensor(2**40 + 1)})
     interop.save_checkpoint(saved, tmp_path / file, verify=True)
     loaded = interop.load_checkpoint(tmp_path / file)

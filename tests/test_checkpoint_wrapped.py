@@ -66,6 +66,13 @@ def test_bare_state_dicts(tmp_path):
         assert loaded.optimizer.names == names
         whole = interop.Checkpoint.from_torch(model, optimizer)
         assert not [d for d in differences(whole, loaded) if not d.name.startswith(("params", "buffers"))]
+        other, opt = trained(groups=lambda m: m.parameters(), lr=5.0)
+        before = {name: x.clone() for name, x in other.state_dict().items()}
+        loaded.to_torch(other, opt)
+        assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
+        assert opt.param_groups[0]["lr"] == 0.01
+        with pytest.raises(CheckpointError, match="the model's state_dict: missing"):
+            loaded.to_torch(other)
     with pytest.raises(CheckpointError, match="names: expected 6"):
         interop.load_checkpoint(tmp_path / "optimizer.pt", names=names[:2])
     named = torch.optim.AdamW(network().named_parameters())

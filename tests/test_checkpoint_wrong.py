@@ -431,7 +431,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("file", ["run.pt", "run.safetensors", "run.dcp"])
+@pytest.mark.parametrize("file", ["run.pt", "run.dcp", pytest.param("run.safetensors", marks=pytest.mark.slow)])
 def test_a_killed_save_leaves_a_whole_file(file, tmp_path):
     path = tmp_path / file
     command = [sys.executable, "-c", textwrap.dedent(KILLED.format(path=str(path)))]

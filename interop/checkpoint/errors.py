@@ -29,8 +29,8 @@ def reading(path: Any, what: str) -> Iterator[None]:
         if str(path) in str(error):
             raise
         raise CheckpointError(f"{path}: {error}", mapping=error.mapping) from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: {error.filename or what} is not there") from error
+    except (FileNotFoundError, PermissionError) as error:
+        raise CheckpointError(f"{path}: {error.filename or what}: {error.strerror}") from error
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # tokenizers, unpicklers and Rust's panics raise anything at damaged bytes

@@ -157,7 +157,7 @@ def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     for name, x in tensors.items():
-        place = (x.data_ptr(), x.dtype, tuple(x.shape), x.stride())
+        place = (x.device, x.data_ptr(), x.is_conj(), x.is_neg(), x.dtype, tuple(x.shape), x.stride())
         if x.layout is torch.strided and x.data_ptr() and first.setdefault(place, name) != name:
             aliases[name] = first[place]
     return {name: x for name, x in tensors.items() if name not in aliases}, aliases

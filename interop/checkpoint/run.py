@@ -132,6 +132,8 @@ class Checkpoint:
     def to_torch(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write the run into a live model and, if given, optimizer. All is checked before anything is written.
 
+        Of a file of an optimizer alone the model stays as it is.
+
         The optimizer's groups take the options of the same parameters here; how it runs (foreach, fused, capturable,
         differentiable) stays its own. Parameters that never stepped lose their state.
 
@@ -143,11 +145,13 @@ class Checkpoint:
         target = model.state_dict()
         tensors = {name: x for name, x in target.items() if isinstance(x, Tensor)}
         own = self.params | self.buffers
-        compare(_shapes(own), _shapes(tensors), "the model's state_dict")
-        for name, x in tensors.items():
-            _same_type(name, own[name], x.dtype)
+        if own or optimizer is None:
+            compare(_shapes(own), _shapes(tensors), "the model's state_dict")
+        for name, x in own.items():
+            _same_type(name, x, tensors[name].dtype)
         state_dict = self._state_dict_for(optimizer, model) if optimizer is not None else None
-        model.load_state_dict(own | {name: x for name, x in others.items() if name in target})
+        if own:
+            model.load_state_dict(own | {name: x for name, x in others.items() if name in target})
         if optimizer is not None and state_dict is not None:
             optimizer.load_state_dict(state_dict)
 
@@ -442,7 +446,7 @@ def tensor(name: str, x: Any) -> Tensor:
 
 def bits(x: Tensor) -> Tensor:
     """A tensor's bytes."""
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return x.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -167,7 +167,7 @@ def _named(
     elif not found:
         order = _order(params, model)
         if len(order) > len(ids) and model is not None:
-            order = {n: s for n, s in order.items() if dict(model.named_parameters())[n].requires_grad}
+            order = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         shapes = [[_shape(optimizer["state"].get(i)) for i in group["params"]] for group in optimizer["param_groups"]]
         try:
             found = [n for group in assign(shapes, order) for n in group]
