@@ -1,6 +1,6 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
-from jopt import schedules
+from jopt import schedules, states  # noqa: F401  states: for jax.export
 from jopt.arena import Packed, pack, unpack
 from jopt.average import Average, AverageState, ema, swa, update_bn
 from jopt.chaining import Chain, chain

@@ -120,7 +120,8 @@ class Sharded(optax.GradientTransformationExtraArgs):
 
         def init(params: Tree) -> Any:
             layout.check_params(params)
-            layout.check_present()
+            if not any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
+                layout.check_present()
             return initialize(params)
 
         def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
