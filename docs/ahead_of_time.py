@@ -1,6 +1,6 @@
 """Compiles every optimizer for TPUs and a GPU that are not there, and writes what it finds to docs/ahead-of-time.md.
 
-make docs-ahead-of-time
+make ahead-of-time
 
 Needs libtpu and JAX's CUDA plugin, `pip install '.[aot]'`; nothing is run. A process of its own compiles for each,
 since the CUDA plugin withdraws from one that has looked for a GPU and found none.
@@ -27,6 +27,7 @@ from tests import cases
 # Large, since the scalars in emulated float64 count as 2 MB.
 SHAPES = {"a": (32768, 1024), "b": (32768, 1024), "bias": (1024,)}
 ROWS = 512  # of a sparse gradient
+ZERO, FSDP = "state divided", "all divided"
 OPTIMIZERS = {case.name: case.jopt() for case in reversed(cases.CASES)}  # the first configuration of each
 OPTIMIZERS = dict(sorted(OPTIMIZERS.items())) | {"sparse_adam": jopt.sparse_adam()}
 ENVIRONMENT = {
@@ -85,31 +86,34 @@ def compile_all(target, names):
 
 
 def programs(name, device, mesh):
+    """The forms: a tree, on one device; divided, its parameters whole or divided too; and the same packed."""
     tx = OPTIMIZERS[name]
     shapes = {k: s for k, s in SHAPES.items() if len(s) == 2 or tx.rule.scope == "element" or name == "adafactor"}
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
-    one, all_of_them = SingleDeviceSharding(device), NamedSharding(mesh, P())
     rows = tx.rule.scope == "rows"
+    one, whole, parts = SingleDeviceSharding(device), NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     yield "tree", lower(tx, placed(params, one), one, rows)
-    yield "tree, sharded", lower(jopt.shard_state(tx, params, mesh), placed(params, all_of_them), all_of_them, rows)
+    yield ZERO, lower(jopt.shard_state(tx, params, mesh), placed(params, whole), whole, rows)
+    divided = placed(params, parts)
+    yield FSDP, lower(jopt.shard_state(tx, divided, mesh), divided, whole, rows)
     if tx.rule.scope == "element":
         packed = jax.eval_shape(jopt.pack, params)
         yield "packed", lower(tx, placed(packed, one), one)
-        yield "packed, sharded", lower(jopt.shard_state(tx, packed, mesh), placed(packed, all_of_them), all_of_them)
+        yield f"packed, {ZERO}", lower(jopt.shard_state(tx, packed, mesh), placed(packed, whole), whole)
 
 
 def placed(tree, sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def sparse(param):
+def sparse(param, sharding):
     rows = (jnp.zeros((ROWS, param.shape[1])), jnp.zeros((ROWS, 1), jnp.int32))
-    return placed(jax.eval_shape(lambda: BCOO(rows, shape=param.shape)), param.sharding)
+    return placed(jax.eval_shape(lambda: BCOO(rows, shape=param.shape)), sharding)
 
 
 def lower(tx, params, elsewhere, rows=False):
     """The step compiled, in place, and what it takes."""
-    grads = jax.tree.map(sparse, params) if rows else params
+    grads = jax.tree.map(lambda x: sparse(x, elsewhere), params) if rows else params
     state = jax.eval_shape(tx.init, params)
     places = getattr(tx, "shardings", jax.tree.map(lambda _: elsewhere, state))
     state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
@@ -170,5 +174,84 @@ def compiled_elsewhere(target, names):
     return json.loads(child.stdout)
 
 
+# --- the page ------------------------------------------------------------------------------------------
+
+TEXT = f"""# Compiled for what is not there
+
+What XLA makes of each optimizer's step, compiled for a TPU v5e, a TPU v6e and an H100 without any of them: nothing is
+run, and these are the compiler's counts, not times. `make ahead-of-time` writes this page,
+`tests/test_ahead_of_time.py` holds the compiler to it. Two matrices of 32768 x 1024 and, for optimizers that take
+one, a vector of 1024, in float32: 268 MB. MB are millions of bytes, of one device.
+
+## On one device
+
+`tree`, the parameters as they are; `packed`, in one buffer (`jopt.pack`). *Least*: gradients read once, parameters
+and state read once and written once (all of a table's state for SparseAdam, whose step is for its rows). *Read and
+written*: what the TPU compiler counts; on CUDA it does not count. Parameters and state are donated, and each lies
+where it lay.
+
+{{one}}
+
+Adafactor, MARS and Muon read a tensor again for its norms; Muon's products need room for bfloat16 matrices.
+
+## On four devices
+
+`jopt.shard_state` over an axis of 4. {ZERO}: the parameters are on every device (ZeRO's first stage); {FSDP}: they
+are in parts too. *State*: on each device, of how much undivided. *Between devices*: what each collective operation
+gives, on each device.
+
+{{four}}
+
+- Parameters on every device are gathered after the step. On a TPU XLA 0.10.2 does so into memory of its own and
+  copies from there: a temporary as large as the parameters. A program of plain `p - 0.1 * g`, divided the same, has
+  it too.
+- Packed buffers of a length that the TPU's tiles do not divide are gathered by an all-reduce of parts beside zeros:
+  no temporary, twice the traffic. Where state is divided, leave the tree as it is: XLA joins the collectives of its
+  arrays.
+- Muon gathers its update once, in bfloat16, half the bytes of the parameter that others gather. Adafactor sums two
+  scalars and a row or column for each matrix. SparseAdam sums the rows that have a gradient.
+"""
+
+
+def page(found):
+    """`found`: by target and program."""
+    first = found["TPU v5e"]
+    one, four = [], []
+    for name in OPTIMIZERS:
+        for form in ("tree", "packed"):
+            key = f"{name}, {form}"
+            if key in first:
+                at = [found[target][key] for target in TARGETS]
+                accessed = [megabytes(x["accessed"]) for x in at if x["accessed"] is not None]
+                temporary = [megabytes(x["temporary"]) for x in at]
+                one.append([name, form, megabytes(first[key]["minimum"]), *accessed, *temporary])
+        for form in (ZERO, FSDP):
+            key = f"{name}, {form}"
+            at = [found[target][key] for target in TARGETS]
+            state = f"{megabytes(first[key]['state'])} of {megabytes(first[f'{name}, tree']['state'])}"
+            between = [", ".join(f"{kind} {megabytes(n)}" for kind, n in x["collectives"].items()) for x in at[::2]]
+            four.append([name, form, state, *between, *(megabytes(x["temporary"]) for x in at)])
+    headers = [
+        ["optimizer", "form", "least", *(f"read and written, {t}" for t in ("v5e", "v6e"))],
+        ["optimizer", "form", "state", *(f"between devices, {t}" for t in ("v5e", "H100"))],
+    ]
+    temporary = [f"temporary, {t}" for t in ("v5e", "v6e", "H100")]
+    tables = [table([*header, *temporary], rows) for header, rows in zip(headers, (one, four), strict=True)]
+    return TEXT.format(one=tables[0], four=tables[1])
+
+
+def megabytes(n):
+    return "0" if n == 0 else f"{n / 1e6:.3g}" if n < 1e8 else f"{n / 1e6:.0f}"
+
+
+def table(header, rows):
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1], sys.argv[2:] or OPTIMIZERS)))
+    if len(sys.argv) > 1:
+        print(json.dumps(compile_all(sys.argv[1], sys.argv[2:] or OPTIMIZERS)))
+    else:
+        found = {target: compiled_elsewhere(target, ()) for target in TARGETS}
+        (Path(__file__).parent / "ahead-of-time.md").write_text(page(found))
