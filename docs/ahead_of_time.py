@@ -196,8 +196,8 @@ Adafactor, MARS and Muon read a tensor again for its norms; Muon's products need
 
 ## On four devices
 
-`jopt.shard_state` over an axis of 4. {ZERO}: the parameters are on every device (ZeRO's first stage); {FSDP}: they
-are in parts too. *State*: on each device, of how much undivided. *Between devices*: what each collective operation
+`jopt.shard_state` over an axis of 4. *{ZERO}*: the parameters are on every device (ZeRO's first stage); *{FSDP}*:
+they are in parts too. *State*: on each device, of how much undivided. *Between devices*: what each collective operation
 gives, on each device.
 
 {{four}}
@@ -208,8 +208,9 @@ gives, on each device.
 - Packed buffers of a length that the TPU's tiles do not divide are gathered by an all-reduce of parts beside zeros:
   no temporary, twice the traffic. Where state is divided, leave the tree as it is: XLA joins the collectives of its
   arrays.
-- Muon gathers its update once, in bfloat16, half the bytes of the parameter that others gather. Adafactor sums two
-  scalars and a row or column for each matrix. SparseAdam sums the rows that have a gradient.
+- Muon gathers its update once, in bfloat16: half the bytes of the parameter that others gather. Adafactor sums a row and
+  four scalars for each matrix, MARS a scalar. SparseAdam sums the rows that have a gradient. Plain SGD has nothing to
+  divide, and moves nothing.
 """
 
 
@@ -241,7 +242,7 @@ def page(found):
 
 
 def megabytes(n):
-    return "0" if n == 0 else f"{n / 1e6:.3g}" if n < 1e8 else f"{n / 1e6:.0f}"
+    return "0" if n == 0 else "< 0.01" if n < 1e4 else f"{n / 1e6:.2f}" if n < 1e7 else f"{n / 1e6:.0f}"
 
 
 def table(header, rows):

@@ -58,7 +58,8 @@ def shard_state(
       beside what the parameter's own sharding divides. One that is sharded along the axis already, that has fewer than
       `min_size` elements, or that the size divides nowhere, keeps the parameter's sharding.
     - Of state of another shape (Adafactor's `row_var`, `col_var`) the dimensions that are the parameter's are divided.
-    - Counts, hyperparameters and whatever else is no parameter's are replicated.
+    - Counts, hyperparameters and whatever else is no parameter's are replicated. A parameter without state of its own
+      (frozen, or of plain SGD) is stepped where it lies.
 
     Gradients are taken as they come: those of a batch that is sharded along the axis are reduced to each device's part.
 
@@ -113,7 +114,7 @@ class Sharded(optax.GradientTransformationExtraArgs):
 
         def run(grads: Tree, state: Any, params: Tree, arguments: Mapping[str, Any], exact: bool) -> Any:
             def step(grads: Tree, state: Any, params: Tree, arguments: Mapping[str, Any]) -> Any:
-                args = layout.constrained(grads, layout.spread), state, layout.constrained(params, layout.work)
+                args = layout.constrained(grads, layout.grads), state, layout.constrained(params, layout.work)
                 return chaining.step(tx, *args, **arguments) if exact else update_of(*args, **arguments)
 
             return layout.on_mesh(step, (self.param_shardings, self.shardings), grads, state, params, arguments)
@@ -168,7 +169,8 @@ class Sharded(optax.GradientTransformationExtraArgs):
 class _Layout:
     """Where everything lies: a `PartitionSpec` for each leaf of the parameters and of the state.
 
-    `own` is the parameters', `spread` that of their gradients and state, `work` that in which they are stepped.
+    `own` is the parameters', `spread` their own divided further, as their state is; `grads` and `work` are those in
+    which gradients and parameters enter the step.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Tree, mesh: Mesh, axes: tuple[str, ...], small: int):
@@ -181,13 +183,21 @@ class _Layout:
         self.spread = [
             _spread(np.shape(x), spec, mesh, axes, small) for (_, x), spec in zip(leaves, self.own, strict=True)
         ]
-        whole = _stepped_whole(tx, params)
-        self.work = [own if w else spread for own, spread, w in zip(self.own, self.spread, whole, strict=True)]
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), params)
         state, self.state_treedef = tree_flatten_with_path(jax.eval_shape(tx.init, like))
         self.state_shapes = {keystr(path): x.shape for path, x in state}
-        spread = {path: (np.shape(x), spec) for (path, x), spec in zip(leaves, self.spread, strict=True)}
-        self.state = [_state_spec(path, x.shape, spread) for path, x in state]
+        known = {path: (np.shape(x), spec) for (path, x), spec in zip(leaves, self.spread, strict=True)}
+        owners = [_owner(path, x.shape, known) for path, x in state]
+        self.state = [
+            _state_spec(x.shape, *known.get(owner, ((), ()))) for (_, x), owner in zip(state, owners, strict=True)
+        ]
+        # A parameter without divided state (frozen, or of plain SGD) is stepped where it lies: nothing to gather then.
+        holders = {owner for owner, spec in zip(owners, self.state, strict=True) if _divided(axes, spec)}
+        holds = [path in holders for path, _ in leaves]
+        whole = _stepped_whole(tx, params)
+        choices = list(zip(self.own, self.spread, holds, whole, strict=True))
+        self.grads = [spread if held else own for own, spread, held, _ in choices]
+        self.work = [spread if held and not w else own for own, spread, held, w in choices]
 
     def named(self, specs: Sequence[PartitionSpec]) -> Tree:
         """These specs as shardings of the mesh, in the tree that they are of."""
@@ -323,14 +333,15 @@ def _spread(shape: tuple[int, ...], own: PartitionSpec, mesh: Mesh, axes: tuple[
     return PartitionSpec(*entries)
 
 
-def _state_spec(path: Any, shape: tuple[int, ...], params: dict[Any, tuple[tuple[int, ...], PartitionSpec]]) -> Any:
-    """Of the parameter at the end of the path: the entries of those dimensions that state has of it."""
-    for start in range(len(path) + 1):
-        if path[start:] in params:
-            of, spec = params[path[start:]]
-            if len(of) == len(shape):
-                return PartitionSpec(*[e if n == m else None for n, m, e in zip(shape, of, spec, strict=True)])
-    return PartitionSpec()
+def _owner(path: Any, shape: tuple[int, ...], params: Mapping[Any, Any]) -> Any:
+    """The path of the parameter that state at `path` is of: what the path ends with. None for counts and scalars."""
+    ends = (path[start:] for start in range(len(path) + 1))
+    return next((end for end in ends if end in params and len(params[end][0]) == len(shape)), None)
+
+
+def _state_spec(shape: tuple[int, ...], of: tuple[int, ...], spec: Any) -> PartitionSpec:
+    """The entries of a parameter's spec for those dimensions that state has of it."""
+    return PartitionSpec(*[entry if n == m else None for n, m, entry in zip(shape, of, spec, strict=False)])
 
 
 def _stepped_whole(tx: Any, params: Tree) -> list[bool]:

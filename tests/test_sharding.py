@@ -116,7 +116,7 @@ def check_step(case):
 
     # Each divided parameter is gathered once; tensor rules sum their norms, means of rows or columns.
     found = collectives(compiled.as_text())
-    divided = [shapes[name] for name in DIVIDED]
+    divided = [shapes[name] for name in DIVIDED if state.slots]
     gathered = sum(n for kind, n in found if kind == "all-gather")
     assert gathered == sum(rows * columns for rows, columns in divided), found
     reduced = sum(n for kind, n in found if kind == "all-reduce")
@@ -250,6 +250,10 @@ def check_compositions():
         assert largest
         assert all(x.addressable_shards[0].data.shape == (8, 32) for x in largest)
         assert_equal(updates, expected, cases.FRONT_ENDS["float32"])
+
+    # What is frozen does not move.
+    *_, compiled = run_both(jopt.param_groups(jopt.adamw, {"^b": None}))
+    assert sum(n for _, n in collectives(compiled.as_text())) == 64 * 32 + 6 * 96
 
     # Packed: a buffer is divided as an array is, where its length allows.
     packed = jopt.pack({"kernel": jnp.ones((200, 200)), "bias": jnp.ones(10)})
