@@ -208,9 +208,9 @@ gives, on each device.
 - Packed buffers of a length that the TPU's tiles do not divide are gathered by an all-reduce of parts beside zeros:
   no temporary, twice the traffic. Where state is divided, leave the tree as it is: XLA joins the collectives of its
   arrays.
-- Muon gathers its update once, in bfloat16: half the bytes of the parameter that others gather. Adafactor sums a row and
-  four scalars for each matrix, MARS a scalar. SparseAdam sums the rows that have a gradient. Plain SGD has nothing to
-  divide, and moves nothing.
+- Muon gathers its update once, in bfloat16: half the bytes of the parameter that others gather. Adafactor sums a row
+  and four scalars for each matrix, MARS a scalar. SparseAdam sums the rows that have a gradient. Plain SGD has nothing
+  to divide, and moves nothing.
 """
 
 
