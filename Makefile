@@ -26,8 +26,9 @@ bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and 
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity
 
-docs: $(VENV)/.dev  ## draw docs/schedules.png, write the notebooks
+docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
 	$(BIN)/python -m docs.draw_schedules
+	$(BIN)/python -m examples.porting_a_run --out docs/porting.png
 	$(BIN)/python -m examples.notebooks
 
 ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md: what is compiled for TPUs and a GPU that are not there, 10 minutes

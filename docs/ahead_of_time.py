@@ -187,8 +187,8 @@ one, a vector of 1024, in float32: 268 MB. MB are millions of bytes, of one devi
 
 `tree`, the parameters as they are; `packed`, in one buffer (`jopt.pack`). *Least*: gradients read once, parameters
 and state read once and written once (all of a table's state for SparseAdam, whose step is for its rows). *Read and
-written*: what the TPU compiler counts, copies to fast memory included; on CUDA it does not count. Parameters and state are donated, and each lies
-where it lay.
+written*: what the TPU compiler counts, copies to its fast memory included; on CUDA it does not count. Parameters and
+state are donated, and each lies where it lay.
 
 {{one}}
 
