@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
@@ -126,7 +127,7 @@ class Sharded(optax.GradientTransformationExtraArgs):
             return initialize(params)
 
         def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
-            layout.check_step(state, params)
+            layout.check_step(updates, state, params)
             return self._run(updates, state, params, extra, False)
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
@@ -149,9 +150,10 @@ class Sharded(optax.GradientTransformationExtraArgs):
         """One step: as `Transform.step`. The parameters come back in their own sharding, the state in its.
 
         Raises:
-          ValueError: parameters or a state of other devices, structure or shapes than those of `shard_state`.
+          ValueError: gradients, parameters or a state of other structure or shapes than `shard_state` was given;
+            parameters or a state on other devices.
         """
-        self._layout.check_step(state, params)
+        self._layout.check_step(grads, state, params)
         return self._run(grads, state, params, dict(extra, active=active, factors=tuple(factors)), True)
 
     def shard(self, tree: Tree) -> Tree:
@@ -183,7 +185,7 @@ class _Layout:
         self.spread = [
             _spread(np.shape(x), spec, mesh, axes, small) for (_, x), spec in zip(leaves, self.own, strict=True)
         ]
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), params)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), params)
         state, self.state_treedef = tree_flatten_with_path(jax.eval_shape(tx.init, like))
         self.state_shapes = {keystr(path): x.shape for path, x in state}
         known = {path: (np.shape(x), spec) for (path, x), spec in zip(leaves, self.spread, strict=True)}
@@ -238,9 +240,16 @@ class _Layout:
         check_params(tree)
         self._check(name, tree, self.treedef, self.shapes)
 
-    def check_step(self, state: Any, params: Tree | None) -> None:
+    def check_step(self, grads: Tree, state: Any, params: Tree | None) -> None:
         self.check_params(params)
         self._check("state", state, self.state_treedef, self.state_shapes)
+        try:
+            leaves = self.treedef.flatten_up_to(grads)
+        except ValueError as error:
+            raise ValueError(f"grads: expected the structure of params, {self.treedef}; {error}") from None
+        for (path, shape), x in zip(self.shapes.items(), leaves, strict=True):
+            if x is not None and np.shape(x) != shape:
+                raise ValueError(f"grads{path}: expected the parameter's shape {shape}, found {np.shape(x)}")
 
     def _check(self, name: str, tree: Any, treedef: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         leaves, found = tree_flatten_with_path(tree)
