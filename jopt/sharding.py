@@ -76,8 +76,8 @@ def shard_state(
       A `Sharded`: `init` gives the sharded state and `step` keeps it so, in a jitted function or alone; `shardings` has
       the state's; `shard(tree)` lays out an average of the parameters, or accumulated gradients, like it.
 
-    The steps' numbers are those of `tx`, bit for bit where elements are independent, and for Muon, which gathers its
-    update in bfloat16. Norms (clipping, Adafactor, MARS) and the gradients' own sum over devices add in another order.
+    The steps' numbers are those of `tx`: bit for bit, how XLA vectorizes an array's end aside, where elements are
+    independent, and for Muon, which gathers its update in bfloat16. Norms (clipping, Adafactor, MARS) and the gradients' own sum over devices add in another order.
 
     Raises:
       TypeError: a mesh, axis or parameter that is none.
