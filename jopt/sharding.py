@@ -77,7 +77,8 @@ def shard_state(
       the state's; `shard(tree)` lays out an average of the parameters, or accumulated gradients, like it.
 
     The steps' numbers are those of `tx`: bit for bit, how XLA vectorizes an array's end aside, where elements are
-    independent, and for Muon, which gathers its update in bfloat16. Norms (clipping, Adafactor, MARS) and the gradients' own sum over devices add in another order.
+    independent, and for Muon, which gathers its update in bfloat16. Norms (clipping, Adafactor, MARS) and the
+    gradients' own sum over devices add in another order.
 
     Raises:
       TypeError: a mesh, axis or parameter that is none.
