@@ -1,6 +1,6 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
-from jopt import schedules
+from jopt import schedules, states  # noqa: F401  states: for jax.export
 from jopt.arena import Packed, pack, unpack
 from jopt.average import Average, AverageState, ema, swa, update_bn
 from jopt.chaining import Chain, chain
@@ -31,6 +31,7 @@ from jopt.optimizers import (
 )
 from jopt.plateau import Plateau, PlateauState, reduce_lr_on_plateau
 from jopt.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
+from jopt.sharding import Sharded, shard_state
 from jopt.transform import State, Transform
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Plateau",
     "PlateauState",
     "ScaleState",
+    "Sharded",
     "State",
     "Transform",
     "adadelta",
@@ -80,6 +82,7 @@ __all__ = [
     "rprop",
     "schedules",
     "sgd",
+    "shard_state",
     "skip_nonfinite",
     "sparse_adam",
     "swa",

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType, PartitionSpec
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -230,6 +231,14 @@ def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | fl
 def matmul(t1: Array, t2: Array) -> Array:
     """torch.matmul, summed in the compute type and rounded once."""
     return _round(jnp.matmul(t1, t2, preferred_element_type=compute_dtype(t1.dtype)), t1.dtype)
+
+
+def whole(x: Array) -> Array:
+    """x, whose every element what follows needs: on a mesh, gathered once, here. Inside loops XLA would do it again."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def lerp(start: Array, end: Array, weight: Array) -> Array:
