@@ -30,7 +30,10 @@ from jopt.optimizers import (
     sparse_adam,
 )
 from jopt.plateau import Plateau, PlateauState, reduce_lr_on_plateau
+from jopt.range_test import RangeTest, lr_range_test
 from jopt.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
+from jopt.sweep import sweep
+from jopt.sweep_result import Sweep
 from jopt.transform import State, Transform
 
 __all__ = [
@@ -46,8 +49,10 @@ __all__ = [
     "Packed",
     "Plateau",
     "PlateauState",
+    "RangeTest",
     "ScaleState",
     "State",
+    "Sweep",
     "Transform",
     "adadelta",
     "adafactor",
@@ -66,6 +71,7 @@ __all__ = [
     "health_report",
     "lbfgs",
     "loss_scale",
+    "lr_range_test",
     "mars",
     "momentum",
     "monitor",
@@ -83,6 +89,7 @@ __all__ = [
     "skip_nonfinite",
     "sparse_adam",
     "swa",
+    "sweep",
     "unpack",
     "update_bn",
 ]
