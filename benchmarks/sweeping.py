@@ -19,7 +19,7 @@ import jopt
 from benchmarks.measure import PATHS, THREADS
 from benchmarks.report import Figure, Row, Section, Target
 
-WIDTHS = (64, 64, 64, 10)
+WIDTHS = (64, 32, 32, 10)
 LRS, SEEDS, BATCH = 16, 4, 32
 
 
@@ -76,9 +76,9 @@ def seconds(f: Any) -> tuple[float, Any]:
 
 
 def run(short: bool) -> Section:
-    """One round, since all is in it. torch in each of its paths, its imports done before, on one thread or two: as one run
-    of 64 is faster."""
-    steps, lrs = (5, 2) if short else (1000, LRS)
+    """One round, since all is in it. torch in each of its paths, its imports done before, on one thread or two, as one
+    run of the 64 is faster."""
+    steps, lrs = (5, 2) if short else (2000, LRS)
     grid, batches = np.geomspace(1e-4, 1e-1, lrs), data(steps)
     ours, result = seconds(lambda: jopt.sweep(loss, init, batches, lr=grid, seeds=SEEDS))
     again, _ = seconds(lambda: jopt.sweep(loss, init, batches, lr=grid, seeds=SEEDS))

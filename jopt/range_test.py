@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jopt.rule import is_number
-from jopt.sweep import Program, schedules
+from jopt.sweep import LoopProgram
 from jopt.sweep_inputs import Batches, check_loss, make_plan, start
 
 Tree = Any
@@ -119,7 +119,7 @@ def lr_range_test(
     check_loss(loss, params, data[0])
     growth, last = float(high / low), data.steps - 1
     (make,) = plan.optimizers.values()
-    program = Program(loss, lambda h: make(**schedules(h, lambda step: growth ** (step / last))))
+    program = LoopProgram(make, lambda step: growth ** (step / last), loss)
     losses = program.run(plan.rows(), 1, [params], data)[0]
     return _read(np.geomspace(low, high, data.steps), losses, smoothing)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jopt import chaining
-from jopt.sweep_inputs import Batches, Plan, check_function, check_loss, check_same, make_plan, start
+from jopt.sweep_inputs import Batches, Make, Plan, check_function, check_loss, check_same, make_plan, start
 from jopt.sweep_result import Sweep
 
 Tree = Any
@@ -94,44 +95,104 @@ def sweep(
         check_same("init", f"of seed {plan.seeds[0]}", starts[0], f"of seed {seed}", params)
     check_loss(loss, starts[0], data[0])
 
-    jobs = []
-    for name, make in plan.optimizers.items():
-        program = Program(loss, lambda h, make=make: make(**schedules(h, schedule)))
+    def program(make: Make) -> Program:
+        return LoopProgram(make, schedule, loss)
+
+    return run_all(plan, program, chunk, starts, data, progress)
+
+
+def run_all(
+    plan: Plan,
+    program_of: Callable[[Make], Program],
+    chunk: int | None,
+    starts: Sequence[Tree],
+    data: Batches,
+    progress: Callable[[Sequence[Any]], Iterable[Any]],
+) -> Sweep:
+    """Every optimizer's runs, chunk by chunk."""
+    jobs, rows = [], plan.rows()
+    for make in plan.optimizers.values():
+        program = program_of(make)
         size = chunk_size(plan, chunk, program, starts[0])
-        rows = plan.rows()
-        jobs += [(name, program, rows[i : i + size], size) for i in range(0, len(rows), size)]
-    losses = np.concatenate([program.run(rows, size, starts, data) for _, program, rows, size in progress(jobs)])
-    return plan.result(losses)
+        jobs += [(program, rows[i : i + size], size) for i in range(0, len(rows), size)]
+    return plan.result(
+        np.concatenate([program.run(part, size, starts, data) for program, part, size in progress(jobs)])
+    )
 
 
-# --- the program ------------------------------------------------------------------------------------
+# --- the programs -----------------------------------------------------------------------------------
 
 
-class Program:
-    """An optimizer's runs as one compiled loop over steps, vectorized over runs."""
+class Program(ABC):
+    """An optimizer's runs. `numbers` are the swept numbers of each, as `_parts`."""
 
-    def __init__(self, loss: Callable[[Tree, Tree], Any], make: Callable[[Any], optax.GradientTransformation]):
-        self._loss, self._make = loss, make
+    devices: Sequence[Any]
+
+    def __init__(self, make: Make, schedule: Callable[[Any], Any] | None):
+        self._make, self._schedule = make, schedule
         self._begin = jax.jit(jax.vmap(self.state))
-        self._advance = jax.jit(self._loop, donate_argnums=(0, 1))
+
+    @abstractmethod
+    def train(self, params: Tree, state: Any, numbers: Any, data: Batches) -> np.ndarray:
+        """The losses of all steps, (steps, runs). May donate parameters and state."""
 
     def state(self, params: Tree, numbers: Any) -> Any:
-        return self._make(numbers).init(params)
+        """One run's, before the first step."""
+        return self._transformation(numbers).init(params)
+
+    def step(self, params: Tree, state: Any, grads: Tree, numbers: Any) -> tuple[Tree, Any]:
+        """One run's."""
+        return chaining.step(self._transformation(numbers), grads, state, params)
 
     def run(
         self, rows: Sequence[tuple[Mapping[str, Any], int]], size: int, starts: Sequence[Tree], data: Batches
     ) -> np.ndarray:
         """The losses of the rows, (rows, steps), float64; `size` runs are computed, the last one several times."""
         padded = [*rows, *[rows[-1]] * (size - len(rows))]
-        over_devices = _sharding(size)
-        params = jax.device_put(jax.tree.map(lambda *xs: np.stack(xs), *(starts[i] for _, i in padded)), over_devices)
-        numbers = jax.device_put(jax.tree.map(_parts, *(setting for setting, _ in padded)), over_devices)
-        state = self._begin(params, numbers)
+        params = jax.tree.map(lambda *xs: np.stack(xs), *(starts[i] for _, i in padded))
+        numbers = jax.tree.map(_parts, *(setting for setting, _ in padded))
+        params, numbers = jax.device_put((params, numbers), self._sharding(size))
+        losses = self.train(params, self._begin(params, numbers), numbers, data)
+        return losses.astype(np.float64).T[: len(rows)]
+
+    def _sharding(self, size: int) -> Sharding:
+        """Runs over all devices, where they divide."""
+        if len(self.devices) == 1 or size % len(self.devices):
+            return SingleDeviceSharding(self.devices[0])
+        return NamedSharding(Mesh(np.array(self.devices), ("runs",)), PartitionSpec("runs"))
+
+    def _transformation(self, numbers: Any) -> optax.GradientTransformation:
+        """With schedules for numbers: what jopt evaluates in float64."""
+
+        def constant(parts: Array) -> Callable[[Any], Array]:
+            def value(step: Any) -> Array:
+                wide = parts.astype(float)  # float64 in the double scope
+                return wide[0] + wide[1] + wide[2]
+
+            return value
+
+        arguments = jax.tree.map(constant, numbers)
+        if self._schedule is not None:
+            lr, factor = arguments["lr"], self._schedule
+            arguments["lr"] = lambda step: lr(step) * factor(step)
+        return self._make(**arguments)
+
+
+class LoopProgram(Program):
+    """One compiled loop over steps, vectorized over runs."""
+
+    def __init__(self, make: Make, schedule: Callable[[Any], Any] | None, loss: Callable[[Tree, Tree], Any]):
+        super().__init__(make, schedule)
+        self.devices = jax.devices()
+        self._loss = loss
+        self._advance = jax.jit(self._loop, donate_argnums=(0, 1))
+
+    def train(self, params: Tree, state: Any, numbers: Any, data: Batches) -> np.ndarray:
         losses = []
         for block, n in data.blocks():
             params, state, values = self._advance(params, state, numbers, block, n)
-            losses.append(np.asarray(values).astype(np.float64)[:n])
-        return np.concatenate(losses).T[: len(rows)]
+            losses.append(np.asarray(values)[:n])
+        return np.concatenate(losses)
 
     def _loop(self, params: Tree, state: Any, numbers: Any, block: Tree, n: Array) -> tuple[Tree, Any, Array]:
         """`n` steps on the batches of the block; new parameters and states, and the losses before each step."""
@@ -139,18 +200,17 @@ class Program:
         def advance(i: Array, carry: Any) -> Any:
             params, state, losses = carry
             batch = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), block)
-            params, state, values = jax.vmap(self._step, (0, 0, 0, None))(params, state, numbers, batch)
+            params, state, values = jax.vmap(self._one_step, (0, 0, 0, None))(params, state, numbers, batch)
             return params, state, losses.at[i].set(values)
 
         length, runs = len(jax.tree.leaves(block)[0]), len(jax.tree.leaves(params)[0])
         dtype = jax.eval_shape(self._loss, *jax.tree.map(lambda x: x[0], (params, block))).dtype
         return lax.fori_loop(0, n, advance, (params, state, jnp.zeros((length, runs), dtype)))
 
-    def _step(self, params: Tree, state: Any, numbers: Any, batch: Tree) -> tuple[Tree, Any, Array]:
+    def _one_step(self, params: Tree, state: Any, numbers: Any, batch: Tree) -> tuple[Tree, Any, Array]:
         value, grads = jax.value_and_grad(self._loss)(params, batch)
         grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
-        params, state = chaining.step(self._make(numbers), grads, state, params)
-        return params, state, value
+        return *self.step(params, state, grads, numbers), value
 
 
 def _parts(*values: float) -> np.ndarray:
@@ -163,34 +223,9 @@ def _parts(*values: float) -> np.ndarray:
     return np.stack(parts, axis=1)
 
 
-def schedules(numbers: Any, factor: Callable[[Any], Any] | None) -> dict[str, Any]:
-    """The transformation's arguments: what jopt evaluates in float64 are schedules."""
-
-    def constant(parts: Array) -> Callable[[Any], Array]:
-        def value(step: Any) -> Array:
-            wide = parts.astype(float)  # float64 in the double scope
-            return wide[0] + wide[1] + wide[2]
-
-        return value
-
-    arguments = jax.tree.map(constant, numbers)
-    if factor is not None:
-        lr = arguments["lr"]
-        arguments["lr"] = lambda step: lr(step) * factor(step)
-    return arguments
-
-
-def _sharding(size: int) -> Any:
-    """Runs over all devices, where they divide."""
-    devices = jax.devices()
-    if len(devices) == 1 or size % len(devices):
-        return None
-    return NamedSharding(Mesh(np.array(devices), ("runs",)), PartitionSpec("runs"))
-
-
 def chunk_size(plan: Plan, chunk: int | None, program: Program, params: Tree, memory: int = MEMORY) -> int:
     """How many runs at once: chunks of about one size, a multiple of the devices."""
-    rows, devices = plan.rows(), len(jax.devices())
+    rows, devices = plan.rows(), len(program.devices)
     numbers = jax.tree.map(lambda x: _parts(x)[0], rows[0][0])
     if chunk is None:
         state = jax.eval_shape(program.state, params, numbers)

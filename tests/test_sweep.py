@@ -13,7 +13,7 @@ import pytest
 
 import jopt
 from jopt import sweep_inputs, sweep_result
-from jopt.sweep import Program, chunk_size, schedules
+from jopt.sweep import LoopProgram, chunk_size
 from jopt.sweep_inputs import make_plan, start
 from tests import cases
 
@@ -160,7 +160,7 @@ def test_memory_is_the_chunks():
     """By default what fits, in chunks of one size; parameters and state are stepped where they lie."""
     loss, init, batches = problem()
     params = start(init, 0)
-    program = Program(loss, lambda numbers: jopt.adamw(**schedules(numbers, None)))
+    program = LoopProgram(jopt.adamw, None, loss)
     plan = make_plan("adamw", list(np.geomspace(1e-4, 1, 25)), 4, None, 2.0, None, {})
     kilobytes = 4 * 4 * (6 * 8 + 8 * 4) / 1024  # parameters, gradients, two moments
     assert chunk_size(plan, None, program, params, memory=int(20.5 * kilobytes * 1024)) == 20
@@ -270,9 +270,7 @@ def test_range_test_of_a_noisy_quadratic(tmp_path):
 DEVICES = """
 import numpy as np, jax, jax.numpy as jnp, jopt
 assert len(jax.devices()) == 4
-seen = set()
 x = np.random.default_rng(0).standard_normal((5, 8, 3)).astype(np.float32)
-program = jopt.sweep
 result = jopt.sweep(
     lambda p, x: jnp.mean((x @ p - 1) ** 2), lambda key: jax.random.normal(key, (3,)), x, lr=[0.1, 0.2, 0.3], chunk=5
 )
@@ -284,8 +282,8 @@ for run in result.runs:
         np.testing.assert_allclose(run.curve[i], value, rtol=1e-5)
         p, state = tx.step(grad, state, p)
 assert len(result.runs) == 9
-from jopt.sweep import _sharding
-shards = jax.device_put(np.zeros((8, 2)), _sharding(8)).addressable_shards
+from jopt.sweep import LoopProgram
+shards = jax.device_put(np.zeros((8, 2)), LoopProgram(jopt.adamw, None, None)._sharding(8)).addressable_shards
 assert [s.data.shape for s in shards] == [(2, 2)] * 4
 """
 
