@@ -26,8 +26,9 @@ bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and 
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity
 
-docs: $(VENV)/.dev  ## draw docs/schedules.png
+docs: $(VENV)/.dev  ## draw the pictures of docs
 	$(BIN)/python -m docs.draw_schedules
+	$(BIN)/python -m examples.porting_a_run --out docs/porting.png
 
 lint: $(VENV)/.dev  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

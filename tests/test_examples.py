@@ -9,7 +9,7 @@ for extra in ("matplotlib", "PIL", "sklearn", "tqdm"):
 
 import jax  # noqa: E402
 
-from examples import digits, vanishing_gradients  # noqa: E402
+from examples import digits, porting_a_run, vanishing_gradients  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +101,34 @@ def test_the_cures_cure(tmp_path, capsys, monkeypatch):
             assert run.report.vanishing or run.report.exploding
         else:
             assert run.final < 0.95 * chance, (run.problem, run.name)
+
+
+def test_a_run_moves_and_comes_back(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("what is found is expected, and what is expected is found; " * 100, encoding="utf-8")
+    assert porting_a_run.main(["--text", str(text), "--steps", "12", "--out", str(tmp_path / "a.png")]) == 0
+    assert "the run that moved agrees with the one that stayed" in capsys.readouterr().out
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_run_that_lost_its_state_is_noticed(tmp_path, capsys, monkeypatch):
+    """Moments that begin anew in JAX: the verdict is no formality."""
+
+    def forgetful(*args, **kwargs):
+        tx, params, _ = move(*args, **kwargs)
+        return tx, params, tx.init(params)
+
+    move = porting_a_run.interop.optimizer_to_jax
+    monkeypatch.setattr(porting_a_run.interop, "optimizer_to_jax", forgetful)
+    monkeypatch.setattr(porting_a_run.interop, "optimizer_to_torch", lambda *args, **kwargs: None)
+    assert porting_a_run.main(["--steps", "12", "--out", str(tmp_path / "a.png")]) == 1
+    assert "the run that moved DOES NOT AGREE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "short"])
+def test_porting_says_what_is_wrong(tmp_path, text):
+    path = tmp_path / "text.txt"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=r"--text .*(No such file|expected at least 3200 characters, found 5)"):
+        porting_a_run.main(["--text", str(path)])
