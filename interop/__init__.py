@@ -5,6 +5,7 @@ interop.to_jax(x), interop.to_torch(x)  # tensors, trees, modules
 interop.optimizer_to_jax(optimizer, model), interop.optimizer_to_torch(tx, params, state, model, optimizer)
 interop.{scheduler,plateau,scaler,average}_to_jax  # what else a run has; and back
 interop.wrap(tx, params)               # any optax transformation as a torch optimizer
+interop.sweep(model, loss, batches, lr=...)   # many learning rates, optimizers and seeds at once
 interop.prefetch(loader)               # a DataLoader's batches as JAX arrays, ahead of use
 """
 
@@ -19,6 +20,7 @@ from interop.modules import to_jax, to_torch
 from interop.moving import optimizer_to_jax, optimizer_to_torch
 from interop.optax_states import optimizer_from_optax, optimizer_to_optax
 from interop.schedulers import plateau_to_jax, plateau_to_torch, scheduler_to_jax
+from interop.sweeping import sweep
 from interop.wrapping import wrap
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "scaler_to_jax",
     "scaler_to_torch",
     "scheduler_to_jax",
+    "sweep",
     "to_jax",
     "to_torch",
     "wrap",

@@ -30,8 +30,11 @@ from jopt.optimizers import (
     sparse_adam,
 )
 from jopt.plateau import Plateau, PlateauState, reduce_lr_on_plateau
+from jopt.range_test import RangeTest, lr_range_test
 from jopt.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
 from jopt.sharding import Sharded, shard_state
+from jopt.sweep import sweep
+from jopt.sweep_result import Sweep
 from jopt.transform import State, Transform
 
 __all__ = [
@@ -47,9 +50,11 @@ __all__ = [
     "Packed",
     "Plateau",
     "PlateauState",
+    "RangeTest",
     "ScaleState",
     "Sharded",
     "State",
+    "Sweep",
     "Transform",
     "adadelta",
     "adafactor",
@@ -68,6 +73,7 @@ __all__ = [
     "health_report",
     "lbfgs",
     "loss_scale",
+    "lr_range_test",
     "mars",
     "momentum",
     "monitor",
@@ -86,6 +92,7 @@ __all__ = [
     "skip_nonfinite",
     "sparse_adam",
     "swa",
+    "sweep",
     "unpack",
     "update_bn",
 ]
