@@ -175,7 +175,10 @@ def mul(x: Array, y: Array) -> Array:
 
 
 def scale(x: Array, factors: Iterable[Array]) -> Array:
-    """x times each factor, one after the other."""
+    """x times each real factor, one after the other."""
+    factors = list(factors)
+    if jnp.iscomplexobj(x):
+        return lax.complex(scale(x.real, factors), scale(x.imag, factors))
     for factor in factors:
         x = mul(x, factor.astype(compute_dtype(x.dtype)))
     return x
@@ -211,7 +214,9 @@ def rsqrt(x: Array) -> Array:
 
 
 def norm(x: Array, axis: int | None = None) -> Array:
-    """torch.norm: the Euclidean norm over one axis, which is kept, or over all."""
+    """torch.norm: the Euclidean norm over one axis, which is kept, or over all; a real number of complex ones too."""
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag]) if axis is None else jnp.abs(x)
     (a,) = _up(x)
     return _round(jnp.sqrt(jnp.sum(a * a, axis=axis, keepdims=axis is not None)), x.dtype)
 
