@@ -364,7 +364,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD, ids=[f"{next(iter(change))}-{i}" for i, (change, _, _) in enumerate(BAD)]
+)
 def test_bad_input(change, error, message):
     arguments = (
         dict(
