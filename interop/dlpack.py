@@ -80,26 +80,7 @@ def _where(device: torch.device) -> str:
 
 
 def to_jax(x: Any, *, copy: bool | None = True) -> Any:
-    """torch tensors as JAX arrays: one tensor, or every tensor of a tree (dicts, lists, tuples, None).
-
-    Args:
-      x: a tensor or a tree of them. Gradients are not carried.
-      copy: True, a snapshot. None, share memory where JAX can (aligned to 64 bytes, strided without gaps, a type
-        that JAX does not narrow), else copy. False, share or raise ValueError.
-        Sharing has no guard: JAX reads the tensor after the call that uses it has returned, so do not write to,
-        resize or free the tensor's storage before `jax.block_until_ready` of every result.
-
-    Returns:
-      Arrays of the tensors' types and shapes, on JAX's CPU device.
-
-    Raises:
-      TypeError: a 64-bit type while `jax_enable_x64` is off (JAX would narrow it), a sparse or quantized tensor, a
-        subclass such as DTensor, a device other than the CPU.
-
-    >>> import torch, interop
-    >>> interop.to_jax({"w": torch.tensor([1.0, 2.0])})["w"] * 2
-    Array([2., 4.], dtype=float32)
-    """
+    """Every tensor of a tree as a JAX array on JAX's CPU device: `interop.to_jax` without modules."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _tensor_to_jax("x" + jax.tree_util.keystr(path), leaf, copy), x
     )
@@ -134,27 +115,13 @@ def _cannot_share(x: Tensor) -> str | None:
 
 
 def to_torch(x: Any, *, copy: bool | None = True) -> Any:
-    """JAX arrays as torch tensors on the CPU: one array, or every array of a tree.
-
-    Args:
-      x: an array or a tree of them. One on another device, or sharded over several, is fetched.
-      copy: True, a tensor of its own memory. None, share an array's memory where it is on the CPU, else copy. False,
-        share or raise ValueError. Do not write to a tensor that shares: JAX takes its arrays to be constant. While
-        it lives, donating the array copies.
-
-    Raises:
-      TypeError: not an array, or of a type that torch has not (a PRNG key, int4).
-
-    >>> import jax.numpy as jnp, interop
-    >>> interop.to_torch([jnp.arange(3.0)])
-    [tensor([0., 1., 2.])]
-    """
+    """Every JAX array of a tree as a tensor on the CPU: `interop.to_torch` without modules."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _array_to_torch("x" + jax.tree_util.keystr(path), leaf, copy), x
+        lambda path, leaf: array_to_torch("x" + jax.tree_util.keystr(path), leaf, copy), x
     )
 
 
-def _array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
+def array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
     if not isinstance(x, Array) or isinstance(x, Tracer):
         raise TypeError(f"{name}: expected a JAX array, found {type(x).__name__}")
     devices = x.devices()

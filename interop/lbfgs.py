@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
 
+import jopt
 from interop import dlpack
+from interop.modules import Leaf
 from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
 from interop.program import own_settings, pause_openmp
 from interop.program import run as run_program
@@ -206,21 +209,99 @@ class _History:
 
     def write(self, optimizer: LBFGS, x: LBFGSState, *, begun: bool) -> None:
         state = optimizer.state[optimizer._params[0]]
-        state["func_evals"], state["n_iter"] = int(x.func_evals), int(x.n_iter)
-        if not begun:
-            return
-        if state["n_iter"] > 1:
-            state.setdefault("al", [None] * self.settings.history_size)  # torch's working memory
-        pairs = self._pairs()
-        plain = self.settings.line_search_fn is None and state["n_iter"] > 1
-        state["d"] = _own(x.d)
-        state["t"] = float(x.t) if plain else _own(x.t)
-        state["old_dirs"], state["old_stps"] = self.lists = [[y for y, _, _ in pairs], [s for _, s, _ in pairs]]
-        self.rows = [list(map(_identity, rows)) for rows in self.lists]
-        state["ro"] = [torch.tensor(ro, dtype=self.dtype) for _, _, ro in pairs]
-        state["H_diag"] = _own(x.H_diag) if pairs else 1
-        state["prev_flat_grad"] = _own(x.prev_flat_grad)
-        state["prev_loss"] = float(x.prev_loss)
+        state.update(_torch_state(self.settings, x, self._pairs() if begun else None))
+        if begun:
+            self.lists = [state["old_dirs"], state["old_stps"]]
+            self.rows = [list(map(_identity, rows)) for rows in self.lists]
+
+
+def _torch_state(settings: Settings, x: LBFGSState, pairs: list[tuple[Tensor, Tensor, float]] | None) -> dict[str, Any]:
+    """torch's state; before the first iteration, without pairs, it counts only."""
+    counts = {"func_evals": int(x.func_evals), "n_iter": int(x.n_iter)}
+    if pairs is None:
+        return counts
+    later = counts["n_iter"] > 1
+    return counts | {
+        **({"al": [None] * settings.history_size} if later else {}),  # torch's working memory
+        "d": _own(x.d),
+        "t": float(x.t) if later and settings.line_search_fn is None else _own(x.t),
+        "old_dirs": [y for y, _, _ in pairs],
+        "old_stps": [s for _, s, _ in pairs],
+        "ro": [torch.tensor(ro, dtype=y.dtype) for y, _, ro in pairs],
+        "H_diag": _own(x.H_diag) if pairs else 1,
+        "prev_flat_grad": _own(x.prev_flat_grad),
+        "prev_loss": float(x.prev_loss),
+    }
+
+
+# --- a run that moves --------------------------------------------------------------------------------
+
+
+def run_to_jax(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, Leaf],
+    params: dict[str, jax.Array],
+    step: int | None,
+    arguments: dict[str, Any],
+) -> tuple[Any, LBFGSState]:
+    """`jopt.lbfgs` as the optimizer has it, and its state; vectors have the parameters in JAX's order."""
+    group = optimizer.param_groups[0]
+    options: dict[str, Any] = {field.name: group[field.name] for field in dataclasses.fields(Settings)} | {
+        "lr": group["lr"]
+    }
+    options = {k: x.item() if isinstance(x, Tensor) else x for k, x in options.items()}
+    solver = jopt.lbfgs(**options | arguments)
+    state, x = solver.init(params), optimizer.state.get(group["params"][0], {})
+    state = state._replace(count=np.int32(step or 0))
+    dtype, order = state.d.dtype, _order(optimizer, names)
+
+    def vector(name: str, x: Tensor) -> np.ndarray:
+        if x.shape != order.shape:
+            raise ValueError(f"the state {name!r}: expected shape {order.shape}, found {tuple(x.shape)}")
+        return dlpack.to_jax(x.detach()).astype(dtype)[order]
+
+    counts = {name: np.int32(x.get(name, 0)) for name in ("n_iter", "func_evals")}
+    found = {name: vector(name, x[name]) for name in ("d", "prev_flat_grad") if x.get(name) is not None}
+    found |= {name: np.array(float(x[name]), dtype) for name in ("t", "H_diag", "prev_loss") if x.get(name) is not None}
+    columns = [(x.get(name) or [])[-solver.settings.history_size :] for name in ("old_dirs", "old_stps", "ro")]
+    if len(set(map(len, columns))) > 1:
+        raise ValueError(f"state: expected old_dirs, old_stps and ro of one length, found {[len(c) for c in columns]}")
+    y, s, ro = np.array(state.old_dirs), np.array(state.old_stps), np.array(state.ro)
+    for i, pair in enumerate(zip(*columns, strict=True)):
+        y[i], s[i], ro[i] = vector("old_dirs", pair[0]), vector("old_stps", pair[1]), float(pair[2])
+    rings = {"old_dirs": y, "old_stps": s, "ro": ro, "sy": s @ y.T, "stored": np.int32(len(columns[0]))}
+    state = state._replace(**counts, **found, **rings)
+    return solver, jax.tree.map(jnp.asarray, state)
+
+
+def run_to_torch(
+    solver: Any, x: LBFGSState, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, Leaf]
+) -> dict[str, Any]:
+    """torch's state."""
+    back = np.argsort(_order(optimizer, names))
+
+    def vector(x: Any) -> Any:
+        return np.asarray(x)[back]
+
+    rows, stored = solver.settings.history_size + 1, int(x.stored)
+    indices = [i % rows for i in range(max(0, stored - rows + 1), stored)]
+    pairs = [(_own(vector(x.old_dirs[i])), _own(vector(x.old_stps[i])), float(x.ro[i])) for i in indices]
+    if not int(x.func_evals):
+        return {}
+    x = x._replace(d=vector(x.d), prev_flat_grad=vector(x.prev_flat_grad))
+    return _torch_state(solver.settings, x, pairs if int(x.n_iter) else None)
+
+
+def _order(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, Leaf]) -> np.ndarray:
+    """Where in torch's flat vector each number of JAX's lies."""
+    places, start = {}, 0
+    for p in optimizer.param_groups[0]["params"]:
+        parts = 2 if p.is_complex() else 1
+        place = torch.arange(start, start + p.numel() * parts).view(*p.shape, parts)
+        leaf, start = names[p], start + p.numel() * parts
+        turned = place if leaf.axes is None else place.permute(*leaf.axes, -1)
+        places[leaf.name] = turned.reshape(-1).numpy()
+    return np.concatenate(jax.tree.leaves(places))
 
 
 def _rest(state: LBFGSState) -> LBFGSState:

@@ -227,3 +227,8 @@ def lr_factor(step: Any, cos: Any = np.cos) -> Any:
 def active(step: int) -> list[bool]:
     """Which parameters have a gradient: now and then one is frozen, once all are."""
     return [step != 40, step != 40 and not 60 <= step < 80, step != 40 and step % 7 != 3]
+
+
+# A mean of torch's `get_swa_avg_fn` and `get_swa_multi_avg_fn`: they weigh with 1 / (n + 1) of an integer tensor, which
+# torch computes in float32 whatever the parameters are; AveragedModel's own mean, and jopt's, divide in their type.
+MEAN_WEIGHT = 6e-8

@@ -52,8 +52,10 @@ def assert_same(a, b):
 # --- there and back ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", FILES)
-@cases.parametrize(cases.TORCH_CASES)
+RUNS = [(case, "run.pt") for case in cases.TORCH_CASES] + [(CLASSES[n], "run.safetensors") for n in sorted(CLASSES)]
+
+
+@pytest.mark.parametrize(("case", "file"), RUNS, ids=lambda x: getattr(x, "id", x))
 def test_a_run_goes_on_from_a_file(case, file, tmp_path):
     _, model, optimizer = run_of(case)
     interop.save_checkpoint(interop.Checkpoint.from_torch(model, optimizer), tmp_path / file)
@@ -281,7 +283,7 @@ def test_a_tensor_among_the_options(tmp_path):
 ORBAX = "of the ecosystem and files extras: make test-all installs them"
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(CLASSES) if name != "SparseAdam"])
+@pytest.mark.parametrize("name", sorted(CLASSES))
 def test_orbax(name, tmp_path):
     """What is read is the run; and a JAX program restores `jopt.State` itself by the abstract state of `tx.init`."""
     ocp = pytest.importorskip("orbax.checkpoint", reason=ORBAX)

@@ -13,7 +13,7 @@ import jopt  # noqa: E402
 from interop import optim  # noqa: E402
 from tests import cases  # noqa: E402
 
-STEPS = 30  # on each of three legs; cases.active freezes parameters in the second and third
+STEPS = 50  # on each of three legs; cases.active freezes parameters in them
 
 
 class Model(torch.nn.Module):
@@ -73,8 +73,13 @@ def assert_equal(case, ours, theirs):
             assert cases.difference(found[key].numpy(), x.numpy()) <= tolerance, key
 
 
-@pytest.mark.parametrize("module", [torch.optim, optim], ids=["native", "drop-in"])
-@pytest.mark.parametrize("case", [c for c in cases.CASES if c.torch], ids=lambda c: c.id)
+ONE_EACH = {case.torch: case for case in cases.CASES if case.torch}  # the last of each class, with flags set
+RUNS = {f"{case.id}-native": (case, torch.optim) for case in cases.CASES if case.torch} | {
+    f"{case.id}-drop-in": (case, optim) for case in ONE_EACH.values()
+}
+
+
+@pytest.mark.parametrize(("case", "module"), RUNS.values(), ids=RUNS)
 def test_there_and_back(case, module, x64):
     problem = cases.Problem("float64", matrices=case.matrices)
     runs = []
@@ -121,13 +126,12 @@ def test_groups_there_and_back(name, x64):
         interop.optimizer_to_torch(tx, params, state, model, optimizer)
 
 
-@pytest.mark.parametrize("name", ["Adam", "SGD", "NAdam", "Adafactor"])
-def test_from_jax_first(name, x64):
+@pytest.mark.parametrize("case", ONE_EACH.values(), ids=ONE_EACH)
+def test_from_jax_first(case, x64):
     """Into an optimizer that has not stepped yet."""
-    case = next(c for c in cases.CASES if c.torch == name and (name != "SGD" or c.id == "sgd-momentum"))
-    problem, arguments = cases.Problem("float64"), {"lr": case.lr} | case.arguments
+    problem, arguments = cases.Problem("float64", matrices=case.matrices), {"lr": case.lr} | case.arguments
     model, reference = Model(problem), Model(problem)
-    optimizer, expected = (getattr(torch.optim, name)(m.parameters(), **arguments) for m in (model, reference))
+    optimizer, expected = (getattr(torch.optim, case.torch)(m.parameters(), **arguments) for m in (model, reference))
     tx = case.jopt()
     params = {n: jnp.asarray(x) for n, x in zip("bca", problem.start, strict=True)}
     params, state = jax_leg(problem, tx, params, tx.init(params), range(STEPS))
@@ -229,10 +233,73 @@ def test_sparse_adam():
     assert cases.difference(*runs) <= cases.TOLERANCES["float32"]
 
 
+@pytest.mark.parametrize("first", ["native", "drop-in", "jax"])
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs(search, first, x64):
+    """Parameters in another order than JAX's, more pairs than the history takes, complex ones among them."""
+
+    def bowl(xs, m):
+        return sum(
+            m.sum(scale * abs(x - 1) ** 2) / 2 + 3 * m.sum(m.cos(abs(x)))
+            for x, scale in zip(xs, (1, 7, 3), strict=True)
+        )
+
+    def leg(model, optimizer, steps):
+        def closure():
+            optimizer.zero_grad()
+            loss = bowl(list(model.parameters()), torch)
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimizer.step(closure)
+
+    def loss(params):
+        return bowl([params[name] for name in "bca"], jnp)
+
+    def value_and_grad(params):
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(jnp.conj, grads)
+
+    runs = []
+    for moves in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Module()
+        for name, shape in (("b", (3,)), ("c", (2, 4)), ("a", (5,))):
+            dtype = torch.complex128 if name == "c" else torch.float64
+            model.register_parameter(name, torch.nn.Parameter(3 * torch.randn(shape, dtype=dtype)))
+        module = optim if moves and first == "drop-in" else torch.optim
+        arguments = dict(
+            lr=0.3, max_iter=2, history_size=4, line_search_fn=search, tolerance_change=0.0, tolerance_grad=0.0
+        )
+        optimizer = module.LBFGS(model.parameters(), **arguments)
+        if first != "jax":
+            leg(model, optimizer, 3)
+        if moves:
+            tx, params, state = interop.optimizer_to_jax(optimizer, model)
+            assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))
+            for _ in range(3):
+                params, state, _ = tx.step(value_and_grad, state, params)
+            interop.optimizer_to_torch(tx, params, state, model, optimizer)
+        else:
+            leg(model, optimizer, 3)
+        leg(model, optimizer, 3)
+        runs.append((model, optimizer))
+    ours, theirs = ([p.detach().numpy() for p in model.parameters()] for model, _ in runs)
+    for x, y in zip(ours, theirs, strict=True):
+        assert cases.difference(x, y) <= cases.NETWORK["float64"]
+    found, expected = (optimizer.state[model.b] for model, optimizer in runs)
+    assert found.keys() == expected.keys()
+    assert [found[k] for k in ("n_iter", "func_evals")] == [expected[k] for k in ("n_iter", "func_evals")]
+    for key in ("d", "prev_flat_grad"):
+        assert cases.difference(found[key].numpy(), expected[key].numpy()) <= cases.NETWORK["float64"]
+    assert len(found["old_dirs"]) == len(expected["old_dirs"]) == 4
+
+
 def test_what_cannot_be_moved():
     model = torch.nn.Linear(3, 2)
-    with pytest.raises(TypeError, match=r"but LBFGS, found torch\.optim\.lbfgs\.LBFGS"):
-        interop.optimizer_to_jax(torch.optim.LBFGS(model.parameters()), model)
+    with pytest.raises(TypeError, match=r"expected one of torch\.optim's, found .*Own"):
+        interop.optimizer_to_jax(type("Own", (torch.optim.Optimizer,), {})(model.parameters(), {}), model)
     with pytest.raises(ValueError, match=r"parameter 0 of group 0, of shape \(2, 3\), is none of the model's"):
         interop.optimizer_to_jax(torch.optim.AdamW(model.parameters()), torch.nn.Linear(3, 2))
     wide = torch.nn.Linear(3, 2).double()
@@ -247,12 +314,23 @@ def test_nothing_is_written_by_a_refused_return():
     before = [p.detach().clone() for p in model.parameters()]
     params = {k: x + 1 for k, x in params.items()}
     for other, given, error in (
+        (jopt.lbfgs(), params, "expected one that steps Adam, as AdamW, found LBFGS"),
         (jopt.sgd(lr=1.0), params, "expected one that steps Adam, as AdamW, found SGD"),
         (tx, {"weight": params["weight"]}, r"missing \['bias'\], unknown \[\]"),
         (tx, params | {"bias": jnp.ones(3)}, r"params\['bias'\]: expected shape \(2,\), found \(3,\)"),
-        (tx, params | {"bias": params["bias"].astype(jnp.bfloat16)}, "expected torch.float32, found bfloat16"),
+        (tx, params | {"bias": params["bias"].astype(jnp.bfloat16)}, "expected torch.float32, found torch.bfloat16"),
     ):
         with pytest.raises((TypeError, ValueError), match=error):
             interop.optimizer_to_torch(other, given, state, model, optimizer)
+    slots = {slot: tree | {"bias": jnp.ones(3)} for slot, tree in state.slots.items()}
+    for wrong, error in (
+        (
+            state._replace(slots=slots),
+            r"state.*'bias'.*expected float32 of shape \(2,\), found float32 of shape \(3,\)",
+        ),
+        (state._replace(slots={}), r"state: expected the structure of tx.init\(params\)"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            interop.optimizer_to_torch(tx, params, wrong, model, optimizer)
     assert all(map(torch.equal, model.parameters(), before))
     assert not optimizer.state

@@ -19,8 +19,6 @@ from interop.checkpoint.wrapped import unwrap
 from interop.dlpack import to_jax
 from interop.moving import optimizer_to_torch
 from interop.program import EMA
-from jopt import State
-from jopt.groups import GroupsState
 
 MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
 TREE, JSON = "tree", "jopt"  # the folder's items
@@ -132,15 +130,24 @@ def _own(path: Path, size: int) -> Checkpoint:
 
 def _torch_state(checkpoint: Checkpoint, raw: Any) -> dict[str, dict[str, Any]]:
     """The optimizer's state by names, of the restored `State`, whose NamedTuples are dictionaries."""
-    tx = checkpoint.to_jax()[0]
-    state = GroupsState(tuple(State(**x) for x in raw["groups"])) if "groups" in raw else State(**raw)
     assert checkpoint.optimizer is not None
     names, groups = checkpoint.optimizer.names, checkpoint.optimizer.groups
     model = Named({n: torch.nn.Parameter(checkpoint.params[n], False) for n in names})
     optimizer = new_optimizer(str(checkpoint.optimizer.name), groups, model.own)
-    params = {n: to_jax(checkpoint.params[n]) for n in names}
+    tx, params, _ = checkpoint.to_jax()
+    state = _like(jax.eval_shape(tx.init, params), raw)
     optimizer_to_torch(tx, params, state, model, optimizer)
     return {n: dict(values) for p, n in model.names.items() if (values := optimizer.state.get(p))}
+
+
+def _like(target: Any, raw: Any) -> Any:
+    """Dictionaries and lists as the NamedTuples and tuples of the target."""
+    fields = getattr(target, "_fields", None)
+    if fields is not None:
+        return type(target)(*(_like(getattr(target, field), raw[field]) for field in fields))
+    if isinstance(target, tuple):
+        return tuple(_like(t, x) for t, x in zip(target, raw, strict=True))
+    return {key: _like(t, raw[key]) for key, t in target.items()} if isinstance(target, Mapping) else raw
 
 
 def _restore(path: Path, size: int) -> Any:
