@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-all test-versions bench workloads parity docs lint clean
+.PHONY: demo test test-all test-versions bench workloads parity docs choosing ahead-of-time lint clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -29,9 +29,17 @@ workloads: $(VENV)/.dev  ## four models trained by torch, the drop-in and jopt i
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity
 
-docs: $(VENV)/.dev  ## draw the pictures of docs
+docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
 	$(BIN)/python -m docs.draw_schedules
 	$(BIN)/python -m examples.porting_a_run --out docs/porting.png
+	$(BIN)/python -m examples.notebooks
+
+choosing: $(VENV)/.dev  ## docs/choosing.md: what sweeps say to the usual advice, 2 minutes
+	$(BIN)/python -m docs.choosing
+
+ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md: what is compiled for TPUs and a GPU that are not there, 10 minutes
+	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot]"
+	$(BIN)/python -m docs.ahead_of_time
 
 lint: $(VENV)/.dev  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -15,7 +15,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 import jopt
-from benchmarks import compiling, dropin, in_jax, measure, memory, report, special, training, update
+from benchmarks import (
+    compiling,
+    dropin,
+    in_jax,
+    loading,
+    measure,
+    memory,
+    report,
+    special,
+    sweeping,
+    training,
+    update,
+)
 
 SECTIONS = {
     "dropin": dropin.run,
@@ -25,6 +37,8 @@ SECTIONS = {
     "compile": compiling.run,
     "memory": memory.run,
     "special": special.run,
+    "loading": loading.run,
+    "sweep": sweeping.run,
 }
 
 

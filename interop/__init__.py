@@ -4,7 +4,9 @@ from interop import optim              # torch.optim's classes, stepped by jopt
 interop.to_jax(x), interop.to_torch(x)  # tensors, trees, modules
 interop.optimizer_to_jax(optimizer, model), interop.optimizer_to_torch(tx, params, state, model, optimizer)
 interop.{scheduler,plateau,scaler,average}_to_jax  # what else a run has; and back
+interop.load_checkpoint(path), interop.save_checkpoint(checkpoint, path)  # files of both; python -m interop
 interop.wrap(tx, params)               # any optax transformation as a torch optimizer
+interop.sweep(model, loss, batches, lr=...)   # many learning rates, optimizers and seeds at once
 interop.prefetch(loader)               # a DataLoader's batches as JAX arrays, ahead of use
 """
 
@@ -14,16 +16,21 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("interop needs PyTorch: pip install torch (or pip install 'jopt[torch]')") from error
 
 from interop.averages import average_to_jax, average_to_torch, scaler_to_jax, scaler_to_torch
+from interop.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from interop.data import prefetch
 from interop.modules import to_jax, to_torch
 from interop.moving import optimizer_to_jax, optimizer_to_torch
 from interop.optax_states import optimizer_from_optax, optimizer_to_optax
 from interop.schedulers import plateau_to_jax, plateau_to_torch, scheduler_to_jax
+from interop.sweeping import sweep
 from interop.wrapping import wrap
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
     "average_to_jax",
     "average_to_torch",
+    "load_checkpoint",
     "optimizer_from_optax",
     "optimizer_to_jax",
     "optimizer_to_optax",
@@ -31,9 +38,11 @@ __all__ = [
     "plateau_to_jax",
     "plateau_to_torch",
     "prefetch",
+    "save_checkpoint",
     "scaler_to_jax",
     "scaler_to_torch",
     "scheduler_to_jax",
+    "sweep",
     "to_jax",
     "to_torch",
     "wrap",

@@ -1,6 +1,6 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
-from jopt import schedules
+from jopt import schedules, states  # noqa: F401  states: for jax.export
 from jopt.arena import Packed, pack, unpack
 from jopt.average import Average, AverageState, ema, swa, update_bn
 from jopt.chaining import Chain, chain
@@ -30,7 +30,11 @@ from jopt.optimizers import (
     sparse_adam,
 )
 from jopt.plateau import Plateau, PlateauState, reduce_lr_on_plateau
+from jopt.range_test import RangeTest, lr_range_test
 from jopt.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
+from jopt.sharding import Sharded, shard_state
+from jopt.sweep import sweep
+from jopt.sweep_result import Sweep
 from jopt.transform import State, Transform
 
 __all__ = [
@@ -46,8 +50,11 @@ __all__ = [
     "Packed",
     "Plateau",
     "PlateauState",
+    "RangeTest",
     "ScaleState",
+    "Sharded",
     "State",
+    "Sweep",
     "Transform",
     "adadelta",
     "adafactor",
@@ -66,6 +73,7 @@ __all__ = [
     "health_report",
     "lbfgs",
     "loss_scale",
+    "lr_range_test",
     "mars",
     "momentum",
     "monitor",
@@ -80,9 +88,11 @@ __all__ = [
     "rprop",
     "schedules",
     "sgd",
+    "shard_state",
     "skip_nonfinite",
     "sparse_adam",
     "swa",
+    "sweep",
     "unpack",
     "update_bn",
 ]

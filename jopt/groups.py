@@ -123,6 +123,10 @@ class Groups(optax.GradientTransformationExtraArgs):
                 return i
         return len(self.patterns)
 
+    def labels(self, params: Tree) -> list[int]:
+        """For each leaf of `params` the position of its group, as `group_of`."""
+        return self._assign(params)[2]
+
     def _assign(self, params: Tree) -> tuple[list[list[str]], Any, list[int]]:
         """For each leaf of `params` the paths in it and their group."""
         names: list[list[str]] = []

@@ -178,7 +178,8 @@ def health_report(health: Health, params: Tree, *, vanishing: float = 1e-4, expl
 
     A layer's gradient vanishes if its root mean square is below `vanishing` times the largest one of any layer, or 0. A
     layer explodes if its gradient has a nan or an infinity, or the step moved it by more than `exploding` times its own
-    norm.
+    norm. Look after some steps: what began at 0, such as a bias, moves by more than its norm at first. Gradients that
+    are tiny everywhere are not told from a small loss.
 
     Args:
       health: `state.health`.

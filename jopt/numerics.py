@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType, PartitionSpec
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -174,7 +175,10 @@ def mul(x: Array, y: Array) -> Array:
 
 
 def scale(x: Array, factors: Iterable[Array]) -> Array:
-    """x times each factor, one after the other."""
+    """x times each real factor, one after the other."""
+    factors = list(factors)
+    if jnp.iscomplexobj(x):
+        return lax.complex(scale(x.real, factors), scale(x.imag, factors))
     for factor in factors:
         x = mul(x, factor.astype(compute_dtype(x.dtype)))
     return x
@@ -210,7 +214,9 @@ def rsqrt(x: Array) -> Array:
 
 
 def norm(x: Array, axis: int | None = None) -> Array:
-    """torch.norm: the Euclidean norm over one axis, which is kept, or over all."""
+    """torch.norm: the Euclidean norm over one axis, which is kept, or over all; a real number of complex ones too."""
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag]) if axis is None else jnp.abs(x)
     (a,) = _up(x)
     return _round(jnp.sqrt(jnp.sum(a * a, axis=axis, keepdims=axis is not None)), x.dtype)
 
@@ -230,6 +236,14 @@ def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | fl
 def matmul(t1: Array, t2: Array) -> Array:
     """torch.matmul, summed in the compute type and rounded once."""
     return _round(jnp.matmul(t1, t2, preferred_element_type=compute_dtype(t1.dtype)), t1.dtype)
+
+
+def whole(x: Array) -> Array:
+    """x, whose every element what follows needs: on a mesh, gathered once, here. Inside loops XLA would do it again."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def lerp(start: Array, end: Array, weight: Array) -> Array:

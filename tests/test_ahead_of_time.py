@@ -1,13 +1,14 @@
-"""Steps compiled for a TPU and a GPU that are not there: each array read and written once, in place, in one loop.
+"""Steps compiled for TPUs and a GPU that are not there: what is read and written, in place, and between devices.
 
-Needs libtpu and JAX's CUDA plugin, `pip install '.[aot]'`; nothing is run. A process of its own compiles for each,
-since the CUDA plugin withdraws from one that has looked for a GPU and found none.
+Needs libtpu and JAX's CUDA plugin, `pip install '.[aot]'`; nothing is run. docs/ahead_of_time.py compiles, and writes
+the same figures to docs/ahead-of-time.md.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,57 +21,33 @@ import pytest
 from jax.experimental import topologies
 
 import jopt
+from docs.ahead_of_time import ENVIRONMENT, FSDP, OPTIMIZERS, ROWS, SHAPES, TARGETS, ZERO, compiled_elsewhere
 from tests import cases
 
+pytestmark = pytest.mark.slow  # minutes of compiling
+
 ELEMENTWISE = [case for case in cases.CASES if case.scope == "element"]
-SHAPES = [(32768, 1024), (1000,)]  # large, since the scalars in emulated float64 count as 2 MB
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-# Of an H100, as in openxla/xla#25919.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+PACKED = [SHAPES["a"], (1000,)]
+PLATFORMS = {"tpu": "TPU v5e", "cuda": "H100"}
+SCALARS = 2e6  # bytes that scalars in emulated float64 and small vectors may take
+SMALL = 65536  # bytes of what is not divided: counts, Adafactor's columns
+FORMS = ("tree", ZERO, FSDP, "packed", f"packed, {ZERO}")
+RULES = {name: tx.rule for name, tx in OPTIMIZERS.items()}
 
 
-TOPOLOGIES = {
-    "tpu": {"topology_name": "v5e:2x2"},
-    "cuda": {"topology_name": "", "target_config": H100, "topology": "1x1x1"},
-}
-PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+def skip_without(target):
+    plugin = TARGETS[target][0]
+    if importlib.util.find_spec(plugin) is None:
+        pytest.skip(f"compiling for {target} needs {plugin}: pip install '.[aot]'")
 
 
-def compile_all(platform):
+# --- every configuration, packed -----------------------------------------------------------------------
+
+
+def explain_all(platform):
     """By case what jopt.explain finds, and how many loops there are over a whole buffer."""
-    device = topologies.get_topology_desc(platform=platform, **TOPOLOGIES[platform]).devices[0]
-    params = jax.eval_shape(jopt.pack, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES])
+    device = topologies.get_topology_desc(**TARGETS[PLATFORMS[platform]][1]).devices[0]
+    params = jax.eval_shape(jopt.pack, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in PACKED])
     array = rf"\[{params.buffers[0].size}\]"
     found = {}
     for case in ELEMENTWISE:
@@ -81,10 +58,8 @@ def compile_all(platform):
     return found
 
 
-@functools.cache
-def compiled(platform):
-    if importlib.util.find_spec(PLUGINS[platform]) is None:
-        pytest.skip(f"compiling for {platform} needs {PLUGINS[platform]}: pip install '.[aot]'")
+def explained(platform):
+    skip_without(PLATFORMS[platform])
     child = subprocess.run(
         [sys.executable, "-m", "tests.test_ahead_of_time", platform],
         cwd=Path(__file__).parent.parent,
@@ -97,7 +72,7 @@ def compiled(platform):
 
 
 def test_on_a_tpu_each_array_is_read_and_written_once():
-    for name, found in compiled("tpu").items():
+    for name, found in explained("tpu").items():
         assert found["platform"].startswith("tpu"), name
         assert found["accessed_bytes"] <= 1.01 * found["minimum_bytes"], (name, found)
         assert found["temporary_bytes"] == 0, name
@@ -106,12 +81,96 @@ def test_on_a_tpu_each_array_is_read_and_written_once():
 
 
 def test_on_a_gpu_each_buffer_is_one_loop():
-    for name, found in compiled("cuda").items():
+    for name, found in explained("cuda").items():
         assert found["platform"].startswith("gpu"), name
         assert found["temporary_bytes"] <= 2048, name
         assert found["outputs_in_place"] == found["outputs"], name
         assert found["loops"] == 1, name
 
 
+# --- every optimizer, in every form ----------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(target):
+    skip_without(target)
+    return compiled_elsewhere(target, ())
+
+
+def programs(target, *forms):
+    for name, rule in RULES.items():
+        for form in forms:
+            if f"{name}, {form}" in compiled(target):
+                yield f"{name}, {form}", rule, compiled(target)[f"{name}, {form}"]
+
+
+def params_bytes(rule):
+    vectors = rule.scope == "element" or "beta2_decay" in rule.hyperparameters  # Adafactor; others are given matrices
+    return sum(4 * math.prod(s) for s in SHAPES.values() if vectors or len(s) == 2)
+
+
+everywhere = pytest.mark.parametrize("target", TARGETS)
+
+
+@everywhere
+def test_everything_lies_where_it_lay_and_no_array_is_float64(target):
+    for program, _, found in programs(target, *FORMS):
+        assert found["in place"] == found["outputs"], program
+        assert found["longest float64"] <= len(SHAPES), program  # the scalars of each leaf
+
+
+@everywhere
+def test_on_one_device(target):
+    for program, rule, found in programs(target, "tree", "packed"):
+        assert found["collectives"] == {}, program
+        size = params_bytes(rule)
+        # Norms read a tensor up to three times more. SparseAdam takes rows; Muon's room is for bfloat16 matrices.
+        again = 0 if rule.scope == "element" else 3 * size
+        if found["accessed"] is not None and not rule.batched:
+            assert found["accessed"] <= 1.01 * found["minimum"] + again, program
+        assert found["temporary"] <= (again if rule.scope == "tensor" else 10 * SCALARS) + SCALARS, program
+
+
+@everywhere
+def test_divided_state_is_a_quarter_and_parameters_are_gathered_once(target):
+    for program, rule, found in programs(target, ZERO, f"packed, {ZERO}"):
+        alone = compiled(target)[program.removesuffix(f", {ZERO}") + ("" if "packed" in program else ", tree")]
+        assert found["state"] <= alone["state"] / 4 + SMALL, program
+        size, moved = params_bytes(rule), found["collectives"]
+        gathered, summed = moved.get("all-gather", 0), moved.get("all-reduce", 0)
+        if alone["state"] < SMALL and rule.scope == "element":
+            assert moved == {}, program  # plain SGD: there is nothing to divide
+        elif rule.scope == "rows":
+            assert moved == {"all-reduce": 2 * 2 * 4 * ROWS * SHAPES["a"][1]}, program  # two tables, two slots
+        elif rule.batched:
+            assert moved == {"all-gather": size // 2}, program  # in bfloat16
+        elif "packed" in program:
+            assert size <= gathered + summed <= 1.001 * size, program
+        else:
+            assert gathered == size, program
+            assert summed <= (0 if rule.scope == "element" else 2 * 4 * (SHAPES["a"][1] + 8)), program
+        assert set(moved) <= {"all-gather", "all-reduce"}, program
+        # The parts before they are gathered; on a TPU the gathered ones too. Muon's matrices, as on one device.
+        room = 3 * size if rule.batched else size / 2 if target == "H100" else 1.25 * size
+        assert found["temporary"] <= room + 10 * SCALARS, program
+
+
+@everywhere
+def test_divided_parameters_are_stepped_where_they_lie(target):
+    for program, rule, found in programs(target, FSDP):
+        size, moved = params_bytes(rule), found["collectives"]
+        if rule.scope == "element":
+            # What is read and written is not compared: parts this small are copied to a TPU's VMEM and counted again.
+            assert moved == {}, program
+            assert found["temporary"] <= SCALARS, program
+        elif rule.batched:
+            assert moved == {"all-gather": size // 2}, program
+        elif rule.scope == "tensor":
+            assert moved.keys() == {"all-reduce"}, program
+            assert moved["all-reduce"] <= 2 * 4 * (SHAPES["a"][1] + 8), program
+        else:  # SparseAdam's rows: state's and the table's
+            assert sum(moved.values()) <= 2 * 3 * 4 * ROWS * SHAPES["a"][1], program
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+    print(json.dumps(explain_all(sys.argv[1])))

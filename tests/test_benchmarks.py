@@ -13,7 +13,7 @@ for extra in ("matplotlib", "tqdm"):
 
 from benchmarks import models, report, shapes  # noqa: E402
 
-SECTIONS = ("dropin", "training", "update", "jax", "compile", "memory", "special")
+SECTIONS = ("dropin", "training", "update", "jax", "compile", "memory", "special", "loading", "sweep")
 
 
 @pytest.mark.slow  # torch.compile calls a compiler

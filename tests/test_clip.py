@@ -50,6 +50,30 @@ def test_clip_grad_norm(p, max_norm, dtype):
             assert cases.difference(found, np.asarray(q.grad.double())) <= tolerance
 
 
+@pytest.mark.parametrize("p", [2.0, 1.0, math.inf])
+def test_clip_grad_norm_of_complex_gradients(p, x64):
+    """Alone and in the step, whose factor multiplies both parts."""
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((2, *shape)) for shape in ((7,), (3, 2))]
+    grads = [jnp.asarray(re + 1j * im) for re, im in values] + [jnp.ones(3)]
+    torch = pytest.importorskip("torch", reason="the truth is torch's")
+    params = [torch.nn.Parameter(torch.zeros(g.shape, dtype=torch.from_numpy(np.array(g)).dtype)) for g in grads]
+    for q, g in zip(params, grads, strict=True):
+        q.grad = torch.from_numpy(np.array(g))
+    optimizer = torch.optim.SGD(params, lr=0.5)
+    expected = torch.nn.utils.clip_grad_norm_(params, 1.0, p)
+    optimizer.step()
+    clip = jopt.clip_grad_norm(1.0, p)
+    clipped, state = jax.jit(clip.update)(grads, clip.init(grads))
+    assert cases.difference(state.total_norm, expected.numpy()) <= cases.CLIPPED["float64"]
+    for found, q in zip(clipped, params, strict=True):
+        assert cases.difference(found, q.grad.numpy()) <= cases.CLIPPED["float64"]
+    tx = jopt.chain(clip, jopt.sgd(lr=0.5))
+    start = [jnp.zeros_like(g) for g in grads]
+    for found, q in zip(tx.step(grads, tx.init(start), start)[0], params, strict=True):
+        assert cases.difference(found, q.detach().numpy()) <= cases.CLIPPED["float64"]
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_clip_grad_value(dtype):
     with jax.enable_x64(dtype == "float64"):

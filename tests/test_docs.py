@@ -67,3 +67,22 @@ def test_examples_run_and_learn(code):
         assert names["losses"][-1] < 0.1 * names["losses"][0]
     else:
         assert "params" in names
+
+
+@pytest.mark.slow  # two dozen sweeps are compiled
+def test_the_page_on_choosing_is_written(tmp_path):
+    pytest.importorskip("sklearn", reason="of the demo extra")
+    import jax
+
+    from docs import choosing
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        choosing.main(["--steps", "20", "--out", str(tmp_path)])
+    page = (tmp_path / "choosing.md").read_text()
+    committed = (PAGES.parent / "choosing.md").read_text()
+    pieces = [
+        re.findall(r"^\| ([A-Z][^|]*\.) \|.*\*\*(?:holds|does not)", text, re.MULTILINE) for text in (page, committed)
+    ]
+    assert pieces[0] == pieces[1]
+    assert len(pieces[0]) == 13
+    assert (tmp_path / "choosing.png").stat().st_size > 10_000

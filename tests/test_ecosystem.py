@@ -198,3 +198,55 @@ def test_orbax(tmp_path, problem, hyperparams_in_state):
     whole = train(*half, range(5, 10))
     for a, b in zip(jax.tree.leaves(train(*restored, range(5, 10))), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# --- torchax
+
+
+@pytest.fixture
+def torchax(monkeypatch):
+    """torchax, imported. Its tables name overloads of torch's that torch 2.13 has no more; none of them is called."""
+    torch = pytest.importorskip("torch", reason="torchax runs torch's modules")
+    packet = type(torch.ops.aten.prod)
+    overload = packet.__getattr__
+
+    def overload_or_name(self, name):
+        try:
+            return overload(self, name)
+        except AttributeError:
+            return _Gone()
+
+    monkeypatch.setattr(packet, "__getattr__", overload_or_name)
+    return pytest.importorskip("torchax", reason=REASON)
+
+
+class _Gone:
+    def name(self):
+        return "an overload that this torch has not"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchax's, of torch and JAX
+def test_torchax_runs_the_module_and_jopt_steps_it(torchax):
+    """A PyTorch module in JAX, as docs/jax-libraries.md has it, is the run in PyTorch."""
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
+    x, y = torch.randn(32, 8), torch.randn(32, 1)
+    params, apply = torchax.extract_jax(model)
+    tx = jopt.adamw(lr=1e-2)
+    state = tx.init(params)
+
+    @jax.jit
+    def train_step(params, state, x, y):
+        grads = jax.grad(lambda p: jnp.mean((apply(p, (x,)) - y) ** 2))(params)
+        return tx.step(grads, state, params)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(STEPS):
+        params, state = train_step(params, state, x.numpy(), y.numpy())
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert cases.difference(params[name], p.detach()) <= cases.NETWORK["float32"], name

@@ -9,7 +9,7 @@ for extra in ("matplotlib", "PIL", "sklearn", "tqdm"):
 
 import jax  # noqa: E402
 
-from examples import digits, porting_a_run  # noqa: E402
+from examples import digits, porting_a_run, vanishing_gradients  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,43 @@ def test_the_demo_says_what_is_wrong(tmp_path, data):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"--data .*(no such folder|expected images in one subfolder a class)"):
         digits.main(["--data", str(tmp_path / data) if data == "empty" else data])
+
+
+def short(name, steps):
+    (run,) = (r for r in vanishing_gradients.runs() if f"{r.problem}, {r.name}" == name)
+    run.train(steps, lambda: None)
+    return run
+
+
+def test_the_report_names_what_vanishes_and_explodes():
+    """30 layers whose weights have standard deviation 1 / sqrt(3 n): a gradient shrinks by about 0.58 a layer."""
+    run = short("30 tanh layers, as it is, sgd", 1)
+    weights = [x for x in run.report.vanishing if x.startswith("layer") and x.endswith("weight")]
+    assert weights == [f"layer {i:02}.weight" for i in range(len(weights))]
+    assert 15 <= len(weights) < 29
+    run = short("a tanh recurrence, as it is, sgd", 1)
+    assert run.report.vanishing == tuple(f"time {t:02}" for t in range(0, 8 * len(run.report.vanishing), 8))
+    assert len(run.report.vanishing) >= 4
+    run = short("a ReLU recurrence, as it is, sgd", 5)
+    assert "hidden" in run.report.exploding
+    assert not np.isfinite(run.losses).all()
+
+
+@pytest.mark.slow  # compiles eight training steps
+def test_the_cures_cure(tmp_path, capsys, monkeypatch):
+    done = vanishing_gradients.runs()
+    monkeypatch.setattr(vanishing_gradients, "runs", lambda: done)
+    assert vanishing_gradients.main(["--out", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    for run in done:
+        assert f"{run.problem:20}{run.name:24}" in out
+        chance = np.log(10 if "layers" in run.problem else vanishing_gradients.CLASSES)
+        if run.name == "as it is, sgd":
+            assert not run.final < 0.95 * chance, run.problem
+            assert run.report.vanishing or run.report.exploding
+        else:
+            assert run.final < 0.95 * chance, (run.problem, run.name)
 
 
 def test_a_run_moves_and_comes_back(tmp_path, capsys):

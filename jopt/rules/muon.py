@@ -96,7 +96,7 @@ def orthogonalize(c, matrix: Array, steps: int) -> Array:
     """A bfloat16 matrix of the same singular vectors, with singular values near 1."""
     rows, columns = matrix.shape
     c = {name: x.astype(jnp.float32) for name, x in c.items()}
-    x = matrix.astype(jnp.bfloat16)
+    x = t.whole(matrix.astype(jnp.bfloat16))
     if rows > columns:
         x = x.T
     x = t.div(x, jnp.maximum(t.norm(x), t.cast(c["eps"], x)))
@@ -105,5 +105,5 @@ def orthogonalize(c, matrix: Array, steps: int) -> Array:
         gram = t.matmul(x, x.T)
         return t.addmm(x, t.addmm(gram, gram, gram, beta=c["b"], alpha=c["c"]), x, beta=c["a"], alpha=1)
 
-    x = lax.fori_loop(0, steps, iterate, x)
+    x = t.whole(lax.fori_loop(0, steps, iterate, x))  # here too: else the iteration is sharded as its result is
     return x.T if rows > columns else x

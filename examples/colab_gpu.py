@@ -1,0 +1,106 @@
+# %% [markdown]
+# # PyTorch models, stepped by XLA
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/jopt/blob/main/examples/colab_gpu.ipynb)
+#
+# One import changes: `from interop import optim` in place of `from torch import optim`.
+# The optimizer's step runs on the CPU, compiled by XLA, and the model wherever it is: on a GPU this is *offloading*, the
+# moments take none of its memory. (Tensors on CUDA themselves are not taken yet; to train on the GPU in JAX see the TPU
+# notebook, which runs there unchanged.)
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+# Without dependencies, so that Colab's own jax and torch stay.
+for module, package in {"jopt": "git+https://github.com/OWNER/jopt", "optax": "optax"}.items():
+    if importlib.util.find_spec(module) is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", package], check=True)
+
+# %%
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the GPU's memory from PyTorch
+
+import time
+
+import torch
+from torch import nn
+
+from interop import optim
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(f"PyTorch {torch.__version__}; the model is on {device}")
+
+# %% [markdown]
+# A network learns a function of 32 numbers.
+
+# %%
+WIDTH, STEPS = 128, 60
+target = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+def make():
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1)]
+    return nn.Sequential(*layers).to(device)
+
+
+def loss_of(model, step):
+    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(step))
+    y = torch.tanh(x @ target)[:, None]
+    return (model(x.to(device)) - y.to(device)).square().mean()
+
+
+# %% [markdown]
+# ## PyTorch alone
+
+# %%
+model = make()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+expected = []
+for step in range(STEPS):
+    optimizer.zero_grad()
+    loss = loss_of(model, step)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    expected.append(loss.item())
+print(f"loss {expected[0]:.4f} to {expected[-1]:.4f}")
+
+# %% [markdown]
+# ## The same, stepped by XLA
+#
+# `optim.AdamW` is `torch.optim.AdamW` with another `step`; clipping can be part of it. It steps copies of the parameters on
+# the CPU; on a machine without GPU give it `model.parameters()` themselves and leave the copies out.
+
+# %%
+model = make()
+masters = [p.detach().cpu().clone().requires_grad_() for p in model.parameters()]
+optimizer = optim.AdamW(masters, lr=1e-3, max_norm=1.0)
+found, seconds = [], 0.0
+for step in range(STEPS):
+    model.zero_grad()
+    loss = loss_of(model, step)
+    loss.backward()
+    for master, p in zip(masters, model.parameters(), strict=True):
+        master.grad = p.grad.cpu()
+    start = time.perf_counter()
+    optimizer.step()
+    seconds += time.perf_counter() - start if step else 0  # the first compiles
+    with torch.no_grad():
+        for master, p in zip(masters, model.parameters(), strict=True):
+            p.copy_(master)
+    found.append(loss.item())
+difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+print(f"loss {found[0]:.4f} to {found[-1]:.4f}, {1e3 * seconds / (STEPS - 1):.2f} ms a step of the optimizer")
+print(f"largest difference of a loss from PyTorch alone: {difference:.1e}")
+
+# %% [markdown]
+# Its state is PyTorch's: a checkpoint goes on in `torch.optim`, and the other way round.
+
+# %%
+plain = torch.optim.AdamW(masters, lr=1e-3)
+plain.load_state_dict(optimizer.state_dict())
+print(f"step {int(plain.state[masters[0]]['step'])}, {sorted(plain.state[masters[0]])}")

@@ -1,0 +1,429 @@
+"""jopt.shard_state on eight simulated devices: numbers, places, collectives, bytes, and what is refused.
+
+The devices must be asked for before JAX starts: one process runs every `check_*` of this module, each of which is a
+test here.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.sparse import BCOO
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import jopt
+from tests import cases
+
+DEVICES = 8
+SHAPES = {"a": (64, 32), "b": (64, 32), "wide": (6, 96), "bias": (16,), "odd": (13, 7)}
+MIN_SIZE = 64
+REPLICATED = P()
+DIVIDED = {"a": P("data", None), "b": P("data", None), "wide": P(None, "data")}
+FIRST = [next(c for c in cases.CASES if c.name == name) for name in dict.fromkeys(c.name for c in cases.CASES)]
+
+
+def mesh_of(sizes=(DEVICES,), names=("data",), explicit=False):
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
+
+
+def make(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def replicated(tree, mesh):
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def collectives(program):
+    """The collective operations of a compiled program, and how many elements each gives."""
+    found = []
+    for shapes, kind in re.findall(r"= (.+?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", program):
+        sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+        found.append((kind, int(sum(sizes))))
+    return found
+
+
+def assert_equal(ours, theirs, tolerance=0.0):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype, path
+        assert cases.difference(a, b) <= tolerance, (path, cases.difference(a, b))
+
+
+def run_both(tx, shapes=SHAPES, *, mesh=None, dtype=jnp.float32, params_at=REPLICATED, steps=4, **arguments):
+    """Some steps, sharded and alone: both outcomes, the transformation, the compiled step."""
+    mesh = mesh or mesh_of()
+    host = {name: x.astype(dtype) for name, x in make(shapes).items()}
+    at = {name: NamedSharding(mesh, params_at[name] if isinstance(params_at, dict) else params_at) for name in host}
+    params = jax.device_put(host, at)
+    sharded = jopt.shard_state(tx, params, mesh, min_size=MIN_SIZE, **arguments)
+    state = sharded.init(params)
+    compiled = jax.jit(sharded.step, donate_argnums=(1, 2)).lower(params, state, params).compile()
+    alone, alone_step = jax.tree.map(jnp.asarray, host), jax.jit(functools.partial(jopt.chaining.step, tx))
+    alone_state = tx.init(alone)
+    for i in range(1, steps + 1):
+        grads = {name: x.astype(dtype) for name, x in make(shapes, seed=i).items()}
+        params, state = compiled(jax.device_put(grads, at), state, params)
+        alone, alone_state = alone_step(grads, alone_state, alone)
+    return (params, state), (alone, alone_state), sharded, compiled
+
+
+# --- numbers, places, collectives ----------------------------------------------------------------------
+
+
+def check_step(case):
+    shapes = {name: s for name, s in SHAPES.items() if len(s) == 2 or not case.matrices}
+    ours, theirs, sharded, compiled = run_both(case.jopt(), shapes)
+    exact = case.scope == "element" or case.name == "muon"
+    assert_equal(ours, theirs, 0.0 if exact else cases.FRONT_ENDS["float32"])
+
+    # Places.
+    params, state = ours
+    assert all(x.sharding.is_fully_replicated for x in params.values())
+    assert all(x.sharding.is_fully_replicated for x in [state.count, *state.scalars.values()])
+    per_device = 0
+    for slot, tree in state.slots.items():
+        for name, x in tree.items():
+            if x is None:
+                continue
+            spec = [
+                axis if n == m else None
+                for axis, n, m in zip(DIVIDED.get(name, [None] * x.ndim), x.shape, shapes[name], strict=True)
+            ]
+            assert x.sharding.is_equivalent_to(NamedSharding(sharded_mesh(sharded), P(*spec)), x.ndim), (slot, name)
+            assert x.sharding.is_equivalent_to(sharded.shardings.slots[slot][name], x.ndim)
+            per_device += x.nbytes // (DEVICES if any(spec) else 1)
+    assert sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.slots)) == per_device
+
+    # The compiler's count: parameters, gradients and the state's part, and all but the gradients written in place.
+    memory = compiled.memory_analysis()
+    rest = sum(x.nbytes for x in [state.count, *state.scalars.values()])
+    whole = sum(x.nbytes for x in params.values())
+    assert memory.argument_size_in_bytes == 2 * whole + per_device + rest
+    assert memory.alias_size_in_bytes == whole + per_device + rest
+
+    # Each divided parameter is gathered once; tensor rules sum their norms, means of rows or columns.
+    found = collectives(compiled.as_text())
+    divided = [shapes[name] for name in DIVIDED if state.slots]
+    gathered = sum(n for kind, n in found if kind == "all-gather")
+    assert gathered == sum(rows * columns for rows, columns in divided), found
+    reduced = sum(n for kind, n in found if kind == "all-reduce")
+    sums = {"adafactor": sum(4 + max(s) for s in divided), "mars": len(divided)}
+    assert reduced <= sums.get(case.name, 0), found
+    assert {kind for kind, _ in found} <= {"all-gather", "all-reduce"}, found
+
+
+def sharded_mesh(sharded):
+    return sharded.shardings.count.mesh
+
+
+def check_sparse_rows():
+    """SparseAdam: its rows are gathered, never the table."""
+    mesh, tx = mesh_of(), jopt.sparse_adam(lr=0.1)
+    table = make({"table": (64, 16)})
+    params = replicated(table, mesh)
+    sharded = jopt.shard_state(tx, params, mesh)
+    state, alone, alone_state = sharded.init(params), table, tx.init(table)
+    assert state.slots["exp_avg"]["table"].addressable_shards[0].data.shape == (8, 16)
+    for i in range(3):
+        rng = np.random.default_rng(i)
+        rows, ids = rng.standard_normal((8, 16), np.float32), rng.integers(0, 64, (8, 1), np.int32)
+        grads = {"table": BCOO((jnp.asarray(rows), jnp.asarray(ids)), shape=(64, 16))}
+        alone, alone_state = jax.jit(tx.step)(grads, alone_state, alone)
+        compiled = jax.jit(sharded.step).lower(replicated(grads, mesh), state, params).compile()
+        params, state = compiled(replicated(grads, mesh), state, params)
+    assert_equal((params, state), (alone, alone_state))
+    assert sum(n for _, n in collectives(compiled.as_text())) <= 4 * 8 * 16
+
+
+def check_low_precision():
+    """bfloat16 parameters, their master copies and state in float32, divided."""
+    tx = jopt.adamw(lr=0.02, master_copy=True, state_dtype=jnp.float32)
+    ours, theirs, *_ = run_both(tx, dtype=jnp.bfloat16)
+    assert_equal(ours, theirs)
+    assert ours[1].slots["master"]["a"].addressable_shards[0].data.shape == (8, 32)
+
+
+def check_sharded_parameters():
+    """FSDP: the state lies where its parameters do, and Adam's step needs no other device."""
+    at = {"a": P("data"), "b": P(None, "data"), "wide": P(None, "data"), "bias": P("data"), "odd": P()}
+    for axis in ("data", None):
+        ours, theirs, _, compiled = run_both(jopt.adamw(lr=0.02), params_at=at, axis=axis)
+        assert_equal(ours, theirs)
+        for tree in (ours[0], ours[1].slots["exp_avg"]):
+            assert all(
+                x.sharding.is_equivalent_to(NamedSharding(mesh_of(), at[name]), x.ndim) for name, x in tree.items()
+            )
+        assert collectives(compiled.as_text()) == []
+    shapes = {name: SHAPES[name] for name in ("a", "b", "wide")}
+    ours, theirs, _, compiled = run_both(jopt.muon(lr=0.02), shapes, params_at=at | {"b": P("data")})
+    assert_equal(ours, theirs)
+    found = collectives(compiled.as_text())
+    assert sum(n for _, n in found) == 64 * 32 * 2 + 6 * 96, found  # the update, once
+
+
+def check_two_axes():
+    """Tensor parallelism along one axis, the state along both; and along two axes at once."""
+    mesh = mesh_of((4, 2), ("data", "model"))
+    at = {name: P(None, "model") if len(s) == 2 and s[1] % 2 == 0 else P() for name, s in SHAPES.items()}
+    ours, theirs, sharded, _ = run_both(jopt.adamw(lr=0.02), mesh=mesh, params_at=at)
+    assert_equal(ours, theirs)
+    assert sharded.shardings.slots["exp_avg"]["a"].spec == P("data", "model")
+    assert sharded.shardings.slots["exp_avg"]["wide"].spec == P(None, ("model", "data"))
+    assert ours[0]["a"].sharding.spec in (P(None, "model"), P(None, ("model",)))
+    both = jopt.shard_state(jopt.adamw(), replicated(make(SHAPES), mesh), mesh, ("data", "model"))
+    assert both.shardings.slots["exp_avg"]["a"].spec == P(("data", "model"), None)
+
+
+def train(mesh, params, tx, steps=5):
+    """A network whose batch is divided; mesh None: one device."""
+    rng = np.random.default_rng(7)
+    sharded = tx if mesh is None else jopt.shard_state(tx, params, mesh, min_size=MIN_SIZE)
+    state = sharded.init(params)
+
+    def loss_of(params, x, y):
+        hidden = jax.nn.relu(x @ params["w1"] + params["b1"][None])
+        return jnp.mean((hidden @ params["w2"] - y) ** 2)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, x, y):
+        loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+        params, state = sharded.step(grads, state, params)
+        return params, state, loss
+
+    losses = []
+    for _ in range(steps):
+        batch = rng.standard_normal((32, 16), np.float32), rng.standard_normal((32, 8), np.float32)
+        if mesh is not None:
+            batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        params, state, loss = step(params, state, *batch)
+        losses.append(float(loss))
+    return params, state, losses
+
+
+def check_training():
+    """One jitted step with a divided batch, on automatic and on explicit axes, as on one device."""
+    shapes = {"w1": (16, 64), "b1": (64,), "w2": (64, 8)}
+    tx = jopt.chain(
+        jopt.clip_grad_norm(0.5), jopt.param_groups(jopt.adamw, {"w1": jopt.muon(lr=0.01), "b1": {"lr": 0.1}}, lr=0.02)
+    )
+    expected, _, losses = train(None, jax.tree.map(jnp.asarray, make(shapes)), tx)
+    for explicit in (False, True):
+        mesh = mesh_of(explicit=explicit)
+        params, state, found = train(mesh, replicated(make(shapes), mesh), tx)
+        assert np.allclose(found, losses, rtol=cases.FRONT_ENDS["float32"])
+        # Gradients, summed over devices, differ by an ulp, on which Muon's iteration in bfloat16 turns.
+        for name, tolerance in (("w1", cases.MUON["float32"]), ("b1", 1e-4), ("w2", 1e-4)):
+            assert cases.difference(params[name], expected[name]) <= tolerance, (name, explicit)
+        momentum = state[1].groups[0].slots["momentum_buffer"]["w1"]
+        assert momentum.addressable_shards[0].data.size == momentum.size // DEVICES
+
+
+def check_compositions():
+    """What wraps a step, and optax's own; both ways in, `step` and `update`."""
+    mesh = mesh_of()
+    grads = make(SHAPES, seed=3)
+    for tx, exact in (
+        (jopt.skip_nonfinite(jopt.adamw(lr=0.02)), True),
+        (jopt.param_groups(jopt.adamw, {"^b": None, "wide": {"lr": 0.1}}, lr=0.02), True),
+        (optax.adamw(0.02), False),
+        (optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2).gradient_transformation(), True),
+    ):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax needs
+            ours, theirs, sharded, _ = run_both(tx, steps=3)
+            updates, _ = jax.jit(sharded.update)(replicated(grads, mesh), ours[1], ours[0])
+            expected, _ = tx.update(grads, theirs[1], theirs[0])
+        assert_equal(ours, theirs, 0.0 if exact else cases.FRONT_ENDS["float32"])
+        largest = [x for x in jax.tree.leaves(ours[1]) if x.shape == SHAPES["a"]]
+        assert largest
+        assert all(x.addressable_shards[0].data.shape == (8, 32) for x in largest)
+        assert_equal(updates, expected, cases.FRONT_ENDS["float32"])
+
+    # What is frozen does not move.
+    *_, compiled = run_both(jopt.param_groups(jopt.adamw, {"^b": None}))
+    assert sum(n for _, n in collectives(compiled.as_text())) == 64 * 32 + 6 * 96
+
+    # Packed: a buffer is divided as an array is, where its length allows.
+    packed = jopt.pack({"kernel": jnp.ones((200, 200)), "bias": jnp.ones(10)})
+    sharded = jopt.shard_state(jopt.adamw(), packed, mesh)
+    state = sharded.init(packed)
+    packed, state = sharded.step(packed, state, packed, active=None)
+    (moment,) = jax.tree.leaves(state.slots["exp_avg"])
+    assert moment.addressable_shards[0].data.size == moment.size // DEVICES
+
+    # What is like the parameters: an average, kept where the state is.
+    params = replicated(make(SHAPES), mesh)
+    sharded = jopt.shard_state(jopt.adamw(), params, mesh, min_size=MIN_SIZE)
+    average, ema = jopt.ema(0.9), jax.jit(lambda p, s: (lambda a: a._replace(params=sharded.shard(a.params)))(s))
+    state = average.init(params)
+    state = ema(params, average.update(params, state))
+    assert state.params["a"].addressable_shards[0].data.shape == (8, 32)
+    assert_equal(state.params, make(SHAPES))
+
+    # A parameter without gradient, and one that is not active, are kept.
+    state = sharded.init(params)
+    some = {name: None if name == "a" else x for name, x in grads.items()}
+    active = {name: name != "b" for name in SHAPES}
+    new, state = sharded.step(some, state, params, active=active)
+    assert_equal({n: new[n] for n in "ab"}, {n: params[n] for n in "ab"})
+    assert cases.difference(new["wide"], params["wide"]) > 0
+    assert np.asarray(state.scalars["step"]).tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def check_export():
+    """A divided step as an artefact, read back, is the step."""
+    pytest.importorskip("flatbuffers", reason="jax.export writes with it: pip install flatbuffers")
+    mesh = mesh_of()
+    params = replicated(make(SHAPES), mesh)
+    tx = jopt.shard_state(jopt.adamw(lr=0.02), params, mesh, min_size=MIN_SIZE)
+    state = tx.init(params)
+    artefact = jax.export.export(jax.jit(tx.step), platforms=["cpu", "tpu"])(params, state, params).serialize()
+    read = jax.export.deserialize(artefact)
+    assert read.nr_devices == DEVICES
+    found = jax.jit(read.call)(params, state, params)
+    assert_equal(found, jax.jit(tx.step)(params, state, params))
+    assert found[1].slots["exp_avg"]["a"].addressable_shards[0].data.shape == (8, 32)
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """A device of another platform."""
+
+    platform, id, process_index, device_kind = "tpu", 99, 0, "TPU v5 lite"
+
+
+def check_refusals():
+    mesh, half = mesh_of(), Mesh(np.array(jax.devices()[:4]), ("data",))
+    params = replicated(make(SHAPES), mesh)
+    tx = jopt.adamw()
+
+    def refused(error, text, f, *args, **kwargs):
+        with pytest.raises(error, match=text):
+            f(*args, **kwargs)
+
+    shard = functools.partial(jopt.shard_state, tx)
+    refused(TypeError, "mesh: expected a jax.sharding.Mesh, found str", shard, params, "data")
+    refused(TypeError, r"axis: expected a name, a tuple of names or None, found 3", shard, params, mesh, 3)
+    refused(ValueError, r"axis: .*which has 'data' of size 8; found 'model' in 'model'", shard, params, mesh, "model")
+    refused(ValueError, r"axis: .*different axes.*\('data', 'data'\)", shard, params, mesh, ("data", "data"))
+    small = replicated({"odd": np.ones((13, 7), np.float32)}, mesh)
+    refused(
+        ValueError, r"'data' of size 8 divides no dimension.*min_size.*params\['odd'\] \(13, 7\)", shard, small, mesh
+    )
+    refused(TypeError, r"params\['n'\]: expected a floating point", shard, {"n": jnp.arange(8)}, mesh)
+    refused(
+        ValueError,
+        r"params\['a'\]: .*8 devices.*\(64, 32\) on 4 \(.*jax.device_put",
+        shard,
+        replicated(params, half),
+        mesh,
+    )
+    other = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    elsewhere = jax.device_put(params, NamedSharding(other, P())) | {
+        "b": jax.device_put(params["b"], NamedSharding(other, P("x")))
+    }
+    refused(ValueError, r"params\['b'\]: .*\{'data': 8\}.*\{'x': 4, 'y': 2\}.*\(64, 32\)", shard, elsewhere, mesh)
+    mixed = Mesh(np.array([jax.devices()[0], Elsewhere()]), ("data",))
+    refused(ValueError, "mesh: expected devices of one platform, found cpu, tpu", shard, params, mixed)
+
+    sharded = shard(params, mesh)
+    state = sharded.init(params)
+    before = jax.tree.map(np.array, (params, state))
+    there = shard(replicated(make(SHAPES), half), half)
+    foreign = there.init(replicated(make(SHAPES), half))
+    wider = params | {"b": replicated(np.ones((64, 16), np.float32), mesh)}
+    for name, args in {
+        r"state\.slots\['exp_avg'\]\['a'\]: .*mesh \{'data': 8\}.*on 4": (
+            params,
+            state._replace(slots=foreign.slots),
+            params,
+        ),
+        r"state\.slots\['exp_avg'\]\['b'\]: expected shape \(64, 32\), found \(64, 16\)": (
+            *(params, state._replace(slots=state.slots | {"exp_avg": wider}), params),
+        ),
+        r"state: expected the structure": (params, state.slots, params),
+        r"params\['b'\]: expected shape \(64, 32\), found \(64, 16\)": (params, state, wider),
+        r"params\['a'\]: .*on 1 \(": (
+            *(params, state, params | {"a": jax.device_put(params["a"], SingleDeviceSharding(jax.devices()[3]))}),
+        ),
+        r"grads: expected the structure of params": ({"a": params["a"]}, state, params),
+        r"grads\['b'\]: expected the parameter's shape \(64, 32\), found \(64, 16\)": (wider, state, params),
+        r"params: expected the structure": (params, state, {"a": params["a"]}),
+        r"params: expected the parameters, found None": (params, state, None),
+    }.items():
+        refused(ValueError, name, sharded.step, *args)
+        refused(ValueError, name, sharded.update, *args)
+    refused(ValueError, r"tree\['b'\]: expected shape", sharded.shard, wider)
+    assert_equal((params, state), before)
+    # Under jit JAX itself compares devices, before it runs anything.
+    refused(ValueError, "incompatible devices.*", jax.jit(sharded.step), params, foreign, params)
+    assert_equal((params, state), before)
+
+
+def check_absent_devices():
+    """A mesh of another process's devices, or of a machine to compile for."""
+    absent = Mesh(np.array([jax.devices()[0], type("Absent", (Elsewhere,), {"platform": "cpu"})()]), ("data",))
+    sharded = jopt.shard_state(jopt.adamw(), make(SHAPES), absent)
+    with pytest.raises(ValueError, match=r"mesh: .* of its 2 devices is none that this process sees \(8 of .*'cpu'\)"):
+        sharded.init(make(SHAPES))
+
+
+# --- the process ---------------------------------------------------------------------------------------
+
+STEPS = {f"step of {case.id}": functools.partial(check_step, case) for case in FIRST}
+CHECKS = STEPS | {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+del CHECKS["step"]
+
+
+@functools.cache
+def outcomes():
+    child = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.test_sharding"],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_devices(name):
+    error, skipped = outcomes()[name]
+    assert error is None, error
+    if skipped:
+        pytest.skip(skipped)
+
+
+def main():
+    import tests.conftest  # noqa: F401  its settings of JAX, and its cache
+
+    results = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            results[name] = None, None
+        except pytest.skip.Exception as skipped:
+            results[name] = None, str(skipped)
+        except Exception:
+            results[name] = traceback.format_exc(), None
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
