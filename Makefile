@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-all test-versions bench parity docs choosing ahead-of-time lint clean
+.PHONY: demo test test-all test-versions bench workloads parity docs choosing ahead-of-time lint clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -22,6 +22,9 @@ test-versions:  ## the oldest and the newest JAX that pyproject.toml admits, and
 
 bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and optax; pages and plots in benchmarks/results
 	$(BIN)/python -m benchmarks
+
+workloads: $(VENV)/.dev  ## four models trained by torch, the drop-in and jopt in JAX; page and plot in benchmarks/results
+	$(BIN)/python -m benchmarks.workloads
 
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity
