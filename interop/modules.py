@@ -93,8 +93,8 @@ def to_jax(x: Any, *, copy: bool | None = True, layout: Layout = "torch") -> Any
     Array([2., 4.], dtype=float32)
     >>> module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     >>> arrays = interop.to_jax(module, layout="flax")
-    >>> arrays["params"]["0.kernel"].shape, list(arrays["buffers"])
-    ((3, 2), ['1.mean', '1.var', '1.num_batches_tracked'])
+    >>> arrays["params"]["0.kernel"].shape, sorted(arrays["buffers"])
+    ((3, 2), ['1.mean', '1.num_batches_tracked', '1.var'])
 
     Args:
       x: a tensor, a module, or a tree of them. Gradients are not carried.

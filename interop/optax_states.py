@@ -57,17 +57,17 @@ def optimizer_to_optax(
     (`optimizer_to_jax`). In float64 the steps agree to 1e-14; in float32 optax computes Adam's bias correction in
     float32, which costs 5e-6 over 40 steps.
 
-    >>> import torch, optax, interop
+    >>> import torch, jax.numpy as jnp, optax, interop
     >>> model = torch.nn.Linear(2, 1)
-    >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
     >>> model(torch.ones(1, 2)).sum().backward()
     >>> optimizer.step()
     >>> tx, params, state = interop.optimizer_to_optax(optimizer, model)
-    >>> updates, state = tx.update(params, state, params)
+    >>> updates, state = tx.update({"weight": jnp.ones((1, 2)), "bias": jnp.ones(1)}, state, params)
     >>> params = optax.apply_updates(params, updates)
     >>> interop.optimizer_from_optax(params, state, model, optimizer)
-    >>> optimizer.state[model.weight]["step"].item()
-    2.0
+    >>> optimizer.state[model.weight]["momentum_buffer"]
+    tensor([[1.9000, 1.9000]])
 
     Args:
       optimizer, model, layout: as for `optimizer_to_jax`; one set of options for all parameters.
