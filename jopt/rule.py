@@ -293,12 +293,17 @@ def step_rows(
     def gather(x: Array) -> Array:
         return x.reshape(n, *param.shape[grad.n_sparse :]).at[ids].get(mode="fill", fill_value=0)
 
-    def scatter(x: Array, rows: Array) -> Array:
+    def scatter(x: Array, rows: Array, ids: Array) -> Array:
         flat = x.reshape(n, *param.shape[grad.n_sparse :])
         return flat.at[ids].set(rows, mode="drop").reshape(param.shape)
 
     new, new_state = step_leaf(rule, c, rows, {k: gather(x) for k, x in state.items()}, gather(param), key=key)
-    return scatter(param, new), {name: scatter(x, new_state[name]) for name, x in state.items()}
+    result = scatter(param, new, ids)
+    for name, x in state.items():
+        # One after the other: XLA on CPU aborts where it fuses three scatters into one loop.
+        result, ids = lax.optimization_barrier((result, ids))
+        new_state[name] = scatter(x, new_state[name], ids)
+    return result, new_state
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="separate")

@@ -193,3 +193,19 @@ def test_clipped_gradients_are_no_arrays_of_their_own():
             print(compiled.memory_analysis().temp_size_in_bytes < 4096)
     """
     assert run(code) == "True\nTrue"
+
+
+def test_row_sparse_steps_compile_with_the_option():
+    """Three scatters in one loop would end the process; Adam's first step moves each row by the learning rate."""
+    found = run(
+        """
+        import jax, jax.numpy as jnp, jopt
+        from jax.experimental.sparse import BCOO
+        jopt.enable_multi_output_fusion()
+        tx, params = jopt.sparse_adam(lr=0.5), jnp.zeros((100, 4))
+        grad = BCOO((jnp.ones((3, 4)), jnp.array([[1], [2], [2]])), shape=(100, 4))
+        params, state = jax.jit(tx.step, donate_argnums=(1, 2))(grad, tx.init(params), params)
+        print(params[:4, 0].round(3).tolist(), params[4:].sum().item())
+        """
+    )
+    assert found == "[0.0, -0.5, -0.5, 0.0] 0.0"
