@@ -172,6 +172,15 @@ def train_jax(model: CNN, x: np.ndarray, y: np.ndarray, epochs: int, show: Any) 
     return {"losses": losses, "times": times, "params": jax.tree.map(np.asarray, params)}
 
 
+@torch.no_grad()
+def nudge(model: nn.Module, seed: int) -> None:
+    """Each weight to the next number, up or down at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        up = torch.rand(p.shape, generator=generator) < 0.5
+        p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf).to(p.dtype)))
+
+
 # --- what comes out
 
 
@@ -244,11 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         return CNN(x.shape[1], x.shape[2:], int(y.max()) + 1)
 
     def nudged(seed: int) -> CNN:
-        model, generator = fresh(), torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in model.parameters():
-                up = torch.rand(p.shape, generator=generator) < 0.5
-                p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf)))
+        model = fresh()
+        nudge(model, seed)
         return model
 
     def run(model: CNN, make: Callable[..., Any] | None) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import interop
 import jopt
+from examples import digits
 
 WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 96, 4, 3, 64, 16
 LR, MAX_NORM, WARM_UP, SMOOTH = 2e-3, 1.0, 20, 10
@@ -135,11 +136,7 @@ class Run:
         torch.manual_seed(0)
         self.model = Transformer(characters)
         if nudge is not None:
-            generator = torch.Generator().manual_seed(nudge)
-            with torch.no_grad():
-                for p in self.model.parameters():
-                    up = torch.rand(p.shape, generator=generator) < 0.5
-                    p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf)))
+            digits.nudge(self.model, nudge)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

@@ -81,7 +81,7 @@ def optimizer_to_jax(
         axes for Muon and Adafactor, which look at the axes.
     """
     cls = _torch_class(optimizer)
-    names = _names(optimizer, model, layout)
+    names = _leaves_of(optimizer, model, layout)
     params = {leaf.name: to_jax(leaf.to_jax(p.detach())) for p, leaf in names.items()}
     scheduled: tuple[dict[str, Any], ...] = ({},) * len(optimizer.param_groups)
     if scheduler is not None:
@@ -201,7 +201,7 @@ def optimizer_to_torch(
         than the state; before anything changed.
     """
     cls = _torch_class(optimizer)
-    names = _names(optimizer, model, layout)
+    names = _leaves_of(optimizer, model, layout)
     groups = _parts(cls, tx, state, optimizer)
     values = check_arrays("params", params, names)
     _check_state(tx, params, state)
@@ -299,18 +299,26 @@ def _torch_class(optimizer: Any) -> str:
     )
 
 
-def _names(optimizer: torch.optim.Optimizer, model: torch.nn.Module, layout: Layout) -> dict[Tensor, Leaf]:
-    parameters, _ = leaves(model, layout)
-    by_parameter = {p: parameters[name] for name, p in model.named_parameters()}
-    names = {}
+def names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[Tensor, str]:
+    """The model's names of the optimizer's parameters, in its order.
+
+    Raises:
+      ValueError: a parameter that the model has not.
+    """
+    known = {p: name for name, p in model.named_parameters()}
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
-            if p not in by_parameter:
+            if p not in known:
                 raise ValueError(
                     f"optimizer: its parameter {i} of group {g}, of shape {tuple(p.shape)}, is none of the model's; "
                     "give the model that it optimizes"
                 )
-            names[p] = by_parameter[p]
+    return {p: known[p] for group in optimizer.param_groups for p in group["params"]}
+
+
+def _leaves_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module, layout: Layout) -> dict[Tensor, Leaf]:
+    parameters, _ = leaves(model, layout)
+    names = {p: parameters[name] for p, name in names_of(optimizer, model).items()}
     cls = _torch_class(optimizer)
     turned = [leaf.name for leaf in names.values() if leaf.axes is not None]
     if turned and cls in AXES_MATTER:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import interop
 from benchmarks.workloads.task import Batch, Recipe, Workload
+from examples.digits import nudge
 from interop import optim
 
 TORCH, DROP_IN, JAX, NUDGED = "torch.optim", "interop.optim", "jopt in JAX", "one ulp away"
@@ -64,15 +65,6 @@ def run(
             show()
         buffers = {name: x.double().ravel().tolist() for name, x in trainer.model().named_buffers()}
     return {"losses": losses, "seconds": seconds, "qualities": qualities, "buffers": buffers}
-
-
-@torch.no_grad()
-def nudge(model: nn.Module, seed: int) -> None:
-    """Each weight to the next number, up or down at random."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        up = torch.rand(p.shape, generator=generator) < 0.5
-        p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf).to(p.dtype)))
 
 
 class InTorch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from interop.checkpoint.errors import CheckpointError
 from interop.checkpoint.naming import compare, renamed
-from interop.moving import optimizer_to_jax, optimizer_to_torch
+from interop.moving import names_of, optimizer_to_jax, optimizer_to_torch
 from interop.optimizer import KeepsWideState
 from interop.program import EMA
 from jopt import State, Transform
@@ -341,15 +341,10 @@ def _class_name(optimizer: Any) -> str:
 
 
 def _names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[Tensor, str]:
-    known = {p: name for name, p in model.named_parameters()}
-    for g, group in enumerate(optimizer.param_groups):
-        for i, p in enumerate(group["params"]):
-            if p not in known:
-                raise CheckpointError(
-                    f"optimizer: its parameter {i} of group {g}, of shape {tuple(p.shape)}, is none of the model's; "
-                    "give the model that it optimizes"
-                )
-    return {p: known[p] for group in optimizer.param_groups for p in group["params"]}
+    try:
+        return names_of(optimizer, model)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def split(
