@@ -32,14 +32,16 @@ parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 
 docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
 	$(BIN)/python -m docs.draw_schedules
 	$(BIN)/python -m examples.porting_a_run --out docs/porting.png
+	$(BIN)/python -m examples.vanishing_gradients --out docs/vanishing_gradients.png
 	$(BIN)/python -m examples.notebooks
 
 choosing: $(VENV)/.dev  ## docs/choosing.md: what sweeps say to the usual advice, 2 minutes
 	$(BIN)/python -m docs.choosing
 
-ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md: what is compiled for TPUs and a GPU that are not there, 10 minutes
+ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md and the memory of docs/many-devices.md: what is compiled for TPUs and a GPU that are not there, 10 minutes
 	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot]"
 	$(BIN)/python -m docs.ahead_of_time
+	$(BIN)/python -m docs.many_devices
 
 lint: $(VENV)/.dev  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

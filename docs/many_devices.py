@@ -1,0 +1,84 @@
+"""Measures what a device holds of a step on eight devices, and writes the table of docs/many-devices.md.
+
+make ahead-of-time
+
+Nothing is run: the steps are compiled for eight CPU devices, and `memory_analysis()` tells.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before JAX starts
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import jopt
+from benchmarks.shapes import gpt2_small
+
+PAGE = Path(__file__).parent / "many-devices.md"
+DEVICES = 8
+OPTIMIZERS = {
+    "AdamW": jopt.adamw(),
+    "SGD with momentum": jopt.sgd(momentum=0.9),
+    "MARS": jopt.mars(),
+    "Adafactor": jopt.adafactor(),
+    "Muon and AdamW for vectors": jopt.param_groups(jopt.muon, {jopt.norms_and_biases: jopt.adamw()}),
+}
+
+
+def in_parts(shape: tuple[int, ...]) -> P:
+    """A parameter of 1024 elements and more divided along the largest dimension that the devices divide."""
+    sizes = [n if n % DEVICES == 0 and math.prod(shape) >= 1024 else 0 for n in shape]
+    axis = int(np.argmax(sizes))
+    return P(*(["data" if i == axis else None for i in range(len(shape))] if sizes[axis] else []))
+
+
+def measure(tx, where) -> tuple[float, float, float]:
+    """MB of one device: the state, all that the step takes, and what it needs beside."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    params = {}
+    for i, shape in enumerate(gpt2_small()):
+        spec = {"alone": None, "whole": P(), "parts": in_parts(shape)}[where]
+        place = SingleDeviceSharding(jax.devices()[0]) if spec is None else NamedSharding(mesh, spec)
+        params[f"p{i:03}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    if where == "alone":
+        place = SingleDeviceSharding(jax.devices()[0])
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(tx.init, params)
+        )
+    else:
+        shapes = jax.eval_shape(tx.init, params)
+        tx = jopt.shard_state(tx, params, mesh, "data")
+        state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, tx.shardings)
+    held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    compiled = jax.jit(tx.step, donate_argnums=(1, 2)).lower(params, state, params).compile()
+    found = compiled.memory_analysis()
+    return held / 1e6, found.argument_size_in_bytes / 1e6, found.temp_size_in_bytes / 1e6
+
+
+def number(mb: float) -> str:
+    return f"{mb:.1f}" if 0.05 < mb < 2 else f"{mb:.0f}"
+
+
+def main() -> None:
+    jopt.enable_multi_output_fusion()
+    rows = []
+    for name, tx in OPTIMIZERS.items():
+        alone, whole, parts = (measure(tx, where) for where in ("alone", "whole", "parts"))
+        columns = [alone[0], whole[0], *(x[1] for x in (alone, whole, parts)), *(x[2] for x in (alone, whole, parts))]
+        rows.append(f"| {name} | " + " | ".join(map(number, columns)) + " |")
+        print(rows[-1], flush=True)
+    page = PAGE.read_text()
+    table = re.compile(r"(\| \| state alone .*\n\|---.*\n)(?:\| .*\n)+")
+    assert table.search(page)
+    PAGE.write_text(table.sub(lambda m: m[1] + "\n".join(rows) + "\n", page))
+
+
+if __name__ == "__main__":
+    main()
