@@ -5,7 +5,6 @@ make ahead-of-time
 Nothing is run: the steps are compiled for eight CPU devices, and `memory_analysis()` tells.
 """
 
-import math
 import os
 import re
 from pathlib import Path
@@ -22,7 +21,6 @@ import jopt
 from benchmarks.shapes import gpt2_small
 
 PAGE = Path(__file__).parent / "many-devices.md"
-DEVICES = 8
 OPTIMIZERS = {
     "AdamW": jopt.adamw(),
     "SGD with momentum": jopt.sgd(momentum=0.9),
@@ -32,30 +30,26 @@ OPTIMIZERS = {
 }
 
 
-def in_parts(shape: tuple[int, ...]) -> P:
-    """A parameter of 1024 elements and more divided along the largest dimension that the devices divide."""
-    sizes = [n if n % DEVICES == 0 and math.prod(shape) >= 1024 else 0 for n in shape]
-    axis = int(np.argmax(sizes))
-    return P(*(["data" if i == axis else None for i in range(len(shape))] if sizes[axis] else []))
+def placed(tree, shardings):
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
 def measure(tx, where) -> tuple[float, float, float]:
     """MB of one device: the state, all that the step takes, and what it needs beside."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    params = {}
-    for i, shape in enumerate(gpt2_small()):
-        spec = {"alone": None, "whole": P(), "parts": in_parts(shape)}[where]
-        place = SingleDeviceSharding(jax.devices()[0]) if spec is None else NamedSharding(mesh, spec)
-        params[f"p{i:03}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-    if where == "alone":
-        place = SingleDeviceSharding(jax.devices()[0])
-        state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(tx.init, params)
+    one, whole = SingleDeviceSharding(jax.devices()[0]), NamedSharding(mesh, P())
+    shapes = {f"p{i:03}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(gpt2_small())}
+    params = placed(shapes, jax.tree.map(lambda _: one if where == "alone" else whole, shapes))
+    if where == "parts":  # as their state would be
+        params = placed(
+            shapes, jopt.shard_state(jopt.sgd(momentum=0.9), params, mesh).shardings.slots["momentum_buffer"]
         )
+    state = jax.eval_shape(tx.init, shapes)
+    if where == "alone":
+        state = placed(state, jax.tree.map(lambda _: one, state))
     else:
-        shapes = jax.eval_shape(tx.init, params)
-        tx = jopt.shard_state(tx, params, mesh, "data")
-        state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, tx.shardings)
+        tx = jopt.shard_state(tx, params, mesh)
+        state = placed(state, tx.shardings)
     held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     compiled = jax.jit(tx.step, donate_argnums=(1, 2)).lower(params, state, params).compile()
     found = compiled.memory_analysis()

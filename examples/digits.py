@@ -228,12 +228,14 @@ def plot(runs: dict[str, dict[str, Any]], reference: str, path: Path) -> None:
     plt.close(figure)
 
 
+def parser_of(text: str) -> argparse.ArgumentParser:
+    """A module's docstring: its first line before the arguments, the rest after them."""
+    first, rest = text.split("\n\n", 1)
+    return argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog=__doc__.split("\n", 2)[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--data", help="a folder of images, or module:name of a torch Dataset (default: digits)")
     parser.add_argument("--size", type=int, default=32, help="pixels to which a folder's images are scaled")
     parser.add_argument("--epochs", type=int, default=5)

@@ -14,7 +14,6 @@ twice what the smallest change there is does to PyTorch, or than the loss's own 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import math
@@ -228,11 +227,7 @@ def plot(moved: list[float], stayed: list[float], nudged: list[list[float]], leg
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog=__doc__.split("\n", 2)[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = digits.parser_of(__doc__)
     parser.add_argument("--text", type=Path, help="a text in UTF-8 (default: the texts of Python's help())")
     parser.add_argument("--steps", type=int, default=100, help="of each third")
     parser.add_argument("--out", type=Path, default=Path("out/porting.png"), help="where the plot goes")

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import jopt
 from interop.modules import Leaf, check_arrays, to_jax
+from interop.moving import names_of
 from interop.optimizer import CompiledStep
 from interop.program import EMA
 from jopt.average import Average, AverageState
@@ -45,7 +46,7 @@ def average_to_jax(
 
     Raises:
       TypeError: another average, or an AveragedModel of a function of one's own.
-      ValueError: an optimizer without `ema=`, or without the model.
+      ValueError: an optimizer without `ema=`, without the model, or of parameters that the model has not.
     """
     tensors = _tensors(average, model)
     params = to_jax({name: x.detach() for name, x in tensors.items()})
@@ -72,7 +73,7 @@ def average_to_torch(
             average.n_averaged.fill_(int(state.n_averaged))
         elif int(state.n_averaged):
             assert model is not None
-            for name, p in _stepped(average, model).items():
+            for p, name in names_of(average, model).items():
                 average.state[p][EMA] = new[tensors[name]].clone()
 
 
@@ -89,12 +90,7 @@ def _tensors(average: Any, model: nn.Module | None) -> dict[str, Tensor]:
         raise ValueError("average: the optimizer keeps none; it has no ema=")
     if model is None:
         raise ValueError("model: expected the model that the optimizer steps, for its parameters' names; found None")
-    return {name: average.state.get(p, {}).get(EMA, p) for name, p in _stepped(average, model).items()}
-
-
-def _stepped(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in model.named_parameters() if p in held}
+    return {name: average.state.get(p, {}).get(EMA, p) for p, name in names_of(average, model).items()}  # type: ignore[arg-type]
 
 
 def _kind(averaged: AveragedModel) -> Average:

@@ -107,13 +107,7 @@ class _History:
 
     def __init__(self, settings: Settings, grad: Tensor, optimizer: LBFGS):
         self.settings, self.n, self.dtype = settings, grad.numel(), grad.dtype
-        state = optimizer.state[optimizer._params[0]]
-        columns = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
-        if len({len(x) for x in columns}) > 1:
-            found = ", ".join(str(len(x)) for x in columns)
-            raise ValueError(f"state: expected old_dirs, old_stps and ro of one length, found {found}")
-        pairs: list[Any] = list(zip(*columns, strict=True))
-        pairs = pairs[-settings.history_size :]
+        pairs = _stored_pairs(settings, optimizer.state[optimizer._params[0]])
         self._allocate(max(FIRST_CAPACITY, len(pairs)), pairs)
 
     def _allocate(self, capacity: int, pairs: list[tuple[Tensor, Tensor, Any]]) -> None:
@@ -215,6 +209,16 @@ class _History:
             self.rows = [list(map(_identity, rows)) for rows in self.lists]
 
 
+def _stored_pairs(settings: Settings, state: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Any]]:
+    """(y, s, ro) of torch's state, from the oldest that counts to the newest."""
+    columns = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
+    if len({len(x) for x in columns}) > 1:
+        found = ", ".join(str(len(x)) for x in columns)
+        raise ValueError(f"state: expected old_dirs, old_stps and ro of one length, found {found}")
+    pairs: list[Any] = list(zip(*columns, strict=True))
+    return pairs[-settings.history_size :]
+
+
 def _torch_state(settings: Settings, x: LBFGSState, pairs: list[tuple[Tensor, Tensor, float]] | None) -> dict[str, Any]:
     """torch's state; before the first iteration, without pairs, it counts only."""
     counts = {"func_evals": int(x.func_evals), "n_iter": int(x.n_iter)}
@@ -263,13 +267,11 @@ def run_to_jax(
     counts = {name: np.int32(x.get(name, 0)) for name in ("n_iter", "func_evals")}
     found = {name: vector(name, x[name]) for name in ("d", "prev_flat_grad") if x.get(name) is not None}
     found |= {name: np.array(float(x[name]), dtype) for name in ("t", "H_diag", "prev_loss") if x.get(name) is not None}
-    columns = [(x.get(name) or [])[-solver.settings.history_size :] for name in ("old_dirs", "old_stps", "ro")]
-    if len(set(map(len, columns))) > 1:
-        raise ValueError(f"state: expected old_dirs, old_stps and ro of one length, found {[len(c) for c in columns]}")
+    pairs = _stored_pairs(solver.settings, x)
     y, s, ro = np.array(state.old_dirs), np.array(state.old_stps), np.array(state.ro)
-    for i, pair in enumerate(zip(*columns, strict=True)):
+    for i, pair in enumerate(pairs):
         y[i], s[i], ro[i] = vector("old_dirs", pair[0]), vector("old_stps", pair[1]), float(pair[2])
-    rings = {"old_dirs": y, "old_stps": s, "ro": ro, "sy": s @ y.T, "stored": np.int32(len(columns[0]))}
+    rings = {"old_dirs": y, "old_stps": s, "ro": ro, "sy": s @ y.T, "stored": np.int32(len(pairs))}
     state = state._replace(**counts, **found, **rings)
     return solver, jax.tree.map(jnp.asarray, state)
 

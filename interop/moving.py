@@ -80,7 +80,7 @@ def optimizer_to_jax(
       ValueError: a parameter that the model has not, a state of another shape, a scheduler that does not fit; flax's
         axes for Muon and Adafactor, which look at the axes.
     """
-    cls = _torch_class(optimizer)
+    cls = torch_class(optimizer)
     names = _leaves_of(optimizer, model, layout)
     params = {leaf.name: to_jax(leaf.to_jax(p.detach())) for p, leaf in names.items()}
     scheduled: tuple[dict[str, Any], ...] = ({},) * len(optimizer.param_groups)
@@ -200,7 +200,7 @@ def optimizer_to_torch(
       TypeError, ValueError: another optimizer, parameters of other names, shapes or types, a scheduler that is further
         than the state; before anything changed.
     """
-    cls = _torch_class(optimizer)
+    cls = torch_class(optimizer)
     names = _leaves_of(optimizer, model, layout)
     groups = _parts(cls, tx, state, optimizer)
     values = check_arrays("params", params, names)
@@ -286,11 +286,16 @@ def _state_of(cls: str, state: State, p: Tensor, leaf: Leaf, i: int) -> dict[str
     for key, tree in state.slots.items():
         if tree[leaf.name] is not None:
             x = to_torch(tree[leaf.name])
-            slots[key] = leaf.to_torch(x).contiguous() if x.shape == leaf.to_jax(p).shape else x
+            slots[key] = leaf.to_torch(x).contiguous() if x.shape == leaf.shape(p) else x
     return {key: x for key, x in kept.items() if key != "step" or cls not in UNCOUNTED} | slots
 
 
-def _torch_class(optimizer: Any) -> str:
+def torch_class(optimizer: Any) -> str:
+    """The name of the class of torch.optim that an optimizer, native or of `interop.optim`, is of.
+
+    Raises:
+      TypeError: of none.
+    """
     for cls in type(optimizer).__mro__:
         if cls.__module__.startswith("torch.optim") and cls.__name__ in optim.__all__:
             return cls.__name__
@@ -319,7 +324,7 @@ def names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[T
 def _leaves_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module, layout: Layout) -> dict[Tensor, Leaf]:
     parameters, _ = leaves(model, layout)
     names = {p: parameters[name] for p, name in names_of(optimizer, model).items()}
-    cls = _torch_class(optimizer)
+    cls = torch_class(optimizer)
     turned = [leaf.name for leaf in names.values() if leaf.axes is not None]
     if turned and cls in AXES_MATTER:
         raise ValueError(

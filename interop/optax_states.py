@@ -148,7 +148,7 @@ def optimizer_from_optax(
 
 def _same(optimizer: torch.optim.Optimizer) -> tuple[str, dict[str, Any]]:
     """The class and options of an optimizer that optax computes alike."""
-    cls = moving._torch_class(optimizer)
+    cls = moving.torch_class(optimizer)
     if cls in _OTHERS:
         raise ValueError(
             f"optimizer: {cls} is not the same in optax: {_OTHERS[cls]}; move it to jopt (optimizer_to_jax)"

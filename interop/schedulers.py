@@ -113,11 +113,11 @@ def last_epoch(scheduler: Any) -> int:
     return scheduler.last_epoch
 
 
-def advance(scheduler: LRScheduler, steps: int) -> Callable[[], None]:
-    """Step a scheduler on to so many steps, as torch does; returns what undoes it.
+def advance(scheduler: LRScheduler, steps: int) -> None:
+    """Step a scheduler on to so many steps, as torch does.
 
     Raises:
-      ValueError: it is further already, or, from torch, ends before.
+      ValueError: it is further already, or, from torch, ends before; then it and the groups are as they were.
     """
     now = last_epoch(scheduler)
     if now > steps:
@@ -125,22 +125,17 @@ def advance(scheduler: LRScheduler, steps: int) -> Callable[[], None]:
             f"scheduler: has taken {now} steps, more than the {steps} of the state; give the one that left"
         )
     groups = scheduler.optimizer.param_groups
-    before = copy.deepcopy(scheduler.state_dict()), [_numbers(group) for group in groups]
-
-    def undo() -> None:
-        scheduler.load_state_dict(before[0])
-        for group, numbers in zip(groups, before[1], strict=True):
-            group.update(numbers)
-
+    before, numbers = copy.deepcopy(scheduler.state_dict()), [_numbers(group) for group in groups]
     try:
         with warnings.catch_warnings():  # torch sees no optimizer.step() between
             warnings.filterwarnings("ignore", message="Detected call of|To get the last learning rate")
             for _ in range(steps - now):
                 scheduler.step()
     except BaseException:
-        undo()
+        scheduler.load_state_dict(before)
+        for group, own in zip(groups, numbers, strict=True):
+            group.update(own)
         raise
-    return undo
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,10 +101,8 @@ class InJax:
 
     def __init__(self, workload: Workload, recipe: Recipe, model: nn.Module, way: str):
         self.template = model
-        self.params = interop.to_jax(dict(model.named_parameters()))
-        # The count of batches is an int64, which JAX has no room for outside of x64.
-        counted = {k: x.int() if x.dtype is torch.int64 else x for k, x in model.named_buffers()}
-        self.buffers = interop.to_jax(counted)
+        arrays = interop.to_jax(model)
+        self.params, self.buffers = arrays["params"], arrays["buffers"]
         tx: Any = recipe.jax()
         self.state = tx.init(self.params)
         value_and_grad = workload.value_and_grad(recipe)
@@ -136,6 +133,4 @@ class InJax:
         return float(loss)
 
     def model(self) -> nn.Module:
-        values = {name: torch.from_numpy(np.array(x)) for name, x in (self.params | self.buffers).items()}
-        self.template.load_state_dict(values)
-        return self.template
+        return interop.to_torch({"params": self.params, "buffers": self.buffers}, into=self.template)

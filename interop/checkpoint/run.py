@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from interop.checkpoint.errors import CheckpointError
 from interop.checkpoint.naming import compare, renamed
-from interop.moving import names_of, optimizer_to_jax, optimizer_to_torch
+from interop.moving import names_of, optimizer_to_jax, optimizer_to_torch, torch_class
 from interop.optimizer import KeepsWideState
 from interop.program import EMA
 from jopt import State, Transform
@@ -334,9 +335,9 @@ def new_optimizer(name: str, groups: list[dict[str, Any]], params: dict[str, Any
 
 
 def _class_name(optimizer: Any) -> str:
-    for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim") and cls.__name__ in STATE_KEYS:
-            return cls.__name__
+    with contextlib.suppress(TypeError):
+        if (name := torch_class(optimizer)) in STATE_KEYS:
+            return name
     raise CheckpointError(f"optimizer: expected one of torch.optim's but LBFGS, found {type(optimizer).__qualname__}")
 
 
