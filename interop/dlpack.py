@@ -14,6 +14,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -147,6 +149,8 @@ class Buffer:
     no view outlives it.
     """
 
+    __slots__ = ("__weakref__", "address", "array")
+
     def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
         with jax.enable_x64(True):
             zeros = jnp.zeros(shape, dtype, device=jax.local_devices(backend="cpu")[0])
@@ -157,15 +161,19 @@ class Buffer:
         """A contiguous tensor `offset` bytes into the buffer, whose storage is just its own extent."""
         return view(self.address + offset, dtype, shape, owner=self)
 
-    def replace(self, array: Array) -> None:
-        """Take a step's output in the array's place; it has to be where the views look."""
-        address = array.unsafe_buffer_pointer()
-        if address != self.address:
+
+def replace(buffers: Sequence[Buffer], arrays: Sequence[Array]) -> None:
+    """Put a step's outputs into the buffers; they have to be where the views look."""
+    for buffer, array, address in zip(buffers, arrays, map(_address_of, arrays), strict=True):
+        if address == buffer.address:
+            buffer.array = array
+        else:
             # Something else held the array, so that XLA did not donate it: the old one still is what the views see.
             array.block_until_ready()
-            ctypes.memmove(self.address, address, array.nbytes)
-        else:
-            self.array = array
+            ctypes.memmove(buffer.address, address, array.nbytes)
+
+
+_address_of = operator.methodcaller("unsafe_buffer_pointer")
 
 
 def view(address: int, dtype: torch.dtype, shape: tuple[int, ...], owner: object) -> Tensor:
@@ -196,6 +204,23 @@ def host_array(x: Tensor, dtype: np.dtype) -> np.ndarray:
 def _host_array(address: int, count: int, dtype: np.dtype) -> np.ndarray:
     memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return np.frombuffer(memory, dtype, count)
+
+
+def alias(x: np.ndarray) -> Any:
+    """A JAX array over NumPy's aligned memory, to be written to only while no program runs that takes it.
+
+    It costs a program less than a NumPy array, which JAX puts on the device at each call and waits for. If JAX will
+    not take the memory as it is, this is `x` itself.
+    """
+    with jax.enable_x64(True):
+        array = jax.device_put(x, jax.local_devices(backend="cpu")[0], may_alias=True).block_until_ready()
+    return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
+
+
+def constant(x: np.ndarray) -> Array:
+    """Its values as a JAX array, ready for programs."""
+    with jax.enable_x64(True):
+        return jnp.array(x, device=jax.local_devices(backend="cpu")[0]).block_until_ready()
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:

@@ -15,6 +15,7 @@ What a step finds as the last one left it is not checked again: see `_Plan.look`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from interop import dlpack, dtensor, program
 from interop.program import EMA
@@ -81,7 +83,7 @@ class Stepped(KeepsWideState):
 
     rule: ClassVar[type[Rule]]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _quiet_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
         Args:
@@ -98,13 +100,35 @@ class Stepped(KeepsWideState):
         undynamo(_guarded)(self)
         return loss
 
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_quiet_step)
+
+    @functools.wraps(_quiet_step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        # torch puts its wrapper around every step, which takes as long as a small step: here only where it has work.
+        return (self._watched_step if _is_watched(self) else self._quiet_step)(*args, **kwargs)
+
+    step.__name__, step.__qualname__ = "step", "Stepped.step"
+    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it
+
     def _step(self) -> None:
         raise NotImplementedError
 
 
+def _is_watched(optimizer: Any) -> bool:
+    """Whether somebody hooks or profiles its step, and no subclass's step around it, which torch has wrapped."""
+    return type(optimizer).step is Stepped.step and bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def _guarded(optimizer: Stepped) -> None:
     check_process()
-    with torch.inference_mode(False), torch.no_grad():
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with inference, torch.no_grad():
         optimizer._step()
 
 
@@ -366,6 +390,7 @@ class _Plan:
         self.rules = list(rules)
         self.averages = optimizer.ema is not None
         self.seen: Any = None
+        self.objects: list[Any] = []
         self.leaves: dict[Tensor, _Leaf] = {}
         members: dict[Any, list[_Leaf]] = {}
         known = previous.leaves if previous else {}
@@ -450,28 +475,26 @@ class _Plan:
             self.seen is not None
             and rules == self.rules
             and self.averages == (optimizer.ema is not None)
-            and self.seen == self.look(optimizer, params, grads)
+            and self.seen == self.look(optimizer, grads)
+            and _are_same(self.objects, _objects(optimizer, params))
         )
 
-    def look(self, optimizer: Any, params: list[Tensor], grads: list[Any]) -> Any:
-        """What the checks depend on. Compared by identity where `leaves` keeps it alive."""
+    def look(self, optimizer: Any, grads: list[Any]) -> Any:
+        """What the checks depend on, beside `_objects`."""
         present = [g for g in grads if g is not None]
         stepped = list(self.leaves)
         return (
             [len(group["params"]) for group in optimizer.param_groups],
-            list(map(id, params)),
             list(map(type, grads)),
             list(map(_dtype_of, present)),
             list(map(_layout_of, present)),
             list(map(_pointer_of, stepped)),
             list(map(_dtype_of, stepped)),
             list(map(_shape_of, stepped)),
-            list(map(_strides_of, stepped)),
-            list(map(_is_lazy, stepped)),
+            list(map(Tensor.stride, stepped)),
+            list(map(Tensor.is_conj, stepped)),
+            list(map(Tensor.is_neg, stepped)),
             list(map(_pointer_of, self.views)),
-            list(map(id, optimizer.state)),
-            # What its user puts beside the parameters' may be anything.
-            [(*x, *map(id, x.values())) if isinstance(x, dict) else id(x) for x in optimizer.state.values()],
         )
 
     def serves(self, optimizer: Any, rules: Sequence[Rule], grads: dict[Tensor, Tensor]) -> bool:
@@ -524,14 +547,14 @@ class _Plan:
             bucket.begin(optimizer.state, hyperparameters, present, places, begun, self.averages)
         plain = all(leaf.placement is None for leaf in self.leaves.values())
         if plain and all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
-            self.seen = self.look(optimizer, params, grads)
+            self.seen, self.objects = self.look(optimizer, grads), _objects(optimizer, params)
 
     def step(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], grads: Sequence[Any]) -> None:
         """Step the parameters that `begin` noted, by their gradients."""
         measures, updates = self._programs(optimizer)
         found: dict[str, Any] = {}
         results: list[Any] = []
-        with program.undisturbed():
+        with program.SignalsWait(), program.settings():
             for staging in self.staging:
                 staging.holder = None
             big = [bucket.collect(grads) for bucket in self.buckets]
@@ -551,11 +574,12 @@ class _Plan:
                         found["norms"].append(norms)
                         found["overflows"].append(overflow)
                 for bucket, update, dense in zip(self.buckets, updates, big, strict=True):
-                    if self.averages or bucket.active.any():
+                    if self.averages or bucket.is_active:
                         rest, scalars = bucket.step(update, hyperparameters, grads, dense, found, optimizer.ema)
                         results.append((bucket, rest, scalars))
             finally:
-                jax.block_until_ready(found)  # before torch writes to the gradients that they are computed from
+                if measures:  # before torch writes to the gradients that they are computed from
+                    jax.block_until_ready(found)
             skipped, norm = False, None
             if measures:
                 norm, found_inf = results[0][1]
@@ -567,13 +591,29 @@ class _Plan:
         around.skipped, around.grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
 
 
+def _objects(optimizer: Any, params: list[Tensor]) -> list[Any]:
+    """What a step's checks compare by identity: parameters, and all that the state holds."""
+    objects = [*params, *optimizer.state]
+    for state in optimizer.state.values():
+        if isinstance(state, dict):  # what its user puts beside the parameters' may be anything
+            objects += state
+            objects += state.values()
+        else:
+            objects.append(state)
+    return objects
+
+
+def _are_same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
 def _averages_begun(optimizer: Any) -> bool:
     """Whether a new leaf's average begins before the step, as it would had it been averaged from the first step on."""
     return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())
 
 
 _dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("dtype", "layout", "shape"))
-_pointer_of, _strides_of = Tensor.data_ptr, Tensor.stride
+_pointer_of = Tensor.data_ptr
 
 
 def _is_lazy(p: Tensor) -> bool:
@@ -669,7 +709,6 @@ class _Bucket:
         self.big = [leaf for leaf in leaves if is_big(rule, leaf.size)]
         self.small = [leaf for leaf in leaves if not is_big(rule, leaf.size)]
         self.leaves = self.big + self.small
-        self.groups = np.array([leaf.group for leaf in self.leaves])
         self.dtypes = {"param": dlpack.DTYPES[dtype]} | {slot: dlpack.DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
         self.layout = Layout(tuple((leaf.size,) for leaf in self.small), ROW)
@@ -685,7 +724,6 @@ class _Bucket:
             len(self.small),
             len(self.leaf_of_row),
         )
-        self.table = np.zeros((len(self.leaves), len(self.spec.columns)), self.spec.compute_dtype)
 
     # --- memory
 
@@ -697,6 +735,12 @@ class _Bucket:
         self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.staging = staging[self.dtype]
         self.grads = self.staging.array[: layout.size].reshape(-1, ROW)
+        # What programs take each time; the table and the gradients are written anew before.
+        shape = len(self.leaves), len(self.spec.columns)
+        self.table = dlpack.aligned_zeros(math.prod(shape), self.spec.compute_dtype).reshape(shape)
+        self.table_array = dlpack.alias(self.table)
+        self.grads_array = dlpack.alias(self.grads)
+        self.leaf_of_row_array = dlpack.constant(self.leaf_of_row)
         self.grad_views: list[Tensor] = []  # where the small leaves' gradients are gathered
         self.new = np.zeros(len(self.leaves), bool)  # whose averages begin with the step's result
         self.scalars = self._init_scalars(optimizer, hyperparameters)
@@ -805,6 +849,8 @@ class _Bucket:
     ) -> None:
         """Note the leaves that have a gradient, and take in state that its user exchanged."""
         self.active = np.array([leaf.param in grads for leaf in self.leaves], bool)
+        self.is_active = bool(self.active.any())
+        self.table[:, -1] = self.active
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
         foreign = []  # all is read before any is written, since it may be other state
         for i, leaf in enumerate(self.leaves):
@@ -824,13 +870,14 @@ class _Bucket:
         self.small_views = [self.grad_views[i] for i in small]
         self.small_places = [places[self.small[i].param] for i in small]
         count = self.active[len(self.big) :][self.leaf_of_row]
-        self.valid = np.where(count, self.elements_of_row, 0).astype(np.int32)
+        self._find_kinds()
+        self.valid = dlpack.constant(np.where(count, self.elements_of_row, 0).astype(np.int32))
 
     def collect(self, grads: Sequence[Any]) -> list[Tensor | None]:
         """The big leaves' gradients, dense: what the programs read, to be kept until they have."""
         return [None if i is None else _dense(grads[i]) for i in self.places]
 
-    def _arrays(self, grads: Sequence[Any], big: list[Tensor | None]) -> list[np.ndarray]:
+    def _arrays(self, grads: Sequence[Any], big: list[Tensor | None]) -> list[Any]:
         """The gradients as the programs take them; those of the small leaves are gathered, if they are not yet."""
         arrays = [
             self.missing[: leaf.size] if grad is None else dlpack.host_array(grad, self.dtype)
@@ -840,15 +887,15 @@ class _Bucket:
             if self.staging.holder is not self and self.small_views:
                 torch._foreach_copy_(self.small_views, [grads[i] for i in self.small_places])  # type: ignore[attr-defined]
             self.staging.holder = self
-            arrays.append(self.grads)
+            arrays.append(self.grads_array)
         return arrays
 
     def measure(
         self, measure: Any, grads: Sequence[Any], big: list[Tensor | None], inverse_scale: float
     ) -> tuple[Any, Any]:
         """The norms of the gradients, and whether one is not finite, as arrays that may not be computed yet."""
-        scale = np.asarray(inverse_scale, self.spec.compute_dtype)
-        found = measure(self._arrays(grads, big), self.leaf_of_row, self.valid, scale)
+        scale = _number_array(inverse_scale, self.spec.compute_dtype)
+        found = measure(self._arrays(grads, big), self.leaf_of_row_array, self.valid, scale)
         if self.staging.shared:
             jax.block_until_ready(found)  # before another bucket's gradients come to lie there
         return found
@@ -867,10 +914,10 @@ class _Bucket:
             leaf.home.copy_(leaf.local)  # type: ignore[union-attr]
         scalars = self._coefficients(hyperparameters, ema)
         found = {
-            name: x if isinstance(x, list) else np.asarray(x, self.spec.compute_dtype) for name, x in found.items()
+            name: x if isinstance(x, list) else _number_array(x, self.spec.compute_dtype) for name, x in found.items()
         }
         arrays = self._arrays(grads, big)
-        out = program.launch(update, self.buffers, arrays, self.table, self.leaf_of_row, found)
+        out = program.launch(update, self.buffers, arrays, self.table_array, self.leaf_of_row_array, found)
         try:
             if not found:  # then it is not skipped, and this is done while it runs
                 self.finish(scalars)
@@ -878,30 +925,60 @@ class _Bucket:
             jax.block_until_ready(out)
         for leaf in self.copied_out:
             leaf.local.copy_(leaf.home)  # type: ignore[arg-type]
-        self.new[:] = False
+        if ema is not None:
+            self.new[:] = False
         return out[len(self.buffers) :], scalars
 
     def finish(self, scalars: dict[str, Any]) -> None:
         """After a step that was not skipped: the scalar state and torch's version counters."""
         for name, vector in self.scalars.items():
             np.copyto(vector, scalars[name], where=self.active, casting="same_kind")
+        self._note_scalars()
         # As torch's own in-place operations do, so that a backward through old values raises.
         torch.autograd.graph.increment_version(self.resident)
 
     def _coefficients(self, hyperparameters: Sequence[dict[str, float]], ema: float | None) -> dict[str, Any]:
         """Fill the table, one row a leaf; returns the next scalar state."""
-        h: dict[str, Any] = {}
-        for name in self.rule.hyperparameters:
-            values = [group.get(name, math.nan) for group in hyperparameters]
-            h[name] = np.float64(values[0]) if len(set(values)) == 1 else np.array(values)[self.groups]
+        if self.known != [x.tobytes() for x in self.scalars.values()]:  # its user wrote to one
+            self._find_kinds()
+
+        def of_kinds(values: list[Any]) -> Any:
+            # One kind's are numbers: several times as fast as arrays, and powers are the C library's, as torch's are.
+            return np.float64(values[0]) if len(values) == 1 else np.array(values, np.float64)
+
+        groups = [hyperparameters[self.leaves[i].group] for i in self.kinds]
+        h = {name: of_kinds([group.get(name, math.nan) for group in groups]) for name in self.rule.hyperparameters}
+        s = {name: of_kinds([x[i] for i in self.kinds]) for name, x in self.scalars.items()}
         with np.errstate(all="ignore"):
-            s = {name: x.astype(np.float64) for name, x in self.scalars.items()}
             c, scalars = self.rule.scalars(h, s, np, lambda x: np.asarray(x).astype(_scalar_dtype()).astype(np.float64))
-        if ema is not None:
-            c = {**c, EMA: np.where(self.new, 1.0, 1 - ema)}
-        for column, value in enumerate((*c.values(), self.active)):
+        if len(self.kinds) > 1:
+            c, scalars = (
+                {k: np.broadcast_to(x, len(self.kinds))[self.kind_of] for k, x in d.items()} for d in (c, scalars)
+            )
+        for column, value in enumerate(c.values()):
             self.table[:, column] = value
+        if ema is not None:
+            self.table[:, len(c)] = np.where(self.new, 1.0, 1 - ema)
         return scalars
+
+    def _find_kinds(self) -> None:
+        """Which leaves share all that their coefficients depend on: mostly all of a group."""
+        keys = list(zip((leaf.group for leaf in self.leaves), self.active, *self.scalars.values(), strict=True))
+        firsts: dict[Any, int] = {}
+        for i, key in enumerate(keys):
+            firsts.setdefault(key, i)
+        self.kinds = list(firsts.values())  # the first leaf of each
+        numbers = {first: kind for kind, first in enumerate(self.kinds)}
+        self.kind_of = np.array([numbers[firsts[key]] for key in keys])
+        self._note_scalars()
+
+    def _note_scalars(self) -> None:
+        self.known = [x.tobytes() for x in self.scalars.values()]
+
+
+@functools.lru_cache(maxsize=64)
+def _number_array(x: float, dtype: np.dtype) -> jax.Array:
+    return dlpack.constant(np.asarray(x, dtype))
 
 
 def _scalar_dtype() -> Any:

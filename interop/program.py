@@ -297,32 +297,28 @@ def own_settings() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Where programs run: signals wait, JAX's settings are ours."""
-    with SignalsWait():
-        unusual = any(getattr(jax.config, name) for name in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs"))
-        guarded = getattr(jax.config, "jax_transfer_guard_host_to_device", None) not in (None, "allow")
-        # Entering them all costs as much as dispatching a small program.
-        with own_settings() if unusual or guarded else jax.enable_x64(True):
-            yield
+def settings() -> Any:
+    """The context in which programs run, inside `SignalsWait`: JAX's settings are ours."""
+    unusual = any(getattr(jax.config, name) for name in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs"))
+    guarded = getattr(jax.config, "jax_transfer_guard_host_to_device", None) not in (None, "allow")
+    # Entering them all costs as much as dispatching a small program.
+    return own_settings() if unusual or guarded else jax.enable_x64(True)
 
 
 def launch(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
-    """Start a program over the buffers, inside `undisturbed`; `jax.block_until_ready` the results before leaving it.
+    """Start a program over the buffers, inside `settings`; `jax.block_until_ready` the results before leaving them.
 
     It returns the buffers, and after them what this returns. They are donated, so that an exception between the
     call and the taking of its results would lose the memory that torch sees.
     """
     out = program([buffer.array for buffer in buffers], *arguments)
-    for buffer, array in zip(buffers, out, strict=False):
-        buffer.replace(array)
+    dlpack.replace(buffers, out[: len(buffers)])
     return out
 
 
 def run(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:
     """Run a program over the buffers and wait: torch may write right after to what it reads."""
-    with undisturbed():
+    with SignalsWait(), settings():
         return jax.block_until_ready(launch(program, buffers, *arguments))[len(buffers) :]
 
 

@@ -178,7 +178,7 @@ def test_a_shared_view_keeps_donation_from_being_in_place():
     assert out.unsafe_buffer_pointer() != view.data_ptr()
     buffer = interop.dlpack.Buffer(1000, np.dtype(np.float32))
     view = buffer.view(torch.float32, (1000,))
-    buffer.replace(jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array)))
+    interop.dlpack.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
     assert buffer.array.unsafe_buffer_pointer() == view.data_ptr()
     assert view.sum() == 1000
 
@@ -187,8 +187,8 @@ def test_a_buffer_held_elsewhere_is_still_what_torch_sees():
     buffer = interop.dlpack.Buffer(1000, np.dtype(np.float32))
     view = buffer.view(torch.float32, (1000,))
     held = torch.from_dlpack(buffer.array)  # now XLA may not donate it
-    buffer.replace(jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array)))
+    interop.dlpack.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
     assert view.sum() == held.sum() == 1000
     del held
-    buffer.replace(jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array)))
+    interop.dlpack.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
     assert view.sum() == 2000
