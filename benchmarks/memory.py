@@ -1,9 +1,10 @@
 """Memory of an AdamW step of 64 M parameters, in percent of parameters, gradients and state together.
 
 `a step's peak` is how far the resident memory rises within the third step; `in all` is the highest resident memory
-during it over what the process had before the model, less the tensors: what lasts is in it too, and in MB beside it, for
-much of that is the same for any model. `first step` is the same of the first step, which makes the state. Each path has a process of its own. For JAX it is what XLA says of the
-compiled step: its temporary memory and the results that take no argument's place.
+during it over what the process had before the model, less the tensors: what lasts is in it too, and in MB, for much of
+that is the same for any model. `first step` is the same of the first step, which makes the state. Each path has a
+process of its own. For JAX it is what XLA says of the compiled step: its temporary memory and the results that take no
+argument's place.
 """
 
 from __future__ import annotations
