@@ -1,9 +1,10 @@
 """Memory of an AdamW step of 64 M parameters, in percent of parameters, gradients and state together.
 
 `a step's peak` is how far the resident memory rises within the third step; `in all` is the highest resident memory
-during it over what the process had before the model, less the tensors: what lasts is in it too. `first step` is the
-same of the first step, which makes the state. Each path has a process of its own. For JAX it is what XLA says of the
-compiled step: its temporary memory and the results that take no argument's place.
+during it over what the process had before the model, less the tensors: what lasts is in it too, and in MB, for much of
+that is the same for any model. `first step` is the same of the first step, which makes the state. Each path has a
+process of its own. For JAX it is what XLA says of the compiled step: its temporary memory and the results that take no
+argument's place.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def of_torch(path: str, shape: list[int], count: int) -> dict[str, float]:
     return {
         "a step's peak, %": 100 * (peak - before) / whole,
         "in all, %": 100 * ((peak - start) / whole - 1),
+        "in all, MB": (peak - start - whole) / 1e6,
         "first step, %": 100 * ((first - start) / whole - 1),
     }
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import mmap
 import operator
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -149,17 +151,24 @@ class Buffer:
     no view outlives it.
     """
 
-    __slots__ = ("__weakref__", "address", "array")
+    __slots__ = ("__weakref__", "_memory", "address", "array")
 
     def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
-        with jax.enable_x64(True):
-            zeros = jnp.zeros(shape, dtype, device=jax.local_devices(backend="cpu")[0])
-        self.array: Array = zeros.block_until_ready()
-        self.address: int = zeros.unsafe_buffer_pointer()
+        # Not jnp.zeros, which compiles a program a shape: 25 ms and 1.6 MB that stay. XLA takes no such array as it is.
+        zeros = np.broadcast_to(aligned_zeros(2, dtype)[1:], shape)
+        with jax.enable_x64(True), jax.transfer_guard("allow"):
+            array = jax.device_put(zeros, jax.local_devices(backend="cpu")[0], may_alias=False)
+        self.array: Array = array.block_until_ready()
+        self.address: int = array.unsafe_buffer_pointer()
+        self._memory: Callable[[], Any] = lambda: None  # what the views keep, and it this; one for all is smaller
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
         """A contiguous tensor `offset` bytes into the buffer, whose storage is just its own extent."""
-        return view(self.address + offset, dtype, shape, owner=self)
+        if (memory := self._memory()) is None:
+            memory = _memory_type(self.array.nbytes).from_address(self.address)
+            memory.owner = self
+            self._memory = weakref.ref(memory)
+        return view(memory, dtype, shape, offset)
 
 
 def replace(buffers: Sequence[Buffer], arrays: Sequence[Array]) -> None:
@@ -176,13 +185,14 @@ def replace(buffers: Sequence[Buffer], arrays: Sequence[Array]) -> None:
 _address_of = operator.methodcaller("unsafe_buffer_pointer")
 
 
-def view(address: int, dtype: torch.dtype, shape: tuple[int, ...], owner: object) -> Tensor:
-    """A contiguous tensor at an address, with a storage of its own extent that keeps `owner` alive."""
+def view(memory: Any, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    """A contiguous tensor `offset` bytes into an object that has a buffer, with a storage of its own extent.
+
+    It keeps the object alive, and no other tensor, as a view of a tensor would.
+    """
     if not math.prod(shape):
         return torch.empty(shape, dtype=dtype)
-    memory = _memory_type(math.prod(shape) * dtype.itemsize).from_address(address)
-    memory.owner = owner
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).resize_(shape)
 
 
 @functools.cache
@@ -212,22 +222,21 @@ def alias(x: np.ndarray) -> Any:
     It costs a program less than a NumPy array, which JAX puts on the device at each call and waits for. If JAX will
     not take the memory as it is, this is `x` itself.
     """
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.transfer_guard("allow"):
         array = jax.device_put(x, jax.local_devices(backend="cpu")[0], may_alias=True).block_until_ready()
     return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
 
 
 def constant(x: np.ndarray) -> Array:
     """Its values as a JAX array, ready for programs."""
-    with jax.enable_x64(True):
-        return jnp.array(x, device=jax.local_devices(backend="cpu")[0]).block_until_ready()
+    with jax.enable_x64(True), jax.transfer_guard("allow"):
+        return jax.device_put(x, jax.local_devices(backend="cpu")[0], may_alias=False).block_until_ready()
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
-    """Zeros that JAX takes without copying; untouched pages cost no memory."""
-    raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size * dtype.itemsize].view(dtype)
+    """Zeros that JAX takes without copying, in pages of their own: untouched ones cost no memory, as malloc's may."""
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize), access=mmap.ACCESS_COPY)
+    return np.frombuffer(memory, np.uint8, size * dtype.itemsize).view(dtype)
 
 
 def may_move(x: Tensor, *, ours: bool) -> bool:

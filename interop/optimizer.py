@@ -23,11 +23,11 @@ import math
 import numbers
 import operator
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from interop import dlpack, dtensor, program
 from interop.program import EMA
 from jopt.arena import ROW, Layout
-from jopt.rule import Rule, init_leaf
+from jopt.rule import Rule
 
 BIG = 2**15  # elements
 SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are gathered in as much memory
@@ -121,7 +121,7 @@ def _is_watched(optimizer: Any) -> bool:
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # type: ignore[reportPrivateImportUsage]
     )
 
 
@@ -446,8 +446,9 @@ class _Plan:
                 staging[dtype] = _Staging(dlpack.aligned_zeros(max(sizes), dtype), shared=len(sizes) > 1)
             self.staging = list(staging.values())
             begun = _averages_begun(optimizer)
+            freed = program.Freed(sum(leaf.local.nbytes for leaf in self.leaves.values()))
             for bucket in self.buckets:
-                bucket.take(optimizer, hyperparameters, staging, begun)
+                bucket.take(optimizer, hyperparameters, staging, begun, freed)
         self.views = [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
         self.addresses = list(map(_pointer_of, self.views))
 
@@ -692,6 +693,17 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
+_leaves_of_rows: weakref.WeakValueDictionary[tuple[int, ...], jax.Array] = weakref.WeakValueDictionary()
+
+
+def _leaf_of_row(layout: Layout) -> jax.Array:
+    """For each row its leaf: one array for all buckets with such rows."""
+    found = _leaves_of_rows.get(layout.rows)
+    if found is None:
+        found = _leaves_of_rows[layout.rows] = dlpack.constant(layout.leaf_of_row())
+    return found
+
+
 @dataclasses.dataclass
 class _Staging:
     """Where the gradients of small leaves are gathered, one bucket's after the other's."""
@@ -712,11 +724,8 @@ class _Bucket:
         self.dtypes = {"param": dlpack.DTYPES[dtype]} | {slot: dlpack.DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
         self.layout = Layout(tuple((leaf.size,) for leaf in self.small), ROW)
-        self.leaf_of_row = self.layout.leaf_of_row()
-        sizes = np.array([leaf.size for leaf in self.small], np.int32)
-        first = np.array(self.layout.offsets, np.int32)
-        starts = np.arange(len(self.leaf_of_row), dtype=np.int32) * ROW - first[self.leaf_of_row]
-        self.elements_of_row = np.minimum(sizes[self.leaf_of_row] - starts, ROW)
+        self.leaf_of_row = _leaf_of_row(self.layout)
+        self.ends = np.array(self.layout.offsets, np.int32) + np.array(self.layout.sizes, np.int32)
         self.spec = program.Bucket(
             rule,
             tuple(self.dtypes.items()),
@@ -728,7 +737,12 @@ class _Bucket:
     # --- memory
 
     def take(
-        self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], staging: dict[Any, _Staging], begun: bool
+        self,
+        optimizer: Any,
+        hyperparameters: Sequence[dict[str, float]],
+        staging: dict[Any, _Staging],
+        begun: bool,
+        freed: program.Freed,
     ) -> None:
         """Make the buffers, and move parameters and state into them."""
         layout = self.layout
@@ -740,26 +754,47 @@ class _Bucket:
         self.table = dlpack.aligned_zeros(math.prod(shape), self.spec.compute_dtype).reshape(shape)
         self.table_array = dlpack.alias(self.table)
         self.grads_array = dlpack.alias(self.grads)
-        self.leaf_of_row_array = dlpack.constant(self.leaf_of_row)
         self.grad_views: list[Tensor] = []  # where the small leaves' gradients are gathered
         self.new = np.zeros(len(self.leaves), bool)  # whose averages begin with the step's result
         self.scalars = self._init_scalars(optimizer, hyperparameters)
-        self.buffers: list[dlpack.Buffer] = []
-        # One leaf after the other, so that no more than one is in memory twice.
-        for i, leaf in enumerate(self.big):
-            reals = 2 if leaf.dtype.is_complex else 1
-            sizes = {name: math.prod(shape) * reals for name, shape in leaf.state_shapes.items()}
-            own = {name: dlpack.Buffer(sizes.get(name, leaf.size), d) for name, d in self.dtypes.items()}
-            self.buffers += own.values()
-            self._settle(i, leaf, own, 0, optimizer, hyperparameters[leaf.group], begun)
-        shared = {name: dlpack.Buffer((self.spec.rows, ROW), d) for name, d in self.dtypes.items() if self.small}
-        self.buffers += shared.values()
-        for i, (leaf, offset) in enumerate(zip(self.small, layout.offsets, strict=True), len(self.big)):
-            address = self.grads.ctypes.data + offset * self.dtype.itemsize
-            self.grad_views.append(dlpack.view(address, leaf.dtype, tuple(leaf.shape), owner=self.grads))
-            self._settle(i, leaf, shared, offset, optimizer, hyperparameters[leaf.group], begun)
+        # Parameters first: what they leave is given back before the state takes as much and more.
+        shelves = [([leaf], [0]) for leaf in self.big] + [(self.small, list(layout.offsets))] * bool(self.small)
+        owned: list[dict[str, dlpack.Buffer]] = []
+        for leaves, offsets in shelves:
+            owned.append({"param": self._buffer("param", leaves)})
+            for leaf, offset in zip(leaves, offsets, strict=True):
+                self._take_param(leaf, owned[-1]["param"], offset)
+                freed.add(0 if leaf.home is not None else leaf.local.nbytes)
+        rows = iter(range(len(self.leaves)))
+        for own, (leaves, offsets) in zip(owned, shelves, strict=True):
+            own |= {slot: self._buffer(slot, leaves) for slot in self.spec.names[1:]}
+            for leaf, offset in zip(leaves, offsets, strict=True):
+                loaded = optimizer.state.get(leaf.param)
+                self._take_slots(next(rows), leaf, own, offset, optimizer, hyperparameters[leaf.group], begun)
+                freed.add(leaf.local.nbytes * len(leaf.state_dtypes) if loaded else 0)
+        self.buffers = [buffer for own in owned for buffer in own.values()]
+        gathered = self.staging.array.view(np.uint8)
+        for leaf, offset in zip(self.small, layout.offsets, strict=True):
+            self.grad_views.append(dlpack.view(gathered, leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize))
 
-    def _settle(
+    def _buffer(self, name: str, leaves: list[_Leaf]) -> dlpack.Buffer:
+        """For the parameter or a slot of a big leaf, or of all small ones."""
+        shape: int | tuple[int, int] = (self.spec.rows, ROW)
+        if leaves is not self.small:
+            [leaf] = leaves
+            reals = 2 if leaf.dtype.is_complex else 1
+            shape = leaf.size if name == "param" else math.prod(leaf.state_shapes[name]) * reals
+        return dlpack.Buffer(shape, self.dtypes[name])
+
+    def _take_param(self, leaf: _Leaf, buffer: dlpack.Buffer, offset: int) -> None:
+        """Move a parameter to its place `offset` elements into a buffer, if nothing else refers to its storage."""
+        leaf.home = buffer.view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
+        if leaf.size and not leaf.stays and dlpack.may_move(leaf.param, ours=leaf.moved_before):
+            leaf.param.data = leaf.home.copy_(leaf.param)
+            leaf.home = None
+        leaf.pointer = leaf.local.data_ptr()
+
+    def _take_slots(
         self,
         i: int,
         leaf: _Leaf,
@@ -769,20 +804,18 @@ class _Bucket:
         h: dict[str, float],
         begun: bool,
     ) -> None:
-        """Move a leaf's parameter and state to their places `offset` elements into the buffers."""
+        """Move a leaf's state to its places."""
         leaf.views = {
-            name: dlpack.view(vector[i:].ctypes.data, torch.from_numpy(vector).dtype, (), owner=vector)
+            name: dlpack.view(vector, torch.from_numpy(vector).dtype, (), i * vector.itemsize)
             for name, vector in self.scalars.items()
             if name not in optimizer.hidden_scalars
         }
         for slot, dtype in leaf.state_dtypes.items():
             view = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
             leaf.views[slot] = dtensor.like(view, leaf.param)
-        leaf.home = buffers["param"].view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
         if leaf.views:
             state = optimizer.state[leaf.param]
             self._take_state(i, leaf, state, dict(state), h, begun)
-        self._take_param(leaf)
 
     def _init_scalars(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
         """The scalar state, a vector over the leaves; torch's 0-d tensors are views of its entries."""
@@ -800,14 +833,6 @@ class _Bucket:
             vectors[name] = np.array(values, _scalar_dtype())
         return vectors
 
-    def _take_param(self, leaf: _Leaf) -> None:
-        """Move a parameter into its place, if nothing else refers to its storage."""
-        if leaf.size and not leaf.stays and dlpack.may_move(leaf.param, ours=leaf.moved_before):
-            assert leaf.home is not None
-            leaf.param.data = leaf.home.copy_(leaf.param)
-            leaf.home = None
-        leaf.pointer = leaf.local.data_ptr()
-
     def _take_state(
         self, i: int, leaf: _Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float], begun: bool
     ) -> None:
@@ -815,7 +840,10 @@ class _Bucket:
         first: dict[str, Any] = {}
         if any(values.get(name) is None for name in leaf.views):
             scalars = self.rule.init_scalars(h)
-            first = scalars | self._first_slots(leaf, h) | {EMA: leaf.local}
+            slots = program.first_slots(
+                self.rule, len(leaf.shape), leaf.dtype, self.spec.compute_dtype, tuple(h.items())
+            )
+            first = scalars | slots | {EMA: leaf.local}
             for name in scalars.keys() - leaf.views.keys():
                 self.scalars[name][i] = scalars[name]
         self.new[i] = EMA in leaf.views and values.get(EMA) is None and not begun
@@ -827,14 +855,6 @@ class _Bucket:
             else:
                 place.fill_(float(value))
             state[name] = view
-
-    def _first_slots(self, leaf: _Leaf, h: dict[str, float]) -> dict[str, Tensor]:
-        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            param = dlpack.to_jax(leaf.local)
-            slots = init_leaf(
-                self.rule, {name: jnp.asarray(x, self.spec.compute_dtype) for name, x in h.items()}, param
-            )
-            return dlpack.to_torch(slots)
 
     # --- the step
 
@@ -869,9 +889,8 @@ class _Bucket:
         small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]
         self.small_views = [self.grad_views[i] for i in small]
         self.small_places = [places[self.small[i].param] for i in small]
-        count = self.active[len(self.big) :][self.leaf_of_row]
         self._find_kinds()
-        self.valid = dlpack.constant(np.where(count, self.elements_of_row, 0).astype(np.int32))
+        self.counted = dlpack.constant(np.where(self.active[len(self.big) :], self.ends, 0).astype(np.int32))
 
     def collect(self, grads: Sequence[Any]) -> list[Tensor | None]:
         """The big leaves' gradients, dense: what the programs read, to be kept until they have."""
@@ -895,7 +914,7 @@ class _Bucket:
     ) -> tuple[Any, Any]:
         """The norms of the gradients, and whether one is not finite, as arrays that may not be computed yet."""
         scale = _number_array(inverse_scale, self.spec.compute_dtype)
-        found = measure(self._arrays(grads, big), self.leaf_of_row_array, self.valid, scale)
+        found = measure(self._arrays(grads, big), self.leaf_of_row, self.counted, scale)
         if self.staging.shared:
             jax.block_until_ready(found)  # before another bucket's gradients come to lie there
         return found
@@ -917,7 +936,7 @@ class _Bucket:
             name: x if isinstance(x, list) else _number_array(x, self.spec.compute_dtype) for name, x in found.items()
         }
         arrays = self._arrays(grads, big)
-        out = program.launch(update, self.buffers, arrays, self.table_array, self.leaf_of_row_array, found)
+        out = program.launch(update, self.buffers, arrays, self.table_array, self.leaf_of_row, found)
         try:
             if not found:  # then it is not skipped, and this is done while it runs
                 self.finish(scalars)

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax import Array, lax
 
 from interop import dlpack
@@ -31,7 +32,7 @@ from jopt import numerics as t
 from jopt.arena import ROW
 from jopt.clip import clip_factor, total_norm
 from jopt.fusion import fuses_outputs, multi_output_fusion
-from jopt.rule import Rule, apart, step_leaf, step_leaves
+from jopt.rule import Rule, apart, init_leaf, step_leaf, step_leaves
 
 EMA = "ema"  # the slot of the parameter's exponential moving average
 
@@ -84,6 +85,19 @@ def slot_shapes(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]
 
     jax.eval_shape(init, jax.ShapeDtypeStruct(shape, np.float32))
     return slots
+
+
+@functools.lru_cache(maxsize=1024)
+def first_slots(
+    rule: Rule, axes: int, dtype: torch.dtype, compute: np.dtype, h: tuple[tuple[str, float], ...]
+) -> dict[str, torch.Tensor]:
+    """The tensor state before the first step of a leaf of so many axes, in tensors of one element each.
+
+    In each of its slots all elements are equal (`Rule.init`), so that an array of the leaf's size is not needed.
+    """
+    with own_settings(), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        param = jnp.zeros((1,) * axes, dlpack.DTYPES[dtype])
+        return dlpack.to_torch(init_leaf(rule, {name: jnp.asarray(x, compute) for name, x in h}, param))
 
 
 def buffer_shapes(bucket: Bucket, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -218,19 +232,21 @@ def _judge(found: dict[str, Any]) -> dict[str, Array]:
 def compile_norms(bucket: Bucket, unscale: bool) -> Any:
     """The program that reads a bucket's gradients: the norm of each, and whether one is not finite.
 
-    It takes the gradients, as `compile_update` does; for each row of the small ones its leaf and how many of its
-    elements count; and `inverse_scale`. Without `unscale` it looks for nothing that is not finite.
+    It takes the gradients, as `compile_update` does; the leaf of each row of the small ones; for each of these leaves
+    where in their buffer its elements end, 0 if they do not count; and `inverse_scale`. Without `unscale` it looks for
+    nothing that is not finite.
     """
     compute = t.compute_dtype(bucket.dtype)
 
-    def norms(grads: list[Array], leaf_of_row: Array, valid: Array, inverse_scale: Array) -> tuple[Array, Array]:
+    def norms(grads: list[Array], leaf_of_row: Array, ends: Array, inverse_scale: Array) -> tuple[Array, Array]:
         def squares(grad: Array) -> Array:
             grad = grad.astype(compute)
             return grad * grad
 
         sums = [jnp.sum(squares(grad))[None] for grad in grads[: len(bucket.big)]]
         if bucket.n_small:
-            inside = lax.broadcasted_iota(np.int32, grads[-1].shape, 1) < valid[:, None]
+            row, column = (lax.broadcasted_iota(np.int32, grads[-1].shape, axis) for axis in (0, 1))
+            inside = row * ROW + column < ends[leaf_of_row][:, None]
             grads = [*grads[:-1], jnp.where(inside, grads[-1], jnp.zeros_like(grads[-1]))]
             rows = jnp.sum(squares(grads[-1]), axis=1)
             sums.append(jax.ops.segment_sum(rows, leaf_of_row, bucket.n_small, indices_are_sorted=True))
@@ -250,8 +266,8 @@ def compile_norms(bucket: Bucket, unscale: bool) -> Any:
 
     with own_settings():
         grads = _gradients(bucket)
-        rows = _spec((bucket.rows,), np.int32)
-        return _compile(norms, grads, rows, rows, _spec((), compute))
+        rows, ends = (_spec((n,), np.int32) for n in (bucket.rows, bucket.n_small))
+        return _compile(norms, grads, rows, ends, _spec((), compute))
 
 
 def _gradients(bucket: Bucket) -> list[jax.ShapeDtypeStruct]:
@@ -339,6 +355,35 @@ def _omp_pause() -> Any:
         if "libgomp" in path:
             return getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
     return None
+
+
+class Freed:
+    """Gives memory that is freed back to the system, which glibc else keeps: a model would be in memory twice.
+
+    A part at a time, for it looks through all that is free.
+    """
+
+    def __init__(self, total: int):
+        self.part = max(2**24, total // 64)
+        self.held = 0
+        self.give_back()  # what compiling left
+
+    def add(self, nbytes: int) -> None:
+        """Note that so many of the `total` bytes were freed."""
+        self.held += nbytes
+        if self.held >= self.part:
+            self.give_back()
+
+    def give_back(self) -> None:
+        self.held = 0
+        if (trim := _malloc_trim()) is not None:
+            trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    """glibc's malloc_trim, if the process runs on that."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 
 
 class SignalsWait:

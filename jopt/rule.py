@@ -79,7 +79,7 @@ class Rule(ABC):
 
     @abstractmethod
     def init(self, h: Scalars, param: Array) -> LeafState:
-        """The state of a leaf before its first step, in arrays of their own."""
+        """The state of a leaf before its first step, in arrays of their own: in each all elements are equal."""
 
     def init_scalars(self, h: Scalars) -> Scalars:
         """The scalar state of a leaf before its first step."""
