@@ -171,6 +171,7 @@ def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
 
 
 MASTER = "master"  # the slot of a leaf's float32 copy
+STACKED = 2**20  # elements that CPU steps at once: with more, each operation would find none of the last in a cache
 FACTOR = "gradient factor "  # among a leaf's coefficients, with a number: what its gradient is multiplied by first
 
 
@@ -349,14 +350,28 @@ def step_leaves(
         groups.setdefault((treedef, tuple((x.shape, x.dtype) for x in flat)), []).append(i)
     results: dict[int, tuple[Array, LeafState]] = {}
     for members in groups.values():
-        if len(members) == 1:
-            results[members[0]] = step_leaf(rule, *leaves[members[0]])
-            continue
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(leaves[i] for i in members))
-        out = jax.vmap(functools.partial(step_leaf, rule))(*stacked)
-        for k, i in enumerate(members):
-            results[i] = jax.tree.map(operator.itemgetter(k), out)
+        alike = [leaves[i] for i in members]
+        few = max(1, STACKED // max(1, alike[0][3].size))
+        step = functools.partial(_step_alike, rule)
+        if few < len(alike):
+            out = lax.platform_dependent(alike, cpu=functools.partial(step, at_once=few), default=step)
+        else:
+            out = step(alike)
+        results.update(zip(members, out, strict=True))
     return [results[i] for i in range(len(leaves))]
+
+
+def _step_alike(
+    rule: Rule, leaves: Sequence[tuple[Any, ...]], at_once: int | None = None
+) -> list[tuple[Array, LeafState]]:
+    """`step_leaf` for leaves of equal shapes, stacked, all or so many at once."""
+    if at_once is not None and at_once < len(leaves):
+        return [x for i in range(0, len(leaves), at_once) for x in _step_alike(rule, leaves[i : i + at_once])]
+    if len(leaves) == 1:
+        return [step_leaf(rule, *leaves[0])]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
+    out = jax.vmap(functools.partial(step_leaf, rule))(*stacked)
+    return [jax.tree.map(operator.itemgetter(k), out) for k in range(len(leaves))]
 
 
 def _state_dtype(param_dtype: Any, state_dtype: Any) -> Any:

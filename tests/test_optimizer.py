@@ -19,7 +19,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
+import jopt  # noqa: E402
 from interop import optim, optimizer, program  # noqa: E402
+from jopt import rule  # noqa: E402
 from tests import cases  # noqa: E402
 
 BIG = optimizer.BIG
@@ -1140,6 +1142,23 @@ def test_muon_of_many_matrices_is_of_each_alone():
         alone, _ = step_with(torch.optim.Muon, [params[i]], [grads[i]], steps=2, lr=0.1)
         assert cases.difference(together[i].detach(), alone[0].detach()) <= cases.MUON["float32"]
     assert torch.equal(together[1], params[1])
+
+
+def test_muon_of_many_matrices_is_that_of_a_few_at_a_time(monkeypatch):
+    """Three at once and the one that is left over; on CPU alone, as what the others lower to shows."""
+    generator = torch.Generator().manual_seed(0)
+    params, grads = ([torch.randn(8, 16, generator=generator) for _ in range(7)] for _ in range(2))
+    monkeypatch.setattr(rule, "STACKED", 3 * 8 * 16 + 1)
+    tx = jopt.muon(lr=0.1)
+    arrays = [[jax.numpy.asarray(x.numpy()) for x in xs] for xs in (grads, params)]
+    traced = jax.jit(tx.step).trace(arrays[0], tx.init(arrays[1]), arrays[1])
+    for platform, loops in (("cpu", 3), ("tpu", 1), ("cuda", 1)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.while") == loops, platform
+    ours, _ = jax.jit(tx.step)(arrays[0], tx.init(arrays[1]), arrays[1])
+    theirs, _ = step_with(torch.optim.Muon, params, grads, steps=1, lr=0.1)
+    for p, q in zip(ours, theirs, strict=True):
+        assert cases.difference(torch.from_numpy(np.array(p)), q.detach()) <= cases.MUON["float32"]
 
 
 @pytest.mark.parametrize(

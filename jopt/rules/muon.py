@@ -101,9 +101,16 @@ def orthogonalize(c, matrix: Array, steps: int) -> Array:
         x = x.T
     x = t.div(x, jnp.maximum(t.norm(x), t.cast(c["eps"], x)))
 
-    def iterate(_, x):
-        gram = t.matmul(x, x.T)
-        return t.addmm(x, t.addmm(gram, gram, gram, beta=c["b"], alpha=c["c"]), x, beta=c["a"], alpha=1)
+    def iterate(_, pair):
+        x, transpose = pair
+        gram = t.matmul(x, x.T if transpose is None else transpose)
+        x = t.addmm(x, t.addmm(gram, gram, gram, beta=c["b"], alpha=c["c"]), x, beta=c["a"], alpha=1)
+        return x, None if transpose is None else x.T
 
-    x = t.whole(lax.fori_loop(0, steps, iterate, x))  # here too: else the iteration is sharded as its result is
+    def iterations(*pair):
+        return lax.fori_loop(0, steps, iterate, pair)[0]
+
+    # XLA on CPU multiplies bfloat16 as such only where no factor is a transpose that it knows as one; else in float32.
+    x = lax.platform_dependent(x, cpu=lambda x: iterations(x, x.T), default=lambda x: iterations(x, None))
+    x = t.whole(x)  # here too: else the iteration is sharded as its result is
     return x.T if rows > columns else x
