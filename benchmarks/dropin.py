@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 
+import jax
 import numpy as np
 import torch
 
@@ -11,6 +13,7 @@ from benchmarks import measure
 from benchmarks.measure import COMPILE, OURS, PATHS, Add, TorchStep
 from benchmarks.report import Figure, Row, Section, Target
 from benchmarks.shapes import MODELS
+from interop import optim, program
 
 OPTIMIZERS = {
     "AdamW": dict(),
@@ -52,10 +55,35 @@ def run(short: bool) -> Section:
 
 NOTE = """
 Gradients are fresh tensors and the learning rate changes at every step. `best` is torch's fastest path of default,
-foreach and fused. `share of floor` is the time that the passes which the step cannot do without would take, at the
-speed of a three-pass add measured in the same rounds (in cache, for the small model), over ours. torch.compile takes
-minutes, and is left out where it would take most of the time. The flag is XLA's fusion of several outputs in the
-drop-in's programs."""
+foreach and fused. `programs alone` are the drop-in's compiled programs with their arguments at hand, without all that
+a torch optimizer's step does around them. `share of floor` is the time that the passes which the step cannot do without
+would take, at the speed of a three-pass add measured in the same rounds (in cache, for the small model), over ours.
+torch.compile takes minutes, and is left out where it would take most of the time. The flag is XLA's fusion of several
+outputs in the drop-in's programs."""
+
+
+class Alone:
+    """The compiled programs of the drop-in's step, their arguments at hand: what it cannot be faster than."""
+
+    def __init__(self, step: TorchStep):
+        step(0)
+        self.kept = step  # whose memory they step
+        for p, g in zip(step.params, step.grads, strict=True):
+            p.grad = g.clone()
+        step.optimizer.step()
+        plan, grads = step.optimizer._plan, [p.grad for p in step.params]
+        self.calls = []
+        for bucket, update in zip(plan.buckets, plan._programs(step.optimizer)[1], strict=True):
+            gradients = bucket._arrays(grads, bucket.collect(grads))
+            self.calls.append((update, bucket.buffers, gradients, bucket.table_array, bucket.leaf_of_row, {}))
+
+    def __call__(self, i: int) -> float:
+        program.pause_openmp()
+        with program.settings():
+            start = time.perf_counter()
+            for call in self.calls:
+                jax.block_until_ready(program.launch(*call))
+            return time.perf_counter() - start
 
 
 def row(model: str, name: str) -> Row:
@@ -73,8 +101,10 @@ def row(model: str, name: str) -> Row:
             native, shapes, grads, lambda o: measure.compiled(o.step), **OPTIMIZERS[name], lr=lr
         )
     add = Add(n)
-    first, times = measure.interleave(f"{name}, {model}", {**variants, "add": add}, SECONDS[model])
+    others = {"add": add, "alone": Alone(TorchStep(getattr(optim, name), shapes, grads, **OPTIMIZERS[name]))}
+    first, times = measure.interleave(f"{name}, {model}", {**variants, **others}, SECONDS[model])
     a_pass = add.seconds_a_pass(times.pop("add")[:, 0], n)
+    alone = times.pop("alone")[:, 0]
     # p and g are read, p is written, each state is both.
     state = variants["default"].optimizer.state
     passes = (
@@ -86,6 +116,7 @@ def row(model: str, name: str) -> Row:
         "optimizer": name,
         "shapes": model,
         **compared,
+        "programs alone, ms": 1e3 * float(np.median(alone)),
         "share of floor": float(np.median(passes * a_pass / times[OURS][:, 0])),
         "first call, ms": 1e3 * first[OURS],
         "flag": measure.flag(own=True),
