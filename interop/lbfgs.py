@@ -110,7 +110,7 @@ class _Step:
         self.pairs = [(vector(y), vector(s), number(float(ro))) for y, s, ro in pairs]
         self.d, self.prev_flat_grad = (vector(self.state.get(name)) for name in ("d", "prev_flat_grad"))
         self.H_diag = number(float(self.state.get("H_diag", 1)))
-        t, prev_loss = (number(float(self.state.get(name) or 0)) for name in ("t", "prev_loss"))
+        t, prev_loss = (float(self.state.get(name) or 0) for name in ("t", "prev_loss"))
         self.run = initial_run(not self.state.get("n_iter"), t, prev_loss)
         self.bracket_g: list[Any] = [None, None]
         self.start: list[Tensor] = []  # the parameters where the line search began
@@ -119,7 +119,7 @@ class _Step:
         """Take in an evaluation: if it ends the iteration, go to the point found, and begin the next one there."""
         with np.errstate(all="ignore"):
             slope = _dot(grad, self.d) if self.searches and self.run.phase != START else 0.0
-            numbers = map(self.number, (loss, slope, _norm(grad)))
+            numbers = loss, self.number(slope), self.number(_norm(grad))
             self.run, verdict = judge(_Numbers, self.settings, self.run, *numbers)
             sources = (*self.bracket_g, grad, self.prev_flat_grad)
             self.bracket_g = [sources[i] for i in verdict.bracket_g]
@@ -159,8 +159,8 @@ class _Step:
                 self.pairs = [*self.pairs, (y, s, 1 / ys)][-self.settings.history_size :]
                 self.H_diag = ys / number(_dot(y, y))
         self.d, self.prev_flat_grad = self._direction(grad), grad
-        found = float(self.optimizer.param_groups[0]["lr"]), total, _dot(grad, self.d), _norm(self.d)
-        self.run = begin(_Numbers, self.settings, run, *map(number, found))
+        lr, found = float(self.optimizer.param_groups[0]["lr"]), (total, _dot(grad, self.d), _norm(self.d))
+        self.run = begin(_Numbers, self.settings, run, lr, *map(number, found))
         self.bracket_g = [grad, grad]
         if self.searches:
             self.start = self.optimizer._clone_param()
@@ -192,13 +192,33 @@ class _Step:
 
 
 class _Numbers:
-    """What `judge` and `begin` need of jax.numpy, for NumPy's numbers: np.where makes arrays, at ten times the cost."""
+    """What `judge` and `begin` need, for single numbers, which are rounded as torch's.
 
-    minimum, maximum, sqrt, logical_not = np.minimum, np.maximum, np.sqrt, operator.not_
+    Losses and lr are Python's, what comes of vectors is NumPy's in their type, and so is what the two make together: as
+    with a number and a tensor without axes in torch.
+    """
+
+    logical_not = operator.not_
 
     @staticmethod
     def where(condition: Any, x: Any, y: Any) -> Any:
         return x if condition else y
+
+    @staticmethod
+    def minimum(x: Any, y: Any) -> Any:
+        return min(x, y)
+
+    @staticmethod
+    def maximum(x: Any, y: Any) -> Any:
+        return max(x, y)
+
+    @staticmethod
+    def sqrt(x: Any) -> Any:
+        return type(x)(torch.tensor(x).sqrt().item())  # which is not always the nearest number, unlike NumPy's
+
+    @staticmethod
+    def divide(x: Any, y: Any) -> Any:
+        return x / y if y else float(np.divide(x, y))
 
 
 def _stored_pairs(settings: Settings, state: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Any]]:

@@ -198,7 +198,7 @@ def judge(m: Any, settings: Settings, run: Run, f_new: Number, gtd_new: Number, 
     """Take in the evaluation that was asked for.
 
     Args:
-      m: jax.numpy, or what has its `where`, `minimum`, `maximum`, `sqrt` and `logical_not` for other numbers.
+      m: has `where`, also for trees, `minimum`, `maximum`, `divide`, `sqrt` and `logical_not` for the numbers.
       f_new, gtd_new, norm: its loss, gradient . d (looked at in a line search only), max |gradient|.
 
     Unless `begins` or `run.phase` is DONE, the next evaluation is wanted at `x + run.t * d`.
@@ -214,7 +214,7 @@ def judge(m: Any, settings: Settings, run: Run, f_new: Number, gtd_new: Number, 
     else:
         searched, found, next_t, bracket_g = _search(m, run, f_new, gtd_new, norm)
         accepted = starting | found
-        run, bracket_g = _choose(m, starting, (here, trial), (searched, bracket_g))
+        run, bracket_g = m.where(starting, (here, trial), (searched, bracket_g))
 
     taken, loss = _at(m, run.bracket, run.low), _at(m, run.bracket_f, run.low)
     small, going = settings.tolerance_change, m.logical_not(starting)
@@ -267,8 +267,15 @@ def begin(m: Any, settings: Settings, run: Run, lr: Number, total: Number, gtd: 
     )
 
 
-def _choose(m: Any, which: Number, a: Tree, b: Tree) -> Tree:
-    return jax.tree.map(functools.partial(m.where, which), a, b)
+class _Traced:
+    """What `judge` and `begin` need, for traced numbers."""
+
+    minimum, maximum, divide = jnp.minimum, jnp.maximum, jnp.divide
+    sqrt, logical_not = jnp.sqrt, jnp.logical_not
+
+    @staticmethod
+    def where(condition: Array, x: Tree, y: Tree) -> Any:
+        return jax.tree.map(functools.partial(jnp.where, condition), x, y)
 
 
 def _advance(
@@ -277,12 +284,12 @@ def _advance(
     """`(state, run, bracket_g, moves, taken)`: `judge`, and `begin` with what both leave to vectors."""
     search, before = settings.line_search_fn is not None, run
     slope = _dot(g_new, state.d) if search else jnp.zeros_like(f_new)
-    run, verdict = judge(jnp, settings, run, f_new, slope, _largest(g_new))
-    grad, begins, taken = g_new, verdict.begins, _at(jnp, run.bracket, run.low)
+    run, verdict = judge(_Traced, settings, run, f_new, slope, _largest(g_new))
+    grad, begins, taken = g_new, verdict.begins, _at(_Traced, run.bracket, run.low)
     if search:
         sources = (*bracket_g, g_new, state.prev_flat_grad)
         bracket_g = tuple(lax.select_n(which, *sources) for which in verdict.bracket_g)
-        grad = _at(jnp, bracket_g, run.low)
+        grad = _at(_Traced, bracket_g, run.low)
 
     first = run.fresh
     y, slot = grad - state.prev_flat_grad, state.stored % (settings.history_size + 1)
@@ -290,7 +297,7 @@ def _advance(
     sy, d = lax.cond(begins & ~first, lambda: _direction(settings, state, slot, grad, y), lambda: (state.sy, state.d))
     d = jnp.where(begins & first, -grad, d)
     total = lax.cond(first, lambda: jnp.sum(jnp.abs(grad)), lambda: jnp.ones_like(taken))
-    run = _choose(jnp, begins, begin(jnp, settings, run, lr, total, _dot(grad, d), _largest(d)), run)
+    run = _Traced.where(begins, begin(_Traced, settings, run, lr, total, _dot(grad, d), _largest(d)), run)
     run = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), run, before)
     state = state._replace(d=d, sy=sy, prev_flat_grad=jnp.where(begins, grad, state.prev_flat_grad))
     bracket_g = tuple(jnp.where(begins, grad, x) for x in bracket_g)
@@ -621,7 +628,7 @@ def _cubic(
     m: Any, x1: Number, f1: Number, g1: Number, x2: Number, f2: Number, g2: Number, lower: Number, upper: Number
 ) -> Number:
     """The minimum between the bounds of the cubic through two points with slopes g; their middle if it has none."""
-    d1 = g1 + g2 - 3 * (f1 - f2) / (x1 - x2)
+    d1 = g1 + g2 - m.divide(3 * (f1 - f2), x1 - x2)
     square = d1 * d1 - g1 * g2
     d2 = m.sqrt(m.maximum(square, 0))
     ascending = x2 - (x2 - x1) * ((g2 + d2 - d1) / (g2 - g1 + 2 * d2))
