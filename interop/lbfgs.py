@@ -1,8 +1,8 @@
 """torch's LBFGS with another loop around torch's closure: the decisions are `jopt.lbfgs`'s, the vectors stay torch's.
 
-An iteration reads each vector of the history twice, and no program reads them less: it waits for memory, and torch's
-dot products and sums have both processors busy with that already. So what is compiled are the numbers alone, `judge`
-and `begin`, and what is saved are torch's copies of gradients and parameters.
+An iteration reads each vector of the history twice: it waits for memory, and torch's dot products and sums keep both
+processors at that, where XLA on CPU takes products with one vector on one thread. So nothing is compiled: `judge` and
+`begin` are called with plain numbers, and what is saved are torch's copies of gradients and parameters.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 import jopt
 from interop import dlpack
 from interop.modules import Leaf
-from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
+from interop.optimizer import KeepsWideState, parameter_name, undynamo
 from jopt.lbfgs import DONE, LEAST_CURVATURE, START, LBFGSState, Settings, begin, initial_run, judge
 
 
 class LBFGS(KeepsWideState, torch.optim.LBFGS):
-    """`torch.optim.LBFGS`, whose line search and tests for the end are compiled (`jopt.lbfgs`).
+    """`torch.optim.LBFGS`, with fewer passes over memory and the same bits.
 
     Parameters of bfloat16 and float16 are searched in float32. A copy and an unpickled one can step, unlike torch's.
     """
@@ -47,7 +47,7 @@ class LBFGS(KeepsWideState, torch.optim.LBFGS):
             The loss of the first evaluation.
 
         Raises:
-            RuntimeError: a forked child process, or another line_search_fn than None and 'strong_wolfe'.
+            RuntimeError: another line_search_fn than None and 'strong_wolfe'.
             TypeError: a parameter that cannot be stepped; said before anything changes.
             ValueError: old_dirs, old_stps and ro of the state have different lengths.
         """
@@ -55,7 +55,6 @@ class LBFGS(KeepsWideState, torch.optim.LBFGS):
 
 
 def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
-    check_process()
     if len(optimizer.param_groups) != 1:
         raise AssertionError(f"Expected exactly one param_group, but got {len(optimizer.param_groups)}")
     group = optimizer.param_groups[0]

@@ -25,7 +25,7 @@ from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
 from jopt.transform import check_array
 
 Tree = Any
-Number = Any  # a traced one, or NumPy's
+Number = Any  # a traced one, NumPy's, or Python's
 Pair = tuple[Number, Number]  # no array of two rows, which XLA on CPU would write in branches, number by number
 ARMIJO, CURVATURE = 1e-4, 0.9  # c1 and c2 of the strong Wolfe conditions
 NARROWEST = 1e-9  # a bracket; torch gives its search no tolerance_change
@@ -288,7 +288,7 @@ def _advance(
     grad, begins, taken = g_new, verdict.begins, _at(_Traced, run.bracket, run.low)
     if search:
         sources = (*bracket_g, g_new, state.prev_flat_grad)
-        bracket_g = tuple(lax.select_n(which, *sources) for which in verdict.bracket_g)
+        bracket_g = tuple(lax.select_n(which.astype(jnp.int32), *sources) for which in verdict.bracket_g)
         grad = _at(_Traced, bracket_g, run.low)
 
     first = run.fresh
