@@ -1,14 +1,15 @@
-"""torch's LBFGS with its arithmetic compiled: the closure stays torch's, `jopt.advance` runs between its calls.
+"""torch's LBFGS with another loop around torch's closure: the decisions are `jopt.lbfgs`'s, the vectors stay torch's.
 
-torch's state is read when a step begins and written when it ends. The history, by far its largest part, lives in two
-JAX buffers, which torch's lists `old_dirs` and `old_stps` see row by row.
+An iteration reads each vector of the history twice: it waits for memory, and torch's dot products and sums keep both
+processors at that, where XLA on CPU takes products with one vector on one thread. So nothing is compiled: `judge` and
+`begin` are called with plain numbers, and what is saved are torch's copies of gradients and parameters.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,21 +21,15 @@ from torch import Tensor
 import jopt
 from interop import dlpack
 from interop.modules import Leaf
-from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
-from interop.program import own_settings, pause_openmp
-from interop.program import run as run_program
-from jopt.lbfgs import DONE, START, LBFGSState, Run, Settings, advance, initial_run, initial_state
-
-FIRST_CAPACITY = 8  # pairs; the history grows by doubling, as torch's grows by the pair
+from interop.optimizer import KeepsWideState, parameter_name, undynamo
+from jopt.lbfgs import DONE, LEAST_CURVATURE, START, LBFGSState, Settings, begin, initial_run, judge
 
 
 class LBFGS(KeepsWideState, torch.optim.LBFGS):
-    """`torch.optim.LBFGS`, whose directions and line search are compiled (`jopt.lbfgs`).
+    """`torch.optim.LBFGS`, with fewer passes over memory and the same bits.
 
     Parameters of bfloat16 and float16 are searched in float32. A copy and an unpickled one can step, unlike torch's.
     """
-
-    _history: _History | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -52,161 +47,177 @@ class LBFGS(KeepsWideState, torch.optim.LBFGS):
             The loss of the first evaluation.
 
         Raises:
-            RuntimeError: a forked child process, or another line_search_fn than None and 'strong_wolfe'.
+            RuntimeError: another line_search_fn than None and 'strong_wolfe'.
             TypeError: a parameter that cannot be stepped; said before anything changes.
+            ValueError: old_dirs, old_stps and ro of the state have different lengths.
         """
         return undynamo(_step)(self, torch.enable_grad()(closure))
 
 
 def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
-    check_process()
     if len(optimizer.param_groups) != 1:
         raise AssertionError(f"Expected exactly one param_group, but got {len(optimizer.param_groups)}")
     group = optimizer.param_groups[0]
     settings = Settings(**{field.name: group[field.name] for field in dataclasses.fields(Settings)})
     for p in optimizer._params:
         dlpack.check_parameter(parameter_name(optimizer, 0, p), p)
-    search = settings.line_search_fn is not None
 
     first = closure()
     loss, grad = float(first), _gradient(optimizer)
-    history = optimizer._history
-    if history is None or not history.serves(settings, grad, optimizer):
-        history = optimizer._history = _History(settings, grad, optimizer)
-    state, run = history.read(optimizer)
+    step = _Step(optimizer, settings, grad.dtype)
     try:
-        while True:
-            before = state.d
-            state, run, taken, moves = history.advance(state, run, float(group["lr"]), loss, grad)
-            if moves and search:
-                optimizer._add_grad(float(taken), _tensor(before))
-            if run.unseen:
-                optimizer._add_grad(float(state.t), _tensor(state.d))
-            if run.phase == DONE:
-                return first
-            start = optimizer._clone_param() if search else None
-            optimizer._add_grad(float(state.t), _tensor(state.d))
-            loss, grad = float(closure()), _gradient(optimizer)
-            if start is not None:
-                optimizer._set_param(start)
+        step.take(loss, grad)
+        while step.run.phase != DONE:
+            step.move()
+            step.take(float(closure()), _gradient(optimizer))
+        if step.run.unseen:
+            step.move()
     finally:
-        history.write(optimizer, state, begun=bool(run.n_iter))
+        step.write()
+    return first
 
 
 def _gradient(optimizer: LBFGS) -> Tensor:
+    """A copy: the closure's gradients change with the next call."""
     grad = optimizer._gather_flat_grad()
     return grad if grad.dtype is torch.float64 else grad.float()
 
 
-def _tensor(x: Any) -> Tensor:
-    return dlpack.to_torch(x, copy=None)
+def _dot(x: Tensor, y: Tensor) -> float:
+    return x.dot(y).item()
 
 
-class _History:
-    """The pairs, and the program for their number."""
+def _norm(x: Tensor) -> float:
+    """max |x|, of no tensor in between."""
+    low, high = (float(bound) for bound in torch.aminmax(x))
+    return max(-low, high)
 
-    def __init__(self, settings: Settings, grad: Tensor, optimizer: LBFGS):
-        self.settings, self.n, self.dtype = settings, grad.numel(), grad.dtype
-        pairs = _stored_pairs(settings, optimizer.state[optimizer._params[0]])
-        self._allocate(max(FIRST_CAPACITY, len(pairs)), pairs)
 
-    def _allocate(self, capacity: int, pairs: list[tuple[Tensor, Tensor, Any]]) -> None:
-        self.capacity = min(capacity, self.settings.history_size)
-        self.buffers = [dlpack.Buffer((self._rows, self.n), self._numpy) for _ in range(2)]
-        self.stored = len(pairs)
-        self.ro = np.zeros(self._rows, self._numpy)
-        for i, (y, s, ro) in enumerate(pairs):
-            for j, x in enumerate((y, s)):
-                self._row(j, i).copy_(x)
-            self.ro[i] = float(ro)
-        self.sy = self._ring(1) @ self._ring(0).T
-        self.lists: list[list[Tensor]] = []
-        self.program = _compile(dataclasses.replace(self.settings, history_size=self.capacity), self.n, self._numpy)
+class _Step:
+    """A step under way: the vectors of torch's state, and the numbers of `jopt.lbfgs`."""
 
-    @property
-    def _numpy(self) -> np.dtype:
-        return dlpack.DTYPES[self.dtype]
+    def __init__(self, optimizer: LBFGS, settings: Settings, dtype: torch.dtype):
+        self.optimizer, self.settings = optimizer, settings
+        self.searches = settings.line_search_fn is not None
+        self.state: dict[str, Any] = optimizer.state[optimizer._params[0]]
+        number = self.number = dlpack.DTYPES[dtype].type
 
-    @property
-    def _rows(self) -> int:
-        return self.capacity + 1
+        def vector(x: Any) -> Any:
+            return None if x is None else x.detach().to(dtype)
 
-    def _ring(self, buffer: int) -> np.ndarray:
-        return self.buffers[buffer].view(self.dtype, (self._rows, self.n)).numpy()
+        pairs = _stored_pairs(settings, self.state)
+        self.pairs = [(vector(y), vector(s), number(float(ro))) for y, s, ro in pairs]
+        self.d, self.prev_flat_grad = (vector(self.state.get(name)) for name in ("d", "prev_flat_grad"))
+        self.H_diag = number(float(self.state.get("H_diag", 1)))
+        t, prev_loss = (float(self.state.get(name) or 0) for name in ("t", "prev_loss"))
+        self.run = initial_run(not self.state.get("n_iter"), t, prev_loss)
+        self.bracket_g: list[Any] = [None, None]
+        self.start: list[Tensor] = []  # the parameters where the line search began
 
-    def _row(self, buffer: int, index: int) -> Tensor:
-        offset = index * self.n * self._numpy.itemsize
-        return self.buffers[buffer].view(self.dtype, (self.n,), offset)
+    def take(self, loss: float, grad: Tensor) -> None:
+        """Take in an evaluation: if it ends the iteration, go to the point found, and begin the next one there."""
+        with np.errstate(all="ignore"):
+            slope = _dot(grad, self.d) if self.searches and self.run.phase != START else 0.0
+            numbers = loss, self.number(slope), self.number(_norm(grad))
+            self.run, verdict = judge(_Numbers, self.settings, self.run, *numbers)
+            sources = (*self.bracket_g, grad, self.prev_flat_grad)
+            self.bracket_g = [sources[i] for i in verdict.bracket_g]
+            taken = float(self.run.bracket[self.run.low])
+            if self.searches and verdict.moves:
+                self._place(taken)
+            if verdict.begins:
+                self._begin(taken)
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor, float]]:
-        """From the oldest to the newest."""
-        return [(self._row(0, i), self._row(1, i), float(self.ro[i])) for i in self._indices()]
+    def move(self) -> None:
+        """To where the next evaluation is wanted."""
+        t = float(self.run.t)
+        if self.searches:
+            self._place(t)
+        else:
+            self.optimizer._add_grad(t, self.d)
 
-    def _indices(self) -> list[int]:
-        return [i % self._rows for i in range(max(0, self.stored - self.capacity), self.stored)]
+    def _place(self, t: float) -> None:
+        """At start + t * d, in one pass; whatever the closure did to the parameters is undone, as in torch."""
+        ends = 0
+        for p, x in zip(self.optimizer._params, self.start, strict=True):
+            p, x = (torch.view_as_real(z) if z.is_complex() else z for z in (p, x))
+            begins, ends = ends, ends + p.numel()
+            torch.add(x, self.d[begins:ends].view_as(p), alpha=t, out=p)
 
-    def serves(self, settings: Settings, grad: Tensor, optimizer: LBFGS) -> bool:
-        """Whether this still is the state's history."""
-        state = optimizer.state[optimizer._params[0]]
-        found = [state.get("old_dirs") or [], state.get("old_stps") or []]
-        return (
-            (settings, grad.numel(), grad.dtype) == (self.settings, self.n, self.dtype)
-            and len(self.lists) == 2
-            and all(a is b for a, b in zip(found, self.lists, strict=True))
-            and [list(map(_identity, x)) for x in found] == self.rows
-            and len(state.get("ro") or []) == len(self.lists[0])
+    def _begin(self, taken: float) -> None:
+        """Begin an iteration: remember the pair that the last one made, unless there was none, and find d."""
+        run, grad, number = self.run, self.bracket_g[self.run.low], self.number
+        total = 1.0
+        if run.fresh:
+            total = grad.abs().sum().item()
+            self.pairs, self.H_diag = [], number(1)
+        else:
+            y, s = grad - self.prev_flat_grad, self.d * taken
+            ys = number(_dot(y, s))
+            if ys > LEAST_CURVATURE:
+                self.pairs = [*self.pairs, (y, s, 1 / ys)][-self.settings.history_size :]
+                self.H_diag = ys / number(_dot(y, y))
+        self.d, self.prev_flat_grad = self._direction(grad), grad
+        lr, found = float(self.optimizer.param_groups[0]["lr"]), (total, _dot(grad, self.d), _norm(self.d))
+        self.run = begin(_Numbers, self.settings, run, lr, *map(number, found))
+        self.bracket_g = [grad, grad]
+        if self.searches:
+            self.start = self.optimizer._clone_param()
+
+    def _direction(self, grad: Tensor) -> Tensor:
+        """-H grad by the two loops over the pairs, in torch's order and roundings: from q = -grad, newest pair first,
+
+            a_i = ro_i s_i . q,  q -= a_i y_i   and, from r = H_diag q, back,   r += (a_i - ro_i y_i . r) s_i
+
+        with -q and -a in place of q and a, which spares a pass.
+        """
+        d, q, a = torch.empty_like(grad), grad, []
+        for y, s, ro in reversed(self.pairs):
+            a.append(self.number(_dot(s, q)) * ro)
+            q = torch.sub(q, y, alpha=float(a[-1]), out=d)
+        torch.mul(q, -float(self.H_diag), out=d)
+        for y, s, ro in self.pairs:
+            d.add_(s, alpha=-float(a.pop() + self.number(_dot(y, d)) * ro))
+        return d
+
+    def write(self) -> None:
+        """torch's state; before the first iteration it counts only."""
+        run, state = self.run, self.state
+        counts = {name: state.get(name, 0) + x for name, x in (("func_evals", run.evals), ("n_iter", run.n_iter))}
+        vectors = self.pairs, self.d, self.H_diag, self.prev_flat_grad
+        state.update(
+            _torch_state(self.settings, counts, *vectors, float(run.t), float(run.prev_loss)) if run.n_iter else counts
         )
 
-    def read(self, optimizer: LBFGS) -> tuple[LBFGSState, Run]:
-        state = optimizer.state[optimizer._params[0]]
-        state.setdefault("func_evals", 0)
-        state.setdefault("n_iter", 0)
 
-        def number(name: str) -> np.ndarray:
-            return np.array(float(state.get(name) or 0), self._numpy)
+class _Numbers:
+    """What `judge` and `begin` need, for single numbers, which are rounded as torch's.
 
-        def vector(name: str) -> np.ndarray:
-            x = state.get(name)
-            return np.zeros(self.n, self._numpy) if x is None else x.detach().to(self.dtype).numpy().copy()
+    Losses and lr are Python's, what comes of vectors is NumPy's in their type, and so is what the two make together: as
+    with a number and a tensor without axes in torch.
+    """
 
-        for index, ro in zip(self._indices(), state.get("ro") or [], strict=True):
-            self.ro[index] = float(ro)
-        values: dict[str, Any] = dict(
-            count=np.int32(0),
-            n_iter=np.int32(state["n_iter"]),
-            func_evals=np.int32(state["func_evals"]),
-            d=vector("d"),
-            t=number("t"),
-            old_dirs=self.buffers[0].array,
-            old_stps=self.buffers[1].array,
-            ro=self.ro,
-            sy=self.sy,
-            stored=np.int32(self.stored),
-            H_diag=number("H_diag"),
-            prev_flat_grad=vector("prev_flat_grad"),
-            prev_loss=number("prev_loss"),
-        )
-        return LBFGSState(**values), _first_run(self.settings, self.n, self._numpy)
+    logical_not = operator.not_
 
-    def advance(self, state: LBFGSState, run: Run, lr: float, loss: float, grad: Tensor) -> Any:
-        pause_openmp()
-        if self.stored == self.capacity < self.settings.history_size:
-            self._allocate(2 * self.capacity, self._pairs())
-            state = state._replace(ro=self.ro, sy=self.sy)
-        new = [np.array(x, self._numpy) for x in (lr, loss)]
-        gradient = dlpack.host_array(grad, self._numpy)
-        state, run, d, taken, moves = run_program(
-            self.program, self.buffers, _rest(state), run, state.d, *new, gradient
-        )
-        self.stored, self.ro, self.sy = int(state.stored), np.array(state.ro), np.array(state.sy)
-        return state._replace(d=d), run, taken, bool(moves)
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        return x if condition else y
 
-    def write(self, optimizer: LBFGS, x: LBFGSState, *, begun: bool) -> None:
-        state = optimizer.state[optimizer._params[0]]
-        state.update(_torch_state(self.settings, x, self._pairs() if begun else None))
-        if begun:
-            self.lists = [state["old_dirs"], state["old_stps"]]
-            self.rows = [list(map(_identity, rows)) for rows in self.lists]
+    @staticmethod
+    def minimum(x: Any, y: Any) -> Any:
+        return min(x, y)
+
+    @staticmethod
+    def maximum(x: Any, y: Any) -> Any:
+        return max(x, y)
+
+    @staticmethod
+    def sqrt(x: Any) -> Any:
+        return type(x)(torch.tensor(x).sqrt().item())  # which is not always the nearest number, unlike NumPy's
+
+    @staticmethod
+    def divide(x: Any, y: Any) -> Any:
+        return x / y if y else float(np.divide(x, y))
 
 
 def _stored_pairs(settings: Settings, state: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Any]]:
@@ -219,22 +230,33 @@ def _stored_pairs(settings: Settings, state: Mapping[str, Any]) -> list[tuple[Te
     return pairs[-settings.history_size :]
 
 
-def _torch_state(settings: Settings, x: LBFGSState, pairs: list[tuple[Tensor, Tensor, float]] | None) -> dict[str, Any]:
-    """torch's state; before the first iteration, without pairs, it counts only."""
-    counts = {"func_evals": int(x.func_evals), "n_iter": int(x.n_iter)}
-    if pairs is None:
-        return counts
+def _torch_state(
+    settings: Settings,
+    counts: dict[str, int],
+    pairs: Sequence[tuple[Tensor, Tensor, Any]],
+    d: Tensor,
+    H_diag: Any,
+    prev_flat_grad: Tensor,
+    t: float,
+    prev_loss: float,
+) -> dict[str, Any]:
+    """torch's state from the first iteration on."""
+
+    def tensor(x: Any) -> Tensor:
+        return torch.tensor(float(x), dtype=d.dtype)
+
     later = counts["n_iter"] > 1
-    return counts | {
+    return {
+        **counts,
         **({"al": [None] * settings.history_size} if later else {}),  # torch's working memory
-        "d": _own(x.d),
-        "t": float(x.t) if later and settings.line_search_fn is None else _own(x.t),
+        "d": d,
+        "t": t if later and settings.line_search_fn is None else tensor(t),
         "old_dirs": [y for y, _, _ in pairs],
         "old_stps": [s for _, s, _ in pairs],
-        "ro": [torch.tensor(ro, dtype=y.dtype) for y, _, ro in pairs],
-        "H_diag": _own(x.H_diag) if pairs else 1,
-        "prev_flat_grad": _own(x.prev_flat_grad),
-        "prev_loss": float(x.prev_loss),
+        "ro": [tensor(ro) for _, _, ro in pairs],
+        "H_diag": tensor(H_diag) if pairs else 1,
+        "prev_flat_grad": prev_flat_grad,
+        "prev_loss": prev_loss,
     }
 
 
@@ -282,16 +304,17 @@ def run_to_torch(
     """torch's state."""
     back = np.argsort(_order(optimizer, names))
 
-    def vector(x: Any) -> Any:
-        return np.asarray(x)[back]
+    def vector(x: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(x)[back])
 
+    counts = {"func_evals": int(x.func_evals), "n_iter": int(x.n_iter)}
+    if not counts["n_iter"]:
+        return counts if counts["func_evals"] else {}
     rows, stored = solver.settings.history_size + 1, int(x.stored)
     indices = [i % rows for i in range(max(0, stored - rows + 1), stored)]
-    pairs = [(_own(vector(x.old_dirs[i])), _own(vector(x.old_stps[i])), float(x.ro[i])) for i in indices]
-    if not int(x.func_evals):
-        return {}
-    x = x._replace(d=vector(x.d), prev_flat_grad=vector(x.prev_flat_grad))
-    return _torch_state(solver.settings, x, pairs if int(x.n_iter) else None)
+    pairs = [(vector(x.old_dirs[i]), vector(x.old_stps[i]), x.ro[i]) for i in indices]
+    d, prev_flat_grad = vector(x.d), vector(x.prev_flat_grad)
+    return _torch_state(solver.settings, counts, pairs, d, x.H_diag, prev_flat_grad, float(x.t), float(x.prev_loss))
 
 
 def _order(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, Leaf]) -> np.ndarray:
@@ -304,43 +327,3 @@ def _order(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, Leaf]) -> np
         turned = place if leaf.axes is None else place.permute(*leaf.axes, -1)
         places[leaf.name] = turned.reshape(-1).numpy()
     return np.concatenate(jax.tree.leaves(places))
-
-
-def _rest(state: LBFGSState) -> LBFGSState:
-    """What of the state is donated beside the rings. Not d: the parameters are moved along the last one."""
-    none: Any = None
-    return state._replace(old_dirs=none, old_stps=none, d=none)
-
-
-def _identity(row: Tensor) -> tuple[int, int]:
-    """A row, and how often torch wrote to it: `sy` is of what it was."""
-    return id(row), 0 if row.is_inference() else row._version
-
-
-def _own(x: Any) -> Tensor:
-    return torch.from_numpy(np.array(x))
-
-
-def _first_run(settings: Settings, n: int, dtype: np.dtype) -> Run:
-    with own_settings():
-        shapes = jax.eval_shape(lambda: initial_run(settings, n, dtype))
-    return jax.tree.map(lambda x: np.full(x.shape, START, x.dtype), shapes)
-
-
-@functools.lru_cache(maxsize=64)
-def _compile(settings: Settings, n: int, dtype: np.dtype) -> Any:
-    def program(rings: list[Any], state: LBFGSState, run: Run, d: Any, lr: Any, loss: Any, grad: Any) -> Any:
-        state = state._replace(old_dirs=rings[0], old_stps=rings[1], d=d)
-        state, run, taken, moves = advance(settings, state, run, lr, loss, grad)
-        return [state.old_dirs, state.old_stps, _rest(state), run, state.d, taken, moves]
-
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with own_settings():
-        state, run = jax.eval_shape(
-            lambda: (initial_state(settings, n, dtype), initial_run(settings, n, dtype)),
-        )
-        rings = [jax.ShapeDtypeStruct((settings.history_size + 1, n), dtype)] * 2
-        scalar = jax.ShapeDtypeStruct((), dtype)
-        specs = (rings, _rest(state), run, state.d, scalar, scalar, jax.ShapeDtypeStruct((n,), dtype))
-        specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), specs)
-        return jax.jit(program, donate_argnums=(0, 1, 2)).lower(*specs).compile()

@@ -391,6 +391,7 @@ class _Plan:
         self.averages = optimizer.ema is not None
         self.seen: Any = None
         self.objects: list[Any] = []
+        self.may_be_lazy: list[Tensor] = []
         self.leaves: dict[Tensor, _Leaf] = {}
         members: dict[Any, list[_Leaf]] = {}
         known = previous.leaves if previous else {}
@@ -493,8 +494,7 @@ class _Plan:
             list(map(_dtype_of, stepped)),
             list(map(_shape_of, stepped)),
             list(map(Tensor.stride, stepped)),
-            list(map(Tensor.is_conj, stepped)),
-            list(map(Tensor.is_neg, stepped)),
+            list(map(_is_lazy, self.may_be_lazy)),
             list(map(_pointer_of, self.views)),
         )
 
@@ -546,6 +546,7 @@ class _Plan:
         begun = _averages_begun(optimizer)
         for bucket in self.buckets:
             bucket.begin(optimizer.state, hyperparameters, present, places, begun, self.averages)
+        self.may_be_lazy = [p for p, leaf in self.leaves.items() if leaf.dtype.is_complex or leaf.lazy]
         plain = all(leaf.placement is None for leaf in self.leaves.values())
         if plain and all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
             self.seen, self.objects = self.look(optimizer, grads), _objects(optimizer, params)

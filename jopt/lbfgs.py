@@ -1,8 +1,9 @@
 """L-BFGS (torch/optim/lbfgs.py; Nocedal & Wright 2006, algorithms 3.5, 3.6 and 7.4).
 
-The optimizer that asks for the loss again has a room of its own. The algorithm is one pure function, `advance`, which
-takes the loss and the gradient that were asked for and says where they are wanted next. In JAX `LBFGS.step` runs it in
-a compiled loop around a pure function; the drop-in torch optimizer calls it between the calls of torch's closure.
+The optimizer that asks for the loss again has a room of its own. Its decisions are two pure functions of numbers:
+`judge` takes in an evaluation, `begin` an iteration's direction, and both say where the next evaluation is wanted. In
+JAX `LBFGS.step` runs them, with the vectors' arithmetic, in a compiled loop around a pure function; the drop-in torch
+optimizer calls them between the calls of torch's closure.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
 from jopt.transform import check_array
 
 Tree = Any
-Pair = tuple[Array, Array]  # no array of two rows, which XLA on CPU would write in branches, number by number
+Number = Any  # a traced one, NumPy's, or Python's
+Pair = tuple[Number, Number]  # no array of two rows, which XLA on CPU would write in branches, number by number
 ARMIJO, CURVATURE = 1e-4, 0.9  # c1 and c2 of the strong Wolfe conditions
+NARROWEST = 1e-9  # a bracket; torch gives its search no tolerance_change
+LEAST_CURVATURE = 1e-10  # y . s of a pair that is stored
 START, SEARCH, ZOOM, DONE = range(4)
+OLD, TRIAL, BEGINNING = 0, 2, 3
 
 
 class LBFGSState(NamedTuple):
@@ -60,14 +65,17 @@ class LBFGSState(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One step under way: where `advance` is in it. The next evaluation is wanted at `x + t * d`, `x` at the start.
+    """One step under way, in numbers. The next evaluation is wanted at `x + t * d`, `x` at the start.
 
     Attributes:
       phase: START, SEARCH (for a bracket; without line search the one evaluation), ZOOM or DONE.
       n_iter, evals: iterations and evaluations in this step.
-      gtd: the gradient where the iteration began . d
-      bracket, bracket_f, bracket_gtd, bracket_g: pairs of numbers and of gradients, (n,), without line search (0,).
-        Before there is a bracket the first is the trial before this one.
+      fresh: no iteration has ever begun.
+      t: how far along d.
+      prev_loss, gtd: where the iteration began: the loss, and the gradient . d
+      d_norm: max |d|
+      bracket, bracket_f, bracket_gtd, bracket_norm: pairs of positions, losses, slopes, and max |gradient|; before
+        there is a bracket the first is the trial before this one.
       low: which of the two has the lower loss.
       stuck: the last trial of the zoom was close to the bracket's end.
       ls_iter, max_ls: iterations of the line search, and how many there may be.
@@ -75,20 +83,39 @@ class Run(NamedTuple):
       unseen: the step ends with a move to a point that is not evaluated.
     """
 
-    phase: Array
-    n_iter: Array
-    evals: Array
-    gtd: Array
+    phase: Number
+    n_iter: Number
+    evals: Number
+    fresh: Number
+    t: Number
+    prev_loss: Number
+    gtd: Number
+    d_norm: Number
     bracket: Pair
     bracket_f: Pair
     bracket_gtd: Pair
+    bracket_norm: Pair
+    low: Number
+    stuck: Number
+    ls_iter: Number
+    max_ls: Number
+    first_loss: Number
+    unseen: Number
+
+
+class Verdict(NamedTuple):
+    """What an evaluation leads to.
+
+    Attributes:
+      bracket_g: which gradients the bracket has now: OLD or OLD + 1, as before; TRIAL, this evaluation's; BEGINNING,
+        that where the iteration began. Entry `low` is the gradient at the point found.
+      moves: the parameters go from x to x + bracket[low] * d.
+      begins: another iteration begins there, with `begin`.
+    """
+
     bracket_g: Pair
-    low: Array
-    stuck: Array
-    ls_iter: Array
-    max_ls: Array
-    first_loss: Array
-    unseen: Array
+    moves: Number
+    begins: Number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,111 +170,143 @@ def initial_state(settings: Settings, n: int, dtype: Any) -> LBFGSState:
     )
 
 
-def initial_run(settings: Settings, n: int, dtype: Any) -> Run:
-    def zeros(*shape: int) -> Array:
-        return jnp.zeros(shape, dtype)
-
-    def integer() -> Array:
-        return jnp.zeros((), jnp.int32)
-
-    kept = n if settings.line_search_fn else 0
+def initial_run(fresh: Any, t: Any, prev_loss: Any) -> Run:
+    zero = t * 0
     return Run(
-        phase=integer(),
-        n_iter=integer(),
-        evals=integer(),
-        gtd=zeros(),
-        bracket=(zeros(), zeros()),
-        bracket_f=(zeros(), zeros()),
-        bracket_gtd=(zeros(), zeros()),
-        bracket_g=(zeros(kept), zeros(kept)),
-        low=integer(),
-        stuck=jnp.zeros((), bool),
-        ls_iter=integer(),
-        max_ls=integer(),
-        first_loss=zeros(),
-        unseen=jnp.zeros((), bool),
+        phase=START,
+        n_iter=0,
+        evals=0,
+        fresh=fresh,
+        t=t,
+        prev_loss=prev_loss,
+        gtd=zero,
+        d_norm=zero,
+        bracket=(zero, zero),
+        bracket_f=(zero, zero),
+        bracket_gtd=(zero, zero),
+        bracket_norm=(zero, zero),
+        low=0,
+        stuck=False,
+        ls_iter=0,
+        max_ls=0,
+        first_loss=zero,
+        unseen=False,
     )
 
 
-def advance(
-    settings: Settings, state: LBFGSState, run: Run, lr: Array, f_new: Array, g_new: Array
-) -> tuple[LBFGSState, Run, Array, Array]:
-    """Take in the loss and gradient that were asked for.
+def judge(m: Any, settings: Settings, run: Run, f_new: Number, gtd_new: Number, norm: Number) -> tuple[Run, Verdict]:
+    """Take in the evaluation that was asked for.
 
-    Returns:
-      `(state, run, taken, moves)`: if `moves`, the parameters go from x to `x + taken * d` with the d before this call.
-      Then, unless `run.phase` is DONE, the next evaluation is wanted at `x + state.t * state.d`; if `run.unseen`, the
-      parameters go there without one.
+    Args:
+      m: has `where`, also for trees, `minimum`, `maximum`, `divide`, `sqrt` and `logical_not` for the numbers.
+      f_new, gtd_new, norm: its loss, gradient . d (looked at in a line search only), max |gradient|.
+
+    Unless `begins` or `run.phase` is DONE, the next evaluation is wanted at `x + run.t * d`.
     """
     starting = run.phase == START
-    state = state._replace(func_evals=state.func_evals + 1)
-    run = run._replace(evals=run.evals + 1, first_loss=jnp.where(starting, f_new, run.first_loss))
+    run = run._replace(evals=run.evals + 1, first_loss=m.where(starting, f_new, run.first_loss))
+    t, trial = run.t, (TRIAL, TRIAL)
+    here = run._replace(
+        bracket=(t, t), bracket_f=(f_new, f_new), bracket_gtd=(gtd_new, gtd_new), bracket_norm=(norm, norm)
+    )
     if settings.line_search_fn is None:
-        accepted, taken, loss, grad, next_t = jnp.array(True), state.t, f_new, g_new, state.t
+        run, accepted, next_t, bracket_g = here, True, t, trial
     else:
-        run, found, next_t = _search(settings, state, run, f_new, g_new)
+        searched, found, next_t, bracket_g = _search(m, run, f_new, gtd_new, norm)
         accepted = starting | found
-        taken = jnp.where(starting, state.t, _at(run.bracket, run.low))
-        loss = jnp.where(starting, f_new, _at(run.bracket_f, run.low))
-        grad = jnp.where(starting, g_new, _at(run.bracket_g, run.low))
+        run, bracket_g = m.where(starting, (here, trial), (searched, bracket_g))
 
-    small = settings.tolerance_change
-    stops = _largest(grad) <= settings.tolerance_grad
-    stops |= ~starting & (
+    taken, loss = _at(m, run.bracket, run.low), _at(m, run.bracket_f, run.low)
+    small, going = settings.tolerance_change, m.logical_not(starting)
+    stops = _at(m, run.bracket_norm, run.low) <= settings.tolerance_grad
+    stops |= going & (
         (run.n_iter == settings.max_iter)
         | (run.evals >= settings.max_eval)
-        | (_largest(state.d) * jnp.abs(taken) <= small)
-        | (jnp.abs(loss - state.prev_loss) < small)
+        | (run.d_norm * abs(taken) <= small)
+        | (abs(loss - run.prev_loss) < small)
+    )
+    begins = accepted & m.logical_not(stops) & (run.n_iter < settings.max_iter)
+    run = run._replace(
+        phase=m.where(accepted & m.logical_not(begins), DONE, run.phase), t=m.where(accepted, taken, next_t)
+    )
+    return run, Verdict(bracket_g, accepted & going, begins)
+
+
+def begin(m: Any, settings: Settings, run: Run, lr: Number, total: Number, gtd: Number, d_norm: Number) -> Run:
+    """Begin an iteration at the point found.
+
+    Args:
+      m: as in `judge`.
+      total: sum |gradient|, looked at in the very first iteration only.
+      gtd, d_norm: gradient . d and max |d| with the new d.
+
+    If `run.unseen`, the parameters go to `x + run.t * d` without an evaluation.
+    """
+    inverse, n_iter = 1 / total, run.n_iter + 1
+    loss, norm = _at(m, run.bracket_f, run.low), _at(m, run.bracket_norm, run.low)
+    climbs = gtd > -settings.tolerance_change
+    # Without line search the last point is not evaluated: in a stochastic setting there is no use for it.
+    unseen = m.logical_not(climbs) & (n_iter == settings.max_iter) & (settings.line_search_fn is None)
+    return run._replace(
+        phase=m.where(climbs | unseen, DONE, SEARCH),
+        n_iter=n_iter,
+        fresh=False,
+        t=m.where(run.fresh & (inverse < 1), inverse, 1) * lr,
+        prev_loss=loss,
+        gtd=gtd,
+        d_norm=d_norm,
+        bracket=(0.0, 0.0),
+        bracket_f=(loss, loss),
+        bracket_gtd=(gtd, gtd),
+        bracket_norm=(norm, norm),
+        low=0,
+        stuck=False,
+        ls_iter=0,
+        max_ls=settings.max_eval - run.evals,
+        unseen=unseen,
     )
 
-    # The next iteration: remember this one's pair, choose a direction.
-    begins = accepted & ~stops & (run.n_iter < settings.max_iter)
-    first = state.n_iter == 0
+
+class _Traced:
+    """What `judge` and `begin` need, for traced numbers."""
+
+    minimum, maximum, divide = jnp.minimum, jnp.maximum, jnp.divide
+    sqrt, logical_not = jnp.sqrt, jnp.logical_not
+
+    @staticmethod
+    def where(condition: Array, x: Tree, y: Tree) -> Any:
+        return jax.tree.map(functools.partial(jnp.where, condition), x, y)
+
+
+def _advance(
+    settings: Settings, state: LBFGSState, run: Run, bracket_g: tuple[Array, ...], lr: Array, f_new: Array, g_new: Array
+) -> tuple[LBFGSState, Run, tuple[Array, ...], Array, Array]:
+    """`(state, run, bracket_g, moves, taken)`: `judge`, and `begin` with what both leave to vectors."""
+    search, before = settings.line_search_fn is not None, run
+    slope = _dot(g_new, state.d) if search else jnp.zeros_like(f_new)
+    run, verdict = judge(_Traced, settings, run, f_new, slope, _largest(g_new))
+    grad, begins, taken = g_new, verdict.begins, _at(_Traced, run.bracket, run.low)
+    if search:
+        sources = (*bracket_g, g_new, state.prev_flat_grad)
+        bracket_g = tuple(lax.select_n(which.astype(jnp.int32), *sources) for which in verdict.bracket_g)
+        grad = _at(_Traced, bracket_g, run.low)
+
+    first = run.fresh
     y, slot = grad - state.prev_flat_grad, state.stored % (settings.history_size + 1)
-    state = _remember(state, begins & ~first, slot, y, state.d * taken)
+    state = _remember(state, begins & ~first, first, slot, y, state.d * taken)
     sy, d = lax.cond(begins & ~first, lambda: _direction(settings, state, slot, grad, y), lambda: (state.sy, state.d))
     d = jnp.where(begins & first, -grad, d)
-    gtd = jnp.where(begins, _dot(grad, d), run.gtd)
-    one = begins.astype(jnp.int32)
-    n_iter = run.n_iter + one
-    inverse = 1 / lax.cond(first, lambda: jnp.sum(jnp.abs(grad)), lambda: jnp.ones_like(gtd))
-    begin_t = jnp.where(first & (inverse < 1), inverse, 1) * lr
-    state = state._replace(
-        n_iter=state.n_iter + one,
-        d=d,
-        sy=sy,
-        t=jnp.where(begins, begin_t, jnp.where(accepted, taken, next_t)),
-        prev_flat_grad=jnp.where(begins, grad, state.prev_flat_grad),
-        prev_loss=jnp.where(begins, loss, state.prev_loss),
-    )
-    climbs = begins & (gtd > -small)
-    # Without line search the last point is not evaluated: in a stochastic setting there is no use for it.
-    unseen = begins & ~climbs & (n_iter == settings.max_iter) & (settings.line_search_fn is None)
-    phase = jnp.where(accepted, SEARCH, run.phase)
-    phase = jnp.where((accepted & ~begins) | climbs | unseen, DONE, phase)
-
-    def at_begin(new: Array, old: Pair) -> Pair:
-        return jnp.where(begins, new, old[0]), jnp.where(begins, new, old[1])
-
-    run = run._replace(
-        phase=phase.astype(jnp.int32),
-        n_iter=n_iter,
-        gtd=gtd,
-        bracket=at_begin(jnp.zeros_like(loss), run.bracket),
-        bracket_f=at_begin(loss, run.bracket_f),
-        bracket_gtd=at_begin(gtd, run.bracket_gtd),
-        bracket_g=at_begin(grad, run.bracket_g) if settings.line_search_fn else run.bracket_g,
-        stuck=run.stuck & ~begins,
-        ls_iter=jnp.where(begins, 0, run.ls_iter),
-        unseen=unseen,
-        max_ls=jnp.where(begins, settings.max_eval - run.evals, run.max_ls),
-    )
-    return state, run, taken, accepted & ~starting
+    total = lax.cond(first, lambda: jnp.sum(jnp.abs(grad)), lambda: jnp.ones_like(taken))
+    run = _Traced.where(begins, begin(_Traced, settings, run, lr, total, _dot(grad, d), _largest(d)), run)
+    run = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), run, before)
+    state = state._replace(d=d, sy=sy, prev_flat_grad=jnp.where(begins, grad, state.prev_flat_grad))
+    bracket_g = tuple(jnp.where(begins, grad, x) for x in bracket_g)
+    return state, run, bracket_g, verdict.moves, taken
 
 
-def _remember(state: LBFGSState, when: Array, slot: Array, y: Array, s: Array) -> LBFGSState:
+def _remember(state: LBFGSState, when: Array, first: Array, slot: Array, y: Array, s: Array) -> LBFGSState:
     ys = _dot(y, s)
-    when &= ys > 1e-10
+    when &= ys > LEAST_CURVATURE
 
     def write(ring: Array, new: Array) -> Array:
         return lax.dynamic_update_index_in_dim(ring, new, slot, 0)
@@ -263,8 +322,8 @@ def _remember(state: LBFGSState, when: Array, slot: Array, y: Array, s: Array) -
         old_dirs=old_dirs,
         old_stps=old_stps,
         ro=ro,
-        stored=jnp.where(state.n_iter == 0, 0, state.stored + when.astype(jnp.int32)),
-        H_diag=jnp.where(when, ys / _dot(y, y), jnp.where(state.n_iter == 0, jnp.ones_like(ys), state.H_diag)),
+        stored=jnp.where(first, 0, state.stored + when.astype(jnp.int32)),
+        H_diag=jnp.where(when, ys / _dot(y, y), jnp.where(first, jnp.ones_like(ys), state.H_diag)),
     )
 
 
@@ -391,17 +450,27 @@ def _step(
             raise ValueError("value_and_grad: expected gradients of the structure and shapes of params")
         return jnp.asarray(loss).astype(x.dtype), _flatten(grads)[0].astype(x.dtype)
 
-    def body(carry: tuple[LBFGSState, Run, Array]) -> tuple[LBFGSState, Run, Array]:
-        state, run, x = carry
-        loss, grad = evaluate(jnp.where(run.phase == START, x, x + state.t * state.d))
+    def body(carry: Any) -> Any:
+        state, run, bracket_g, x = carry
+        loss, grad = evaluate(jnp.where(run.phase == START, x, x + run.t * state.d))
         d = state.d
-        state, run, taken, moves = advance(settings, state, run, lr, loss, grad)
-        return state, run, jnp.where(moves, x + taken * d, x)
+        state, run, bracket_g, moves, taken = _advance(settings, state, run, bracket_g, lr, loss, grad)
+        return state, run, bracket_g, jnp.where(moves, x + taken * d, x)
 
-    carry = (state, initial_run(settings, x.size, x.dtype), x)
-    state, run, x = lax.while_loop(lambda carry: carry[1].phase != DONE, body, carry)
-    x = jnp.where(run.unseen, x + state.t * state.d, x)
-    return unflatten(x), state._replace(count=jnp.asarray(optax.safe_increment(state.count))), run.first_loss
+    run = initial_run(state.n_iter == 0, state.t, state.prev_loss)
+    run = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if type(x) is int else None), run)
+    bracket_g = (jnp.zeros_like(x),) * 2 if settings.line_search_fn else ()
+    carry = (state, run, bracket_g, x)
+    state, run, _, x = lax.while_loop(lambda carry: carry[1].phase != DONE, body, carry)
+    x = jnp.where(run.unseen, x + run.t * state.d, x)
+    state = state._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        n_iter=state.n_iter + run.n_iter,
+        func_evals=state.func_evals + run.evals,
+        t=run.t,
+        prev_loss=run.prev_loss,
+    )
+    return unflatten(x), state, run.first_loss
 
 
 def _flatten(params: Tree) -> tuple[Array, Callable[[Array], Tree]]:
@@ -474,25 +543,25 @@ def lbfgs(
 # --- the line search ---------------------------------------------------------------------------------
 
 
-def _search(settings: Settings, state: LBFGSState, run: Run, f_new: Array, g_new: Array) -> tuple[Run, Array, Array]:
-    """torch's `_strong_wolfe`, from one evaluation to the next: `(run, whether it ends, the next t)`.
+def _search(m: Any, run: Run, f_new: Number, gtd_new: Number, norm: Number) -> tuple[Run, Number, Number, Pair]:
+    """torch's `_strong_wolfe`, from one evaluation to the next: `(run, whether it ends, the next t, bracket_g)`.
 
     Where it ends, entry `low` of the bracket is the point found.
     """
-    t, d = state.t, state.d
-    gtd_new = _dot(g_new, d)
-    ls_iter = run.ls_iter + (run.phase == ZOOM).astype(jnp.int32)
-    too_high = f_new > state.prev_loss + ARMIJO * t * run.gtd
-    flat = jnp.abs(gtd_new) <= -CURVATURE * run.gtd
+    t, no = run.t, m.logical_not
+    looking, zooming = run.phase == SEARCH, run.phase == ZOOM
+    ls_iter = run.ls_iter + m.where(zooming, 1, 0)
+    too_high = f_new > run.prev_loss + ARMIJO * t * run.gtd
+    flat = abs(gtd_new) <= -CURVATURE * run.gtd
 
     # Looking for a bracket: entry 0 is the trial before this one.
-    looking = run.phase == SEARCH
     given_up = ls_iter >= run.max_ls  # then between the start and here
     closes = too_high | ((ls_iter > 1) & (f_new >= run.bracket_f[0]))
-    done_looking = looking & ~given_up & ~closes & flat
+    done_looking = looking & no(given_up) & no(closes) & flat
     brackets = looking & (given_up | closes | flat | (gtd_new >= 0))
-    extends = looking & ~brackets
+    extends = looking & no(brackets)
     extended = _cubic(
+        m,
         run.bracket[0],
         run.bracket_f[0],
         run.bracket_gtd[0],
@@ -505,60 +574,64 @@ def _search(settings: Settings, state: LBFGSState, run: Run, f_new: Array, g_new
 
     # Zooming in.
     low, high = run.low, 1 - run.low
-    worse = too_high | (f_new >= _at(run.bracket_f, low))
-    done_zooming = (run.phase == ZOOM) & ~worse & flat
-    flips = ~worse & ~flat & (gtd_new * (_at(run.bracket, high) - _at(run.bracket, low)) >= 0)
+    worse = too_high | (f_new >= _at(m, run.bracket_f, low))
+    better = no(worse)
+    done_zooming = zooming & better & flat
+    flips = better & no(flat) & (gtd_new * (_at(m, run.bracket, high) - _at(m, run.bracket, low)) >= 0)
 
-    def choose(old: Pair, n: Array, start: Array) -> Pair:
+    def choose(old: Pair, n: Number, start: Number) -> Pair:
         """What of the bracket before, the trial and the start makes the next bracket."""
-        at_high = jnp.where(worse, n, jnp.where(flips, _at(old, low), _at(old, high)))
-        at_low = jnp.where(worse, _at(old, low), n)
-        zoomed = _at((at_low, at_high), low), _at((at_high, at_low), low)
-        looked = jnp.where(done_looking, n, jnp.where(given_up, start, old[0]))
-        return jnp.where(brackets, looked, jnp.where(extends, n, zoomed[0])), jnp.where(looking, n, zoomed[1])
+        at_high = m.where(worse, n, m.where(flips, _at(m, old, low), _at(m, old, high)))
+        at_low = m.where(worse, _at(m, old, low), n)
+        zoomed = _at(m, (at_low, at_high), low), _at(m, (at_high, at_low), low)
+        looked = m.where(done_looking, n, m.where(given_up, start, old[0]))
+        return m.where(brackets, looked, m.where(extends, n, zoomed[0])), m.where(looking, n, zoomed[1])
 
-    positions = choose(run.bracket, t, jnp.zeros_like(t))
-    losses = choose(run.bracket_f, f_new, state.prev_loss)
+    positions = choose(run.bracket, t, 0.0)
+    losses = choose(run.bracket_f, f_new, run.prev_loss)
     slopes = choose(run.bracket_gtd, gtd_new, run.gtd)
-    gradients = choose(run.bracket_g, g_new, state.prev_flat_grad)
-    lower = jnp.where(losses[0] <= losses[1], 0, 1)
-    low = jnp.where(brackets | ((run.phase == ZOOM) & worse), lower, low)
-    ls_iter = jnp.where(extends, ls_iter + 1, ls_iter)
+    norms = choose(run.bracket_norm, norm, norm)  # the start comes in where evaluations have run out: no norm counts
+    gradients = choose((OLD, OLD + 1), TRIAL, BEGINNING)
+    lower = m.where(losses[0] <= losses[1], 0, 1)
+    low = m.where(brackets | (zooming & worse), lower, low)
+    ls_iter = m.where(extends, ls_iter + 1, ls_iter)
 
     # The next trial.
-    left, right = jnp.minimum(*positions), jnp.maximum(*positions)
-    trial = _cubic(positions[0], losses[0], slopes[0], positions[1], losses[1], slopes[1], left, right)
+    left, right = m.minimum(*positions), m.maximum(*positions)
+    trial = _cubic(m, positions[0], losses[0], slopes[0], positions[1], losses[1], slopes[1], left, right)
     margin = 0.1 * (right - left)
-    near = jnp.minimum(right - trial, trial - left) < margin
+    near = m.minimum(right - trial, trial - left) < margin
     pushed = near & (run.stuck | (trial >= right) | (trial <= left))
-    inside = jnp.where(jnp.abs(trial - right) < jnp.abs(trial - left), right - margin, left + margin)
-    trial = jnp.where(pushed, inside, trial)
+    inside = m.where(abs(trial - right) < abs(trial - left), right - margin, left + margin)
+    trial = m.where(pushed, inside, trial)
 
-    narrow = jnp.abs(positions[1] - positions[0]) * _largest(d) < settings.tolerance_change
-    ends = done_looking | done_zooming | (~extends & ((ls_iter >= run.max_ls) | narrow))
+    narrow = abs(positions[1] - positions[0]) * run.d_norm < NARROWEST
+    ends = done_looking | done_zooming | (no(extends) & ((ls_iter >= run.max_ls) | narrow))
     run = run._replace(
-        phase=jnp.where(brackets, ZOOM, run.phase),
+        phase=m.where(brackets, ZOOM, run.phase),
         bracket=positions,
         bracket_f=losses,
         bracket_gtd=slopes,
-        bracket_g=gradients,
-        low=low.astype(jnp.int32),
-        stuck=~extends & near & ~pushed,
+        bracket_norm=norms,
+        low=low,
+        stuck=no(extends) & near & no(pushed),
         ls_iter=ls_iter,
     )
-    return run, ends, jnp.where(extends, extended, trial)
+    return run, ends, m.where(extends, extended, trial), gradients
 
 
-def _at(pair: Pair, index: Array) -> Array:
-    return jnp.where(index == 0, *pair)
+def _at(m: Any, pair: tuple[Any, ...], index: Number) -> Any:
+    return m.where(index == 0, *pair)
 
 
-def _cubic(x1: Array, f1: Array, g1: Array, x2: Array, f2: Array, g2: Array, lower: Array, upper: Array) -> Array:
+def _cubic(
+    m: Any, x1: Number, f1: Number, g1: Number, x2: Number, f2: Number, g2: Number, lower: Number, upper: Number
+) -> Number:
     """The minimum between the bounds of the cubic through two points with slopes g; their middle if it has none."""
-    d1 = g1 + g2 - 3 * (f1 - f2) / (x1 - x2)
+    d1 = g1 + g2 - m.divide(3 * (f1 - f2), x1 - x2)
     square = d1 * d1 - g1 * g2
-    d2 = jnp.sqrt(jnp.maximum(square, 0))
+    d2 = m.sqrt(m.maximum(square, 0))
     ascending = x2 - (x2 - x1) * ((g2 + d2 - d1) / (g2 - g1 + 2 * d2))
     descending = x1 - (x1 - x2) * ((g1 + d2 - d1) / (g1 - g2 + 2 * d2))
-    at = jnp.where(x1 <= x2, ascending, descending)
-    return jnp.where(square >= 0, jnp.minimum(jnp.maximum(at, lower), upper), (lower + upper) / 2)
+    at = m.where(x1 <= x2, ascending, descending)
+    return m.where(square >= 0, m.minimum(m.maximum(at, lower), upper), (lower + upper) / 2)

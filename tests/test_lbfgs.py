@@ -107,7 +107,7 @@ def test_equals_torch(arguments, search, x64):
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_history_is_torchs(search, x64):
-    """More pairs than the ring has room for, in torch's order; and its scalars."""
+    """More pairs than there is room for, in torch's order; and its scalars."""
     arguments = dict(lr=1, max_iter=4, history_size=11, line_search_fn=search)
     runs = [TorchRun(module, bowl, start(), **arguments) for module in (torch.optim, optim)]
     pure = JaxRun(bowl, start(), **arguments)
@@ -125,6 +125,93 @@ def test_history_is_torchs(search, x64):
         assert cases.difference(b["H_diag"], a["H_diag"]) <= 1e-11
         assert cases.difference(b["d"], a["d"]) <= 1e-9
     assert len(b["old_dirs"]) == 11
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("f", [bowl, rosenbrock])
+def test_drop_in_equals_torch_to_the_last_bit(f, search, dtype):
+    """Sums in torch's order, numbers in torch's types: parameters and all state, where an ulp would grow as well."""
+    arguments = dict(lr=0.9, max_iter=8, history_size=5, line_search_fn=search)
+    runs = [TorchRun(module, f, 0.3 * start(dtype), **arguments) for module in (torch.optim, optim)]
+    for _ in range(6):
+        losses = [run.step() for run in runs]
+        assert losses[0] == losses[1]
+        a, b = (run.state for run in runs)
+        assert runs[0].calls == runs[1].calls
+        assert torch.equal(runs[0].p, runs[1].p)
+        assert list(a) == list(b)
+        for name in set(a) - {"al"}:  # torch's working memory
+            for x, y in zip(*(s[name] if isinstance(s[name], list) else [s[name]] for s in (a, b)), strict=True):
+                assert torch.equal(torch.as_tensor(x, dtype=runs[0].p.dtype), torch.as_tensor(y, dtype=runs[0].p.dtype))
+
+
+def test_the_line_search_has_its_own_least_bracket(x64):
+    """torch gives it 1e-9, whatever tolerance_change is: with the latter the search would end an evaluation early."""
+    arguments = dict(lr=8, max_iter=8, tolerance_change=0.1, line_search_fn="strong_wolfe")
+    reference, drop_in = (TorchRun(module, rosenbrock, start(), **arguments) for module in (torch.optim, optim))
+    pure = JaxRun(rosenbrock, start(), **arguments)
+    for _ in range(3):
+        for run in (reference, drop_in, pure):
+            run.step()
+    assert reference.calls == drop_in.calls == int(pure.state.func_evals) == 24
+
+
+def test_a_closure_that_moves_the_parameters():
+    """A line search goes on from where it began, so that what the closure adds is lost; without one it is kept."""
+    for search in (None, "strong_wolfe"):
+        runs = [TorchRun(module, bowl, start(), max_iter=4, line_search_fn=search) for module in (torch.optim, optim)]
+        for run in runs:
+            closure = run.closure
+
+            def clamping(run=run, closure=closure):
+                loss = closure()
+                with torch.no_grad():
+                    run.p.clamp_(-0.5, 0.5)
+                return loss
+
+            for _ in range(3):
+                run.optimizer.step(clamping)
+        assert torch.equal(runs[0].p, runs[1].p)
+    assert runs[1].p.abs().max() > 0.5
+
+
+class Passes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts numbers read and written by torch's operations, views and the closure aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.paused = 0, False
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if not self.paused and not f.is_view and f is not torch.ops.aten.detach.default:
+            self.numbers += sum(x.numel() for x in jax.tree.leaves((args, out)) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize(("search", "most"), [(None, 23), ("strong_wolfe", 20)])
+def test_passes_over_vectors(search, most):
+    """An evaluation waits for memory: the two loops read each pair twice, in 10 passes, and little comes to that."""
+    pairs, found = 5, []
+    for module in (torch.optim, optim):
+        run = TorchRun(module, bowl, start(), lr=0.5, max_iter=6, history_size=pairs, line_search_fn=search)
+        for _ in range(2):
+            run.step()
+        passes, closure = Passes(), run.closure
+
+        def unseen(run=run, passes=passes, closure=closure):
+            passes.paused = True
+            loss = closure()
+            passes.paused = False
+            return loss
+
+        before = run.calls
+        with passes:
+            run.optimizer.step(unseen)
+        found.append(passes.numbers / N / (run.calls - before))
+    assert found[1] <= 10 * pairs + most
+    assert found[1] < found[0] - 5
 
 
 def test_rosenbrock_until_an_ulp_has_grown(x64):
