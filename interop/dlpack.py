@@ -222,15 +222,14 @@ def alias(x: np.ndarray) -> Any:
     It costs a program less than a NumPy array, which JAX puts on the device at each call and waits for. If JAX will
     not take the memory as it is, this is `x` itself.
     """
-    with jax.enable_x64(True), jax.transfer_guard("allow"):
-        array = jax.device_put(x, jax.local_devices(backend="cpu")[0], may_alias=True).block_until_ready()
+    array = constant(x)
     return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
 
 
 def constant(x: np.ndarray) -> Array:
-    """Its values as a JAX array, ready for programs."""
+    """Values that are not written to again as a JAX array, ready for programs."""
     with jax.enable_x64(True), jax.transfer_guard("allow"):
-        return jax.device_put(x, jax.local_devices(backend="cpu")[0], may_alias=False).block_until_ready()
+        return jax.device_put(x, jax.local_devices(backend="cpu")[0]).block_until_ready()
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:

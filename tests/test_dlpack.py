@@ -183,6 +183,18 @@ def test_a_shared_view_keeps_donation_from_being_in_place():
     assert view.sum() == 1000
 
 
+def test_an_alias_sees_what_is_written_to_its_memory():
+    x = interop.dlpack.aligned_zeros(1000, np.dtype(np.float32))
+    alias = interop.dlpack.alias(x)
+    assert isinstance(alias, jax.Array)
+    assert alias.unsafe_buffer_pointer() == x.ctypes.data
+    x[:] = 1
+    double = jax.jit(lambda a: 2 * a)
+    assert (double(alias) == 2).all()
+    unaligned = x.view(np.uint8)[1:].copy()[3:]
+    assert (double(interop.dlpack.alias(unaligned)) == 2 * unaligned).all()
+
+
 def test_a_buffer_held_elsewhere_is_still_what_torch_sees():
     buffer = interop.dlpack.Buffer(1000, np.dtype(np.float32))
     view = buffer.view(torch.float32, (1000,))

@@ -146,6 +146,36 @@ def test_closure_hooks_and_return_value():
     assert opt.step.__func__.__name__ == "step"  # a plain method, which schedulers patch
 
 
+def test_hooks_run_once_around_a_subclass_with_a_step_of_its_own():
+    class Scaled(optim.SGD):
+        def step(self, closure=None):
+            calls.append("step")
+            return super().step(closure)
+
+    calls = []
+    model = network()
+    opt = Scaled(model.parameters(), lr=0.1)
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    backward(model)
+    opt.step()
+    assert calls == ["pre", "step", "post"]
+
+
+def test_hooks_see_and_change_what_step_is_called_with():
+    model = network()
+    opt = optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+
+    def hook(optimizer, args, kwargs):
+        seen.append((optimizer, args, kwargs))
+        return args, {"closure": lambda: torch.tensor(3.0)}
+
+    opt.register_step_pre_hook(hook)
+    assert opt.step(closure=None).item() == 3
+    assert seen == [(opt, (opt,), {"closure": None})]
+
+
 def test_param_groups_and_added_ones():
     (m1, m2), _ = pair()
     for model, module in ((m1, torch.optim), (m2, optim)):
@@ -559,6 +589,23 @@ def test_one_compilation_serves_all():
 
 
 # --- state
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RAdam", "ASGD"])
+def test_leaves_at_different_steps_and_in_different_groups_have_their_own_coefficients(name):
+    models, opts = pair(name, torch.float64)
+    for model, opt in zip(models, opts, strict=True):
+        train(model, opt, 2)
+        params = list(model.parameters())
+        opt.param_groups[0]["params"] = params[:2]
+        opt.add_param_group({"params": params[2:], "lr": 0.003, "weight_decay": 0.1})
+        train(model, opt, 2)
+        opt.state[params[0]]["step"].fill_(11.0)  # in place: a tensor that the step has written itself
+        train(model, opt, 2)
+        opt.state[params[3]]["step"].add_(5)
+        train(model, opt, 2)
+        assert [opt.state[p]["step"].item() for p in params[:4]] == [15, 8, 8, 13]
+    assert_equal(*models)
 
 
 def test_edits_of_the_state_are_seen():
