@@ -113,15 +113,15 @@ class Rule(ABC):
 
         `dynamic` says that any of `h` may change from step to step, so that no term is left out for being 0.
         """
-        flags = {}
-        for field in dataclasses.fields(cls):
-            if field.name in h:
-                flags[field.name] = dynamic or not is_number(h[field.name]) or h[field.name] != 0
+        flags = []
+        for name, is_bool in _flags(cls):
+            if name in h:
+                flags.append(dynamic or not is_number(h[name]) or h[name] != 0)
             else:
-                value = arguments[field.name]
+                value = arguments[name]
                 value = value.item() if hasattr(value, "item") else value
-                flags[field.name] = bool(value) if field.type == "bool" else value
-        return cls(**flags)
+                flags.append(bool(value) if is_bool else value)
+        return cls(*flags)
 
     @classmethod
     def check(cls, h: Mapping[str, Any]) -> None:
@@ -168,6 +168,12 @@ def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
 
 
 # --- one leaf ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _flags(cls: type[Rule]) -> list[tuple[str, bool]]:
+    """A rule's flags, and whether each is true or false."""
+    return [(field.name, field.type == "bool") for field in dataclasses.fields(cls)]
 
 
 MASTER = "master"  # the slot of a leaf's float32 copy
