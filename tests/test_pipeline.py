@@ -5,6 +5,7 @@ import inspect
 import pickle
 import warnings
 
+import jax
 import numpy as np
 import pytest
 
@@ -420,8 +421,10 @@ def test_two_programs_ten_passes_and_no_array():
     moved = [m.argument_size_in_bytes + m.output_size_in_bytes for m in (first, second)]
     assert sum(moved) <= 10.1 * 4 * n
     assert second.alias_size_in_bytes == 4 * 4 * n
-    # Of arrays only the small gradients, masked, and the coefficients of their rows.
-    assert first.temp_size_in_bytes <= 2 * 4 * bucket.layout.size + 4096
+    # Of arrays only the small gradients, masked, and the coefficients of their rows; and, before jax 0.10, the squares
+    # of one large gradient after the other, which its XLA does not add up in the loop that makes them.
+    squares = 4 * 1.1 * max(leaf.size for leaf in bucket.big) if jax.__version_info__ < (0, 10) else 0
+    assert first.temp_size_in_bytes <= 2 * 4 * bucket.layout.size + squares + 4096
     assert second.temp_size_in_bytes <= 2 * 4 * (len(bucket.spec.columns) + 3) * (bucket.spec.rows + 4) + 4096
     text = update.as_text()
     entry = text[text.index("ENTRY") :]
