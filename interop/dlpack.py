@@ -156,10 +156,8 @@ class Buffer:
     def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
         # Not jnp.zeros, which compiles a program a shape: 25 ms and 1.6 MB that stay. XLA takes no such array as it is.
         zeros = np.broadcast_to(aligned_zeros(2, dtype)[1:], shape)
-        with jax.enable_x64(True), jax.transfer_guard("allow"):
-            array = jax.device_put(zeros, jax.local_devices(backend="cpu")[0], may_alias=False)
-        self.array: Array = array.block_until_ready()
-        self.address: int = array.unsafe_buffer_pointer()
+        self.array: Array = put(zeros)
+        self.address: int = self.array.unsafe_buffer_pointer()
         self._memory: Callable[[], Any] = lambda: None  # what the views keep, and it this; one for all is smaller
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
@@ -222,12 +220,12 @@ def alias(x: np.ndarray) -> Any:
     It costs a program less than a NumPy array, which JAX puts on the device at each call and waits for. If JAX will
     not take the memory as it is, this is `x` itself.
     """
-    array = constant(x)
+    array = put(x)
     return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
 
 
-def constant(x: np.ndarray) -> Array:
-    """Values that are not written to again as a JAX array, ready for programs."""
+def put(x: np.ndarray) -> Array:
+    """Values as a JAX array on the CPU, ready for programs; aligned ones where they are, not to be written to again."""
     with jax.enable_x64(True), jax.transfer_guard("allow"):
         return jax.device_put(x, jax.local_devices(backend="cpu")[0]).block_until_ready()
 

@@ -197,19 +197,11 @@ class _Numbers:
     with a number and a tensor without axes in torch.
     """
 
-    logical_not = operator.not_
+    minimum, maximum, logical_not = min, max, operator.not_
 
     @staticmethod
     def where(condition: Any, x: Any, y: Any) -> Any:
         return x if condition else y
-
-    @staticmethod
-    def minimum(x: Any, y: Any) -> Any:
-        return min(x, y)
-
-    @staticmethod
-    def maximum(x: Any, y: Any) -> Any:
-        return max(x, y)
 
     @staticmethod
     def sqrt(x: Any) -> Any:

@@ -391,7 +391,6 @@ class _Plan:
         self.averages = optimizer.ema is not None
         self.seen: Any = None
         self.objects: list[Any] = []
-        self.may_be_lazy: list[Tensor] = []
         self.leaves: dict[Tensor, _Leaf] = {}
         members: dict[Any, list[_Leaf]] = {}
         known = previous.leaves if previous else {}
@@ -432,6 +431,7 @@ class _Plan:
                 leaf.stays |= leaf.lazy or leaf.placement is not None  # FSDP gathers from memory that it holds
                 real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
+        self.may_be_lazy = [p for p, leaf in self.leaves.items() if leaf.dtype.is_complex or leaf.lazy]
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
         self.buckets = [
             _Bucket(rule, dtype, dict(slots), part)
@@ -546,7 +546,6 @@ class _Plan:
         begun = _averages_begun(optimizer)
         for bucket in self.buckets:
             bucket.begin(optimizer.state, hyperparameters, present, places, begun, self.averages)
-        self.may_be_lazy = [p for p, leaf in self.leaves.items() if leaf.dtype.is_complex or leaf.lazy]
         plain = all(leaf.placement is None for leaf in self.leaves.values())
         if plain and all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
             self.seen, self.objects = self.look(optimizer, grads), _objects(optimizer, params)
@@ -701,7 +700,7 @@ def _leaf_of_row(layout: Layout) -> jax.Array:
     """For each row its leaf: one array for all buckets with such rows."""
     found = _leaves_of_rows.get(layout.rows)
     if found is None:
-        found = _leaves_of_rows[layout.rows] = dlpack.constant(layout.leaf_of_row())
+        found = _leaves_of_rows[layout.rows] = dlpack.put(layout.leaf_of_row())
     return found
 
 
@@ -749,12 +748,11 @@ class _Bucket:
         layout = self.layout
         self.missing = dlpack.aligned_zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.staging = staging[self.dtype]
-        self.grads = self.staging.array[: layout.size].reshape(-1, ROW)
         # What programs take each time; the table and the gradients are written anew before.
         shape = len(self.leaves), len(self.spec.columns)
         self.table = dlpack.aligned_zeros(math.prod(shape), self.spec.compute_dtype).reshape(shape)
         self.table_array = dlpack.alias(self.table)
-        self.grads_array = dlpack.alias(self.grads)
+        self.grads = dlpack.alias(self.staging.array[: layout.size].reshape(-1, ROW))
         self.grad_views: list[Tensor] = []  # where the small leaves' gradients are gathered
         self.new = np.zeros(len(self.leaves), bool)  # whose averages begin with the step's result
         self.scalars = self._init_scalars(optimizer, hyperparameters)
@@ -891,7 +889,7 @@ class _Bucket:
         self.small_views = [self.grad_views[i] for i in small]
         self.small_places = [places[self.small[i].param] for i in small]
         self._find_kinds()
-        self.counted = dlpack.constant(np.where(self.active[len(self.big) :], self.ends, 0).astype(np.int32))
+        self.counted = dlpack.put(np.where(self.active[len(self.big) :], self.ends, 0).astype(np.int32))
 
     def collect(self, grads: Sequence[Any]) -> list[Tensor | None]:
         """The big leaves' gradients, dense: what the programs read, to be kept until they have."""
@@ -907,7 +905,7 @@ class _Bucket:
             if self.staging.holder is not self and self.small_views:
                 torch._foreach_copy_(self.small_views, [grads[i] for i in self.small_places])  # type: ignore[attr-defined]
             self.staging.holder = self
-            arrays.append(self.grads_array)
+            arrays.append(self.grads)
         return arrays
 
     def measure(
@@ -953,13 +951,13 @@ class _Bucket:
         """After a step that was not skipped: the scalar state and torch's version counters."""
         for name, vector in self.scalars.items():
             np.copyto(vector, scalars[name], where=self.active, casting="same_kind")
-        self._note_scalars()
+        self.known = self._scalar_bytes()
         # As torch's own in-place operations do, so that a backward through old values raises.
         torch.autograd.graph.increment_version(self.resident)
 
     def _coefficients(self, hyperparameters: Sequence[dict[str, float]], ema: float | None) -> dict[str, Any]:
         """Fill the table, one row a leaf; returns the next scalar state."""
-        if self.known != [x.tobytes() for x in self.scalars.values()]:  # its user wrote to one
+        if self.known != self._scalar_bytes():  # its user wrote to one
             self._find_kinds()
 
         def of_kinds(values: list[Any]) -> Any:
@@ -984,21 +982,18 @@ class _Bucket:
     def _find_kinds(self) -> None:
         """Which leaves share all that their coefficients depend on: mostly all of a group."""
         keys = list(zip((leaf.group for leaf in self.leaves), self.active, *self.scalars.values(), strict=True))
-        firsts: dict[Any, int] = {}
-        for i, key in enumerate(keys):
-            firsts.setdefault(key, i)
-        self.kinds = list(firsts.values())  # the first leaf of each
-        numbers = {first: kind for kind, first in enumerate(self.kinds)}
-        self.kind_of = np.array([numbers[firsts[key]] for key in keys])
-        self._note_scalars()
+        numbers: dict[Any, int] = {}
+        self.kind_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+        self.kinds = np.unique(self.kind_of, return_index=True)[1].tolist()  # the first leaf of each
+        self.known = self._scalar_bytes()
 
-    def _note_scalars(self) -> None:
-        self.known = [x.tobytes() for x in self.scalars.values()]
+    def _scalar_bytes(self) -> list[bytes]:
+        return [x.tobytes() for x in self.scalars.values()]
 
 
 @functools.lru_cache(maxsize=64)
 def _number_array(x: float, dtype: np.dtype) -> jax.Array:
-    return dlpack.constant(np.asarray(x, dtype))
+    return dlpack.put(np.asarray(x, dtype))
 
 
 def _scalar_dtype() -> Any:

@@ -167,13 +167,13 @@ def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
         raise ValueError(f"{name}: expected a number, found nan")
 
 
-# --- one leaf ----------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _flags(cls: type[Rule]) -> list[tuple[str, bool]]:
     """A rule's flags, and whether each is true or false."""
     return [(field.name, field.type == "bool") for field in dataclasses.fields(cls)]
+
+
+# --- one leaf ----------------------------------------------------------------------------------------
 
 
 MASTER = "master"  # the slot of a leaf's float32 copy
@@ -371,7 +371,7 @@ def _step_alike(
     rule: Rule, leaves: Sequence[tuple[Any, ...]], at_once: int | None = None
 ) -> list[tuple[Array, LeafState]]:
     """`step_leaf` for leaves of equal shapes, stacked, all or so many at once."""
-    if at_once is not None and at_once < len(leaves):
+    if at_once is not None:
         return [x for i in range(0, len(leaves), at_once) for x in _step_alike(rule, leaves[i : i + at_once])]
     if len(leaves) == 1:
         return [step_leaf(rule, *leaves[0])]
