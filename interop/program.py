@@ -1,6 +1,7 @@
 """The compiled programs of a torch optimizer's step, and how they run over torch's memory.
 
-`compile_update` steps a bucket of leaves in place: one loop a buffer, each array read and written once.
+`compile_update` steps a bucket of leaves in place: one loop a buffer, each array read and written once. Muon's
+iteration is torch's work between two programs (`Orthogonalizing`).
 `compile_norms` reads the gradients once before it, where the step clips them by their norm or unscales them; what it
 finds enters the update as arrays, and the host looks at neither.
 """
@@ -12,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import math
 import signal
 import sys
@@ -32,7 +34,8 @@ from jopt import numerics as t
 from jopt.arena import ROW
 from jopt.clip import clip_factor, total_norm
 from jopt.fusion import fuses_outputs, multi_output_fusion
-from jopt.rule import Rule, apart, init_leaf, step_leaf, step_leaves
+from jopt.rule import Rule, apart, as_rules_see, init_leaf, step_leaf, step_leaves
+from jopt.rules import Muon
 
 EMA = "ema"  # the slot of the parameter's exponential moving average
 
@@ -130,16 +133,19 @@ def compile_update(
     of the small leaves last; the gradients likewise; the table of coefficients, a row a leaf (`columns`); the leaf of
     each row of the small buffers; and, as a dictionary, what the `compile_norms` of each bucket found, `max_norm` and
     `inverse_scale`. Behind the buffers it returns the norm of all gradients, and whether one was not finite.
+    Muon's is an `Orthogonalizing`, of the same arguments.
     """
     names = bucket.names
     columns = bucket.columns + (("factor", "inverse_scale", "found_inf") if norms else ())
+    iterates = isinstance(bucket.rule, Muon) and math.prod(bucket.big[0]) > 0
+    rule: Any = _Moved(**vars(bucket.rule)) if iterates else bucket.rule
     fuses = fuses_outputs(own=True)
     if not fuses:
         _warn_slow()
 
-    def before(buffers: Sequence[Array], grad: Array, row: Array) -> Any:
+    def before(buffers: Sequence[Array], grad: Array, row: Array, given: dict[str, Array]) -> Any:
         """`step_leaf`'s arguments, and the leaf's average with the weight of its news."""
-        c = {name: row[..., j] for j, name in enumerate(columns)}
+        c = {name: row[..., j] for j, name in enumerate(columns)} | given
         active = c.pop("active") != 0
         if unscale:
             grad = t.mul(grad, c.pop("inverse_scale"))
@@ -158,31 +164,31 @@ def compile_update(
 
     def step_one(*inputs: Any) -> list[Array]:
         leaf, average = before(*inputs)
-        return after(step_leaf(bucket.rule, *leaf), average)
+        return after(step_leaf(rule, *leaf), average)
 
-    def step_elements(buffers: list[Array], grads: list[Array], rows: list[Array]) -> list[Array]:
-        out: list[Array] = []
-        for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
-            inputs = (buffers[i * len(names) : (i + 1) * len(names)], grad, row)
-            out += apart(step_one, len(names), *inputs) if fuses else step_one(*inputs)
-        return out
+    def step_elements(leaves: list[Any]) -> list[Array]:
+        return [x for leaf in leaves for x in (apart(step_one, len(names), *leaf) if fuses else step_one(*leaf))]
 
-    def step_tensors(buffers: list[Array], grads: list[Array], rows: list[Array]) -> list[Array]:
-        leaves, averages = [], []
-        for i, shape in enumerate(bucket.big):
+    def step_tensors(leaves: list[Any]) -> list[Array]:
+        inputs, averages = [], []
+        for shape, (buffers, grad, *rest) in zip(bucket.big, leaves, strict=True):
             shapes = buffer_shapes(bucket, shape)
-            own = buffers[i * len(names) : (i + 1) * len(names)]
-            own = [x.reshape(s) for x, s in zip(own, shapes, strict=True)]
-            leaf, average = before(own, grads[i].reshape(shape), rows[i])
-            leaves.append(leaf)
+            buffers = [x.reshape(s) for x, s in zip(buffers, shapes, strict=True)]
+            leaf, average = before(buffers, grad.reshape(shape), *rest)
+            inputs.append(leaf)
             averages.append(average)
-        results = step_leaves(bucket.rule, leaves)
-        new = [x for result, average in zip(results, averages, strict=True) for x in after(result, average)]
-        return [x.reshape(-1) for x in new]
+        results = zip(step_leaves(rule, inputs), averages, strict=True)
+        return [x.reshape(-1) for result, average in results for x in after(result, average)]
 
-    def update(
-        buffers: list[Array], grads: list[Array], table: Array, leaf_of_row: Array, found: dict[str, Any]
-    ) -> list[Array]:
+    def inputs(
+        buffers: list[Array],
+        grads: list[Array],
+        table: Array,
+        leaf_of_row: Array,
+        found: dict[str, Any],
+        orthogonal: Sequence[Array] = (),
+    ) -> tuple[list[Any], dict[str, Array]]:
+        """`before`'s arguments for each leaf, the small ones together, and what is judged of all gradients."""
         judged: dict[str, Array] = {}
         if norms:
             # Into each leaf's row: XLA merges leaves of one size that share a number into one slow loop.
@@ -193,9 +199,21 @@ def compile_update(
         rows = [table[i] for i in range(split)]
         if bucket.n_small:
             rows.append(table[split:][leaf_of_row][:, None])
-        step = step_tensors if bucket.rule.scope == "tensor" else step_elements
-        out = step(buffers, grads, rows)
-        return out + ([judged["norm"], judged["found_inf"]] if judged else [])
+        own = [buffers[i : i + len(names)] for i in range(0, len(buffers), len(names))]
+        given = [{_Moved.orthogonal: x, _Moved.adjusted: rule.adjustment(bucket.big[0])} for x in orthogonal]
+        return list(zip(own, grads, rows, given or [{}] * len(rows), strict=True)), judged
+
+    def direct(*arguments: Any) -> Array:
+        """What Muon makes orthogonal."""
+        leaves = [before(*leaf)[0] for leaf in inputs(*arguments)[0]]
+        matrices = [rule.direct(*as_rules_see(*leaf[:4])[:3])[0] for leaf in leaves]
+        # XLA on CPU would stack them in float32.
+        return jnp.stack([lax.bitcast_convert_type(x, jnp.uint16) for x in matrices])
+
+    def update(*arguments: Any) -> list[Array]:
+        leaves, judged = inputs(*arguments)
+        step = step_tensors if rule.scope == "tensor" else step_elements
+        return step(leaves) + ([judged["norm"], judged["found_inf"]] if judged else [])
 
     with own_settings():
         compute = bucket.compute_dtype
@@ -206,15 +224,72 @@ def compile_update(
             found["norms"] = [_spec((n,), dtype) for n, dtype in norms]
             found["overflows"] = [_spec((), bool) for _ in norms]
             found["max_norm"] = found["inverse_scale"] = _spec((), compute)
-        return _compile(
-            update,
+        specs = (
             [_spec(s, dtype) for leaf in sizes for s, (_, dtype) in zip(leaf, bucket.dtypes, strict=True)],
             _gradients(bucket),
             _spec((len(bucket.big) + bucket.n_small, len(bucket.columns)), compute),
             _spec((bucket.rows,), np.int32),
             found,
-            donate_argnums=0,
         )
+        if iterates:
+            orthogonal = [_spec((math.prod(shape),), jnp.bfloat16) for shape in bucket.big]
+            move = _compile(update, *specs, orthogonal, donate_argnums=0)
+            return Orthogonalizing(bucket, rule.ns_steps, _compile(direct, *specs), move)
+        return _compile(update, *specs, donate_argnums=0)
+
+
+class _Moved(Muon):
+    """Muon where what comes of its iteration is among the coefficients: it looks at single elements."""
+
+    scope = "element"
+    orthogonal, adjusted = "orthogonal", "adjustment"
+
+    def update(self, c: Any, grad: Array, state: dict[str, Array], param: Array) -> tuple[Array, dict[str, Array]]:
+        _, state = self.direct(c, grad, state)
+        return self.move(c, param, c[self.orthogonal], c[self.adjusted]), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonalizing:
+    """Muon's step: a program, torch's products, and a program.
+
+    XLA on CPU (0.10) runs products of a few hundred rows on one thread, at half the speed of torch's batched
+    ones, which are summed as torch.optim.Muon's are. The bucket's matrices are of one shape and one parameter group.
+    """
+
+    bucket: Bucket
+    ns_steps: int
+    direct: Any
+    move: Any
+
+    def __call__(
+        self, buffers: list[Array], grads: list[Any], table: Array, leaf_of_row: Array, found: dict[str, Any]
+    ) -> list[Array]:
+        c = dict(zip(self.bucket.columns, np.asarray(table)[0].tolist(), strict=True))
+        arguments = (buffers, grads, table, leaf_of_row, found)
+        rows, columns = self.bucket.big[0]
+        x = torch.from_dlpack(self.direct(*arguments)).view(torch.bfloat16).view(-1, rows, columns)
+        if rows > columns:
+            x = x.mT
+        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=c["eps"])
+        # Products of 16 rows and less torch sums otherwise for many matrices than for one.
+        together = len(x) > 1 and x.shape[1] > 16
+        x = self._iterate(x, c) if together else torch.stack([self._iterate(matrix, c) for matrix in x])
+        x = (x.mT if rows > columns else x).contiguous()
+        pause_openmp()
+        orthogonal = [dlpack.host_array(matrix, jnp.dtype(jnp.bfloat16)) for matrix in x]
+        return jax.block_until_ready(self.move(*arguments, orthogonal))  # while x lives
+
+    def _iterate(self, x: torch.Tensor, c: dict[str, float]) -> torch.Tensor:
+        """The iteration of `jopt.rules.muon.orthogonalize` for a matrix or many."""
+        addmm = torch.addmm if x.dim() == 2 else torch.baddbmm
+        gram, polynomial = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))
+        results = itertools.cycle(x.new_empty(x.shape) for _ in range(2))  # not x, which may be a transpose
+        for _ in range(self.ns_steps):
+            torch.matmul(x, x.mT, out=gram)
+            addmm(gram, gram, gram, beta=c["b"], alpha=c["c"], out=polynomial)
+            x = addmm(x, polynomial, x, beta=c["a"], out=next(results))
+        return x
 
 
 def _judge(found: dict[str, Any]) -> dict[str, Array]:

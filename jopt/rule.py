@@ -214,18 +214,8 @@ def step_leaf(
     if not param.size:
         return param, state
     old_state, old_param = state, param
-    c = dict(c)
-    grad = numerics.scale(grad, [c.pop(name) for name in sorted(c) if name.startswith(FACTOR)])
-    wide = {x.dtype for x in state.values()} | {param.dtype}
     at_random = key is not None and param.dtype == jnp.bfloat16
-    if at_random:
-        wide.add(jnp.dtype(jnp.float32))
-    dtype = max(wide, key=lambda d: jnp.finfo(d).bits)
-    grad, param = (_as_real(x.astype(dtype)) for x in (grad, state.get(MASTER, param)))
-    state = {name: _as_real(x.astype(dtype)) for name, x in state.items() if name != MASTER}
-    c = {name: lax.convert_element_type(x, numerics.compute_dtype(dtype)) for name, x in c.items()}
-
-    param, state = rule.update(c, grad, state, param)
+    param, state = rule.update(*as_rules_see(c, grad, state, param, wide=at_random))
 
     if jnp.iscomplexobj(old_param):
         param = _as_complex(param)
@@ -241,6 +231,20 @@ def step_leaf(
         param = jnp.where(active, param, old_param)
         state = {name: jnp.where(active, state[name], old_state[name]) for name in old_state}
     return param, state
+
+
+def as_rules_see(
+    c: Scalars, grad: Array, state: LeafState, param: Array, *, wide: bool = False
+) -> tuple[Scalars, Array, LeafState, Array]:
+    """A leaf as the arguments of `rule.update`: real, in one type, with `wide` at least float32."""
+    c = dict(c)
+    grad = numerics.scale(grad, [c.pop(name) for name in sorted(c) if name.startswith(FACTOR)])
+    dtypes = {x.dtype for x in state.values()} | {param.dtype} | ({jnp.dtype(jnp.float32)} if wide else set())
+    dtype = max(dtypes, key=lambda d: jnp.finfo(d).bits)
+    grad, param = (_as_real(x.astype(dtype)) for x in (grad, state.get(MASTER, param)))
+    state = {name: _as_real(x.astype(dtype)) for name, x in state.items() if name != MASTER}
+    c = {name: lax.convert_element_type(x, numerics.compute_dtype(dtype)) for name, x in c.items()}
+    return c, grad, state, param
 
 
 def apart(f: Callable[..., Sequence[Array]], n: int, *inputs: Any) -> list[Array]:

@@ -1179,16 +1179,50 @@ def test_muons_buffer_is_kept_in_bfloat16_without_nesterov():
         assert torch.allclose(buffer, 0.05 * grad.float(), rtol=2**-7) == kept
 
 
-def test_muon_of_many_matrices_is_of_each_alone():
-    """Equal shapes are iterated together, whatever their groups and gradients."""
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_muon_of_many_matrices_is_torchs_of_each(dtype, monkeypatch):
+    """Those of a shape and group together, but no more than caches hold; small ones alone, and one without gradient.
+
+    Unlike jopt.muon, whose products XLA sums in another order, within what all optimizers are held to.
+    """
+    monkeypatch.setattr(optimizer, "STACKED", 2 * 24 * 40)
     generator = torch.Generator().manual_seed(0)
-    params, grads = ([torch.randn(s, generator=generator) for s in [(8, 16)] * 4 + [(16, 8)] * 2] for _ in range(2))
-    grads[1] = None
-    together, _ = step_with(optim.Muon, params, grads, steps=2, lr=0.1)
-    for i in (0, 2, 3, 4, 5):
-        alone, _ = step_with(torch.optim.Muon, [params[i]], [grads[i]], steps=2, lr=0.1)
-        assert cases.difference(together[i].detach(), alone[0].detach()) <= cases.MUON["float32"]
-    assert torch.equal(together[1], params[1])
+    shapes = [(8, 16), (16, 8), (3, 1), (16, 70), (70, 16), (24, 40), (40, 24), (32, 32), (1, 300)] * 5
+    params, grads = (
+        [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes] for _ in range(2)
+    )
+    results = []
+    for module in (optim, torch.optim):
+        ps = [torch.nn.Parameter(p.clone()) for p in params]
+        groups = [
+            {"params": ps[:20], "lr": 0.1},
+            {"params": ps[20:40], "lr": 0.01, "ns_coefficients": (3.0, -4.0, 2.0), "adjust_lr_fn": "match_rms_adamw"},
+            {"params": ps[40:], "lr": 0.01, "ns_steps": 2, "nesterov": True, "weight_decay": 0.5},
+        ]
+        opt = module.Muon(groups)
+        for i in range(3):
+            for j, (p, grad) in enumerate(zip(ps, grads, strict=True)):
+                p.grad = None if j == 5 or (j == 14 and i) else grad * (i + 1)
+            opt.step()
+        results.append((ps, opt))
+    (ours, opt), (theirs, reference) = results
+    together = {(leaf.shape, len(bucket.leaves)) for bucket in opt._plan.buckets for leaf in bucket.leaves}
+    assert {((24, 40), 2), ((24, 40), 1), ((32, 32), 1), ((16, 8), 3)} <= together
+    assert torch.equal(ours[5], params[5])
+    for p, q in zip(ours, theirs, strict=True):
+        assert cases.difference(p.detach().double(), q.detach().double()) <= cases.TOLERANCES[dtype]
+        for name, x in reference.state[q].items():
+            assert cases.difference(opt.state[p][name].double(), x.double()) <= cases.TOLERANCES[dtype]
+
+
+def test_muon_in_autocast():
+    """The products of its iteration are torch's operations, which that reaches."""
+    generator = torch.Generator().manual_seed(0)
+    params, grads = ([torch.randn(24, 40, generator=generator) for _ in range(2)] for _ in range(2))
+    plain, _ = step_with(optim.Muon, params, grads, steps=2)
+    with torch.autocast("cpu", torch.float16):
+        cast, _ = step_with(optim.Muon, params, grads, steps=2)
+    assert all(torch.equal(p, q) for p, q in zip(cast, plain, strict=True))
 
 
 def test_muon_of_many_matrices_is_that_of_a_few_at_a_time(monkeypatch):

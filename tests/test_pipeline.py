@@ -66,7 +66,7 @@ def test_clipping_and_averages_are_torchs(name, dtype):
         assert all(torch.equal(p.grad, g) for p, g in zip(models[1].parameters(), before, strict=True))
         assert not ours.skipped
     assert set(clipped) == {True, False}
-    if name != "Muon":  # whose iteration magnifies an ulp: tests/cases.py
+    if (name, dtype) != ("Muon", torch.float32):  # whose iteration magnifies an ulp of the norm: tests/cases.py
         assert_equal(*models)
         assert_averages(average, models[1], ours)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jopt import numerics as t
-from jopt.rule import Rule, at_least_zero
+from jopt.rule import Rule, Scalars, at_least_zero
 
 ADJUSTMENTS = {
     None: lambda rows, columns: math.sqrt(max(1, rows / columns)),
@@ -85,18 +85,30 @@ class Muon(Rule):
         return c | {name: h[name] for name in ("a", "b", "c", "eps")}, {}
 
     def update(self, c, grad, state, param):
+        direction, state = self.direct(c, grad, state)
+        x = orthogonalize(c, direction, self.ns_steps)
+        return self.move(c, param, x, self.adjustment(param.shape)), state
+
+    def direct(self, c, grad, state):
+        """What is made orthogonal, and the state after the step; by elements."""
         buffer = t.lerp(state["momentum_buffer"], grad, c["1-momentum"])
-        update = t.lerp(grad, buffer, c["momentum"]) if self.nesterov else buffer
-        update = orthogonalize(c, update, self.ns_steps).astype(param.dtype)
-        step_size = c["-lr"] * ADJUSTMENTS[self.adjust_lr_fn](*param.shape)
-        return t.add(t.mul(param, c["decay"]), update, alpha=step_size), {"momentum_buffer": buffer}
+        direction = t.lerp(grad, buffer, c["momentum"]) if self.nesterov else buffer
+        return direction.astype(jnp.bfloat16), {"momentum_buffer": buffer}
+
+    def move(self, c, param, orthogonal, adjustment):
+        """The parameter after the step; by elements."""
+        return t.add(t.mul(param, c["decay"]), orthogonal.astype(param.dtype), alpha=c["-lr"] * adjustment)
+
+    def adjustment(self, shape):
+        """What the learning rate is multiplied by."""
+        return ADJUSTMENTS[self.adjust_lr_fn](*shape)
 
 
-def orthogonalize(c, matrix: Array, steps: int) -> Array:
+def orthogonalize(c: Scalars, matrix: Array, steps: int) -> Array:
     """A bfloat16 matrix of the same singular vectors, with singular values near 1."""
     rows, columns = matrix.shape
     c = {name: x.astype(jnp.float32) for name, x in c.items()}
-    x = t.whole(matrix.astype(jnp.bfloat16))
+    x = t.whole(matrix)
     if rows > columns:
         x = x.T
     x = t.div(x, jnp.maximum(t.norm(x), t.cast(c["eps"], x)))
