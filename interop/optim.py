@@ -126,7 +126,7 @@ class Adafactor(CompiledStep, torch.optim.Adafactor):
 
 
 class Muon(CompiledStep, torch.optim.Muon):
-    """`torch.optim.Muon`, stepped by `jopt.rules.Muon` around torch's batched products; matrices of one shape together."""
+    """`torch.optim.Muon`, stepped by `jopt.rules.Muon` around torch's batched products."""
 
     rule = rules.Muon
 
