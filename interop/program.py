@@ -268,7 +268,8 @@ class Orthogonalizing:
         c = dict(zip(self.bucket.columns, np.asarray(table)[0].tolist(), strict=True))
         arguments = (buffers, grads, table, leaf_of_row, found)
         rows, columns = self.bucket.big[0]
-        x = torch.from_dlpack(self.direct(*arguments)).view(torch.bfloat16).view(-1, rows, columns)
+        x = dlpack.to_torch(jax.block_until_ready(self.direct(*arguments)), copy=False)
+        x = x.view(torch.bfloat16).view(-1, rows, columns)
         if rows > columns:
             x = x.mT
         x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=c["eps"])
@@ -277,8 +278,8 @@ class Orthogonalizing:
         x = self._iterate(x, c) if together else torch.stack([self._iterate(matrix, c) for matrix in x])
         x = (x.mT if rows > columns else x).contiguous()
         pause_openmp()
-        orthogonal = [dlpack.host_array(matrix, jnp.dtype(jnp.bfloat16)) for matrix in x]
-        return jax.block_until_ready(self.move(*arguments, orthogonal))  # while x lives
+        # NumPy has no bfloat16 of torch's.
+        return self.move(*arguments, [*x.view(torch.uint16).flatten(1).numpy().view(jnp.bfloat16)])
 
     def _iterate(self, x: torch.Tensor, c: dict[str, float]) -> torch.Tensor:
         """The iteration of `jopt.rules.muon.orthogonalize` for a matrix or many."""
