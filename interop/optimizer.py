@@ -36,7 +36,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from interop import dlpack, dtensor, program
 from interop.program import EMA
 from jopt.arena import ROW, Layout
-from jopt.rule import STACKED, Rule
+from jopt.rule import Rule, at_once
 
 BIG = 2**15  # elements
 SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are gathered in as much memory
@@ -628,15 +628,13 @@ def _shelves(rule: Rule, leaves: list[_Leaf]) -> list[list[_Leaf]]:
     Those that are stepped together are of one shape and group, and of as many elements as caches hold.
     """
     if rule.batched:
-        alike: dict[Any, list[_Leaf]] = {}
+        alike: dict[Any, list[list[_Leaf]]] = {}
         for leaf in leaves:
-            alike.setdefault((leaf.shape, leaf.group), []).append(leaf)
-        return [
-            part[i : i + few]
-            for part in alike.values()
-            for few in (max(1, STACKED // max(1, part[0].size)),)
-            for i in range(0, len(part), few)
-        ]
+            found = alike.setdefault((leaf.shape, leaf.group), [[]])
+            if len(found[-1]) == at_once(leaf.size):
+                found.append([])
+            found[-1].append(leaf)
+        return [part for found in alike.values() for part in found]
     parts, room = [[leaf for leaf in leaves if is_big(rule, leaf.size)]], SHELF
     for leaf in leaves:
         if not is_big(rule, leaf.size):

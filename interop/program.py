@@ -200,7 +200,7 @@ def compile_update(
         if bucket.n_small:
             rows.append(table[split:][leaf_of_row][:, None])
         own = [buffers[i : i + len(names)] for i in range(0, len(buffers), len(names))]
-        given = [{_Moved.orthogonal: x, _Moved.adjusted: rule.adjustment(bucket.big[0])} for x in orthogonal]
+        given = [{"orthogonal": x, "adjustment": rule.adjustment(bucket.big[0])} for x in orthogonal]
         return list(zip(own, grads, rows, given or [{}] * len(rows), strict=True)), judged
 
     def direct(*arguments: Any) -> Array:
@@ -242,11 +242,10 @@ class _Moved(Muon):
     """Muon where what comes of its iteration is among the coefficients: it looks at single elements."""
 
     scope = "element"
-    orthogonal, adjusted = "orthogonal", "adjustment"
 
     def update(self, c: Any, grad: Array, state: dict[str, Array], param: Array) -> tuple[Array, dict[str, Array]]:
         _, state = self.direct(c, grad, state)
-        return self.move(c, param, c[self.orthogonal], c[self.adjusted]), state
+        return self.move(c, param, c["orthogonal"], c["adjustment"]), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +254,7 @@ class Orthogonalizing:
 
     XLA on CPU (0.10) runs products of a few hundred rows on one thread, at half the speed of torch's batched
     ones, which are summed as torch.optim.Muon's are. The bucket's matrices are of one shape and one parameter group.
+    The first program gives no buffer away, so that nothing is lost if the products raise: the second averages again.
     """
 
     bucket: Bucket
@@ -278,7 +278,7 @@ class Orthogonalizing:
         x = self._iterate(x, c) if together else torch.stack([self._iterate(matrix, c) for matrix in x])
         x = (x.mT if rows > columns else x).contiguous()
         pause_openmp()
-        # NumPy has no bfloat16 of torch's.
+        # By way of integers, as torch gives NumPy no bfloat16.
         return self.move(*arguments, [*x.view(torch.uint16).flatten(1).numpy().view(jnp.bfloat16)])
 
     def _iterate(self, x: torch.Tensor, c: dict[str, float]) -> torch.Tensor:

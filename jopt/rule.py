@@ -361,7 +361,7 @@ def step_leaves(
     results: dict[int, tuple[Array, LeafState]] = {}
     for members in groups.values():
         alike = [leaves[i] for i in members]
-        few = max(1, STACKED // max(1, alike[0][3].size))
+        few = at_once(alike[0][3].size)
         step = functools.partial(_step_alike, rule)
         if few < len(alike):
             out = lax.platform_dependent(alike, cpu=functools.partial(step, at_once=few), default=step)
@@ -369,6 +369,11 @@ def step_leaves(
             out = step(alike)
         results.update(zip(members, out, strict=True))
     return [results[i] for i in range(len(leaves))]
+
+
+def at_once(size: int) -> int:
+    """How many leaves of so many elements CPU steps at once."""
+    return max(1, STACKED // max(1, size))
 
 
 def _step_alike(

@@ -1185,7 +1185,7 @@ def test_muon_of_many_matrices_is_torchs_of_each(dtype, monkeypatch):
 
     Unlike jopt.muon, whose products XLA sums in another order, within what all optimizers are held to.
     """
-    monkeypatch.setattr(optimizer, "STACKED", 2 * 24 * 40)
+    monkeypatch.setattr(rule, "STACKED", 2 * 24 * 40)
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 16), (16, 8), (3, 1), (16, 70), (70, 16), (24, 40), (40, 24), (32, 32), (1, 300)] * 5
     params, grads = (
