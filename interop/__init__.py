@@ -8,6 +8,7 @@ interop.load_checkpoint(path), interop.save_checkpoint(checkpoint, path)  # file
 interop.wrap(tx, params)               # any optax transformation as a torch optimizer
 interop.sweep(model, loss, batches, lr=...)   # many learning rates, optimizers and seeds at once
 interop.prefetch(loader)               # a DataLoader's batches as JAX arrays, ahead of use
+interop.enable_native_reader()         # steps that read their gradients in C++
 """
 
 try:
@@ -21,6 +22,7 @@ from interop.data import prefetch
 from interop.modules import to_jax, to_torch
 from interop.moving import optimizer_to_jax, optimizer_to_torch
 from interop.optax_states import optimizer_from_optax, optimizer_to_optax
+from interop.reader import enable_native_reader
 from interop.schedulers import plateau_to_jax, plateau_to_torch, scheduler_to_jax
 from interop.sweeping import sweep
 from interop.wrapping import wrap
@@ -30,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "average_to_jax",
     "average_to_torch",
+    "enable_native_reader",
     "load_checkpoint",
     "optimizer_from_optax",
     "optimizer_to_jax",

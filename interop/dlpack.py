@@ -205,11 +205,17 @@ def host_array(x: Tensor, dtype: np.dtype) -> np.ndarray:
     JAX takes such an array without copying where it is aligned, but keeps it until its next call; owning nothing,
     it does not keep a gradient alive past zero_grad. Use it only while the tensor lives.
     """
-    return _host_array(x.data_ptr(), x.numel() * x.element_size() // dtype.itemsize, dtype)
+    return array_at(x.data_ptr(), x.numel() * x.element_size() // dtype.itemsize, dtype)
 
 
 @functools.lru_cache(maxsize=4096)  # torch's allocator gives a backward pass the addresses of the one before
-def _host_array(address: int, count: int, dtype: np.dtype) -> np.ndarray:
+def array_at(address: int, count: int, dtype: np.dtype) -> np.ndarray:
+    """`host_array` of a tensor whose address is known."""
+    if count and not address:
+        raise RuntimeError(
+            "expected a gradient with its values in memory, found one without: its storage was freed by resize_(0), or "
+            "never there; assign one that has values, or None"
+        )
     memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return np.frombuffer(memory, dtype, count)
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from interop import dlpack, dtensor, program
+from interop import dlpack, dtensor, program, reader
 from interop.program import EMA
 from jopt.arena import ROW, Layout
 from jopt.rule import Rule, at_once
@@ -297,22 +297,19 @@ def check_process() -> None:
 
 def _step(optimizer: Any) -> None:
     program.pause_openmp()  # before all else: it slows Python too
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in params]
     hyperparameters = [_numbers(optimizer.rule.members(group)) for group in optimizer.param_groups]
     rules = [
         optimizer.rule.shaped_by(group, h) for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
     ]
     plan = optimizer._plan
-    if plan is None or not plan.is_as_before(optimizer, rules, params, grads):
+    if plan is None or (grads := plan.as_before(optimizer, rules)) is None:
         present = _gradients(optimizer)
         if not present and (plan is None or not plan.averages):
             optimizer._around.grad_norm, optimizer._around.skipped = None, False
             return
         if plan is None or not plan.serves(optimizer, rules, present):
             plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, present, plan)
-        plan.begin(optimizer, hyperparameters, params, grads, present)
-        grads = [present.get(p) for p in params]
+        grads = plan.begin(optimizer, hyperparameters, present)
     plan.step(optimizer, hyperparameters, grads)
 
 
@@ -391,6 +388,7 @@ class _Plan:
         self.averages = optimizer.ema is not None
         self.seen: Any = None
         self.objects: list[Any] = []
+        self.reader: Any = None
         self.leaves: dict[Tensor, _Leaf] = {}
         members: dict[Any, list[_Leaf]] = {}
         known = previous.leaves if previous else {}
@@ -433,11 +431,12 @@ class _Plan:
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
         self.may_be_lazy = [p for p, leaf in self.leaves.items() if leaf.dtype.is_complex or leaf.lazy]
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
-        self.buckets = [
-            _Bucket(rule, dtype, dict(slots), part)
+        parts = [
+            (rule, dtype, dict(slots), part)
             for (_, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
             for part in _shelves(rule, leaves)
         ]
+        self.buckets = [_Bucket(i, *part) for i, part in enumerate(parts)]
         self.programs: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
         self._programs(optimizer)
         with program.SignalsWait():
@@ -471,22 +470,25 @@ class _Plan:
 
     # --- what a step depends on
 
-    def is_as_before(self, optimizer: Any, rules: Sequence[Rule], params: list[Tensor], grads: list[Any]) -> bool:
-        """Whether all is as the last step left it, so that nothing needs to be checked or planned again."""
-        return (
-            self.seen is not None
-            and rules == self.rules
-            and self.averages == (optimizer.ema is not None)
-            and self.seen == self.look(optimizer, grads)
-            and _are_same(self.objects, _objects(optimizer, params))
-        )
+    def as_before(self, optimizer: Any, rules: Sequence[Rule]) -> _Gradients | _ReadGradients | None:
+        """The gradients, if all is as the last step left it, so that nothing needs to be checked or planned again."""
+        if self.seen is None or rules != self.rules or self.averages != (optimizer.ema is not None):
+            return None
+        if self.reader is not None:
+            found = self.reader.read(optimizer.param_groups, optimizer.state, self.objects, self.views)
+            if found is not None:
+                return _ReadGradients(found)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if self.seen != self.look(grads) or not _are_same(self.objects, _objects(optimizer)):
+            return None
+        return _Gradients(grads, self.buckets)
 
-    def look(self, optimizer: Any, grads: list[Any]) -> Any:
-        """What the checks depend on, beside `_objects`."""
+    def look(self, grads: list[Any]) -> Any:
+        """What the checks depend on, beside `_objects`; `reader.cpp` compares the same."""
         present = [g for g in grads if g is not None]
         stepped = list(self.leaves)
         return (
-            [len(group["params"]) for group in optimizer.param_groups],
             list(map(type, grads)),
             list(map(_dtype_of, present)),
             list(map(_layout_of, present)),
@@ -536,21 +538,28 @@ class _Plan:
         self,
         optimizer: Any,
         hyperparameters: Sequence[dict[str, float]],
-        params: list[Tensor],
-        grads: list[Any],
         present: dict[Tensor, Tensor],
-    ) -> None:
-        """Note which parameters step, and take in state that its user exchanged."""
-        self.seen = None
+    ) -> _Gradients:
+        """Note which parameters step, and take in state that its user exchanged; returns the gradients."""
+        self.seen = self.reader = None
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         places = {p: i for i, p in enumerate(params)}
         begun = _averages_begun(optimizer)
         for bucket in self.buckets:
             bucket.begin(optimizer.state, hyperparameters, present, places, begun, self.averages)
         plain = all(leaf.placement is None for leaf in self.leaves.values())
-        if plain and all(g is None or g is present[p] for p, g in zip(params, grads, strict=True)):
-            self.seen, self.objects = self.look(optimizer, grads), _objects(optimizer, params)
+        grads = [p.grad for p in params]
+        if plain and all(g is None or g is present.get(p) for p, g in zip(params, grads, strict=True)):
+            self.seen, self.objects = self.look(grads), _objects(optimizer)
+            if reader.extension is not None and all(isinstance(p, Tensor) for p in params):
+                stepped = [p in self.leaves for p in params]
+                places_of = [(bucket.places, bucket.small_places, bucket.small_views) for bucket in self.buckets]
+                self.reader = reader.extension.Reader(params, stepped, self.views, places_of)
+        return _Gradients([present.get(p) for p in params], self.buckets)
 
-    def step(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], grads: Sequence[Any]) -> None:
+    def step(
+        self, optimizer: Any, hyperparameters: Sequence[dict[str, float]], grads: _Gradients | _ReadGradients
+    ) -> None:
         """Step the parameters that `begin` noted, by their gradients."""
         measures, updates = self._programs(optimizer)
         found: dict[str, Any] = {}
@@ -558,7 +567,6 @@ class _Plan:
         with program.SignalsWait(), program.settings():
             for staging in self.staging:
                 staging.holder = None
-            big = [bucket.collect(grads) for bucket in self.buckets]
             try:
                 if measures:
                     scale = optimizer.grad_scale
@@ -570,13 +578,13 @@ class _Plan:
                         "max_norm": optimizer.max_norm or 0.0,
                         "inverse_scale": inverse,
                     }
-                    for bucket, measure, dense in zip(self.buckets, measures, big, strict=True):
-                        norms, overflow = bucket.measure(measure, grads, dense, inverse)
+                    for bucket, measure in zip(self.buckets, measures, strict=True):
+                        norms, overflow = bucket.measure(measure, grads, inverse)
                         found["norms"].append(norms)
                         found["overflows"].append(overflow)
-                for bucket, update, dense in zip(self.buckets, updates, big, strict=True):
+                for bucket, update in zip(self.buckets, updates, strict=True):
                     if self.averages or bucket.is_active:
-                        rest, scalars = bucket.step(update, hyperparameters, grads, dense, found, optimizer.ema)
+                        rest, scalars = bucket.step(update, hyperparameters, grads, found, optimizer.ema)
                         results.append((bucket, rest, scalars))
             finally:
                 if measures:  # before torch writes to the gradients that they are computed from
@@ -592,13 +600,51 @@ class _Plan:
         around.skipped, around.grad_norm = skipped, None if norm is None else dlpack.to_torch(norm)
 
 
-def _objects(optimizer: Any, params: list[Tensor]) -> list[Any]:
-    """What a step's checks compare by identity: parameters, and all that the state holds."""
-    objects = [*params, *optimizer.state]
+class _Gradients:
+    """A step's gradients, in the order of their parameters; kept until it is over, for programs read them."""
+
+    def __init__(self, grads: Sequence[Any], buckets: Sequence[_Bucket]):
+        self.grads = grads
+        self.big = [[None if i is None else _dense(grads[i]) for i in bucket.places] for bucket in buckets]
+
+    def of_big(self, bucket: _Bucket) -> list[np.ndarray | None]:
+        """Those of its big leaves, flat."""
+        return [None if x is None else dlpack.host_array(x, bucket.dtype) for x in self.big[bucket.index]]
+
+    def gather(self, bucket: _Bucket) -> None:
+        """Copy those of its small leaves to `small_views`."""
+        if bucket.small_views:
+            torch._foreach_copy_(bucket.small_views, [self.grads[i] for i in bucket.small_places])  # type: ignore[attr-defined]
+
+
+class _ReadGradients:
+    """The same, as `reader.cpp` found them."""
+
+    def __init__(self, grads: Any):
+        self.grads = grads
+
+    def of_big(self, bucket: _Bucket) -> list[np.ndarray | None]:
+        return [
+            None if address is None else dlpack.array_at(address, leaf.size, bucket.dtype)
+            for leaf, address in zip(bucket.big, self.grads.addresses(bucket.index), strict=True)
+        ]
+
+    def gather(self, bucket: _Bucket) -> None:
+        self.grads.gather(bucket.index)
+
+
+def _objects(optimizer: Any) -> list[Any]:
+    """What a step's checks compare by identity: parameters, group by group, and all that the state holds."""
+    objects: list[Any] = []
+    for group in optimizer.param_groups:
+        objects += group["params"]
+        objects.append(None)  # where the group ends
+    objects += optimizer.state
     for state in optimizer.state.values():
         if isinstance(state, dict):  # what its user puts beside the parameters' may be anything
             objects += state
             objects += state.values()
+            objects.append(None)  # where it ends
         else:
             objects.append(state)
     return objects
@@ -727,7 +773,8 @@ class _Staging:
 class _Bucket:
     """The leaves of one rule and one set of types: their buffers, and the programs that step them."""
 
-    def __init__(self, rule: Rule, dtype: torch.dtype, slots: dict[str, torch.dtype], leaves: list[_Leaf]):
+    def __init__(self, index: int, rule: Rule, dtype: torch.dtype, slots: dict[str, torch.dtype], leaves: list[_Leaf]):
+        self.index = index  # among the plan's
         self.rule = rule
         self.big = [leaf for leaf in leaves if is_big(rule, leaf.size)]
         self.small = [leaf for leaf in leaves if not is_big(rule, leaf.size)]
@@ -902,29 +949,23 @@ class _Bucket:
         self._find_kinds()
         self.counted = dlpack.put(np.where(self.active[len(self.big) :], self.ends, 0).astype(np.int32))
 
-    def collect(self, grads: Sequence[Any]) -> list[Tensor | None]:
-        """The big leaves' gradients, dense: what the programs read, to be kept until they have."""
-        return [None if i is None else _dense(grads[i]) for i in self.places]
-
-    def _arrays(self, grads: Sequence[Any], big: list[Tensor | None]) -> list[Any]:
+    def _arrays(self, grads: _Gradients | _ReadGradients) -> list[Any]:
         """The gradients as the programs take them; those of the small leaves are gathered, if they are not yet."""
-        arrays = [
-            self.missing[: leaf.size] if grad is None else dlpack.host_array(grad, self.dtype)
-            for leaf, grad in zip(self.big, big, strict=True)
+        arrays: list[Any] = [
+            self.missing[: leaf.size] if grad is None else grad
+            for leaf, grad in zip(self.big, grads.of_big(self), strict=True)
         ]
         if self.small:
-            if self.staging.holder is not self and self.small_views:
-                torch._foreach_copy_(self.small_views, [grads[i] for i in self.small_places])  # type: ignore[attr-defined]
+            if self.staging.holder is not self:
+                grads.gather(self)
             self.staging.holder = self
             arrays.append(self.grads)
         return arrays
 
-    def measure(
-        self, measure: Any, grads: Sequence[Any], big: list[Tensor | None], inverse_scale: float
-    ) -> tuple[Any, Any]:
+    def measure(self, measure: Any, grads: _Gradients | _ReadGradients, inverse_scale: float) -> tuple[Any, Any]:
         """The norms of the gradients, and whether one is not finite, as arrays that may not be computed yet."""
         scale = _number_array(inverse_scale, self.spec.compute_dtype)
-        found = measure(self._arrays(grads, big), self.leaf_of_row, self.counted, scale)
+        found = measure(self._arrays(grads), self.leaf_of_row, self.counted, scale)
         if self.staging.shared:
             jax.block_until_ready(found)  # before another bucket's gradients come to lie there
         return found
@@ -933,8 +974,7 @@ class _Bucket:
         self,
         update: Any,
         hyperparameters: Sequence[dict[str, float]],
-        grads: Sequence[Any],
-        big: list[Tensor | None],
+        grads: _Gradients | _ReadGradients,
         found: dict[str, Any],
         ema: float | None,
     ) -> tuple[list[Any], dict[str, Any]]:
@@ -945,7 +985,7 @@ class _Bucket:
         found = {
             name: x if isinstance(x, list) else _number_array(x, self.spec.compute_dtype) for name, x in found.items()
         }
-        arrays = self._arrays(grads, big)
+        arrays = self._arrays(grads)
         out = program.launch(update, self.buffers, arrays, self.table_array, self.leaf_of_row, found)
         try:
             if not found:  # then it is not skipped, and this is done while it runs

@@ -22,6 +22,7 @@ except ModuleNotFoundError:  # jopt alone is tested on Pythons without it
     torch = None
 else:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.parent / "torch_extensions"))
 
 
 @pytest.fixture
@@ -29,3 +30,23 @@ def x64():
     """float64 as JAX's default float."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def native_reader():
+    """The compiled reader of gradients; it stays off."""
+    from interop import reader
+
+    try:
+        reader.enable_native_reader()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    extension, reader.extension = reader.extension, None
+    return extension
+
+
+@pytest.fixture(params=["Python", "C++"])
+def reading(request, monkeypatch):
+    """Gradients are read in each of the two languages."""
+    extension = request.getfixturevalue("native_reader") if request.param == "C++" else None
+    monkeypatch.setattr("interop.reader.extension", extension)

@@ -20,9 +20,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import jopt  # noqa: E402
-from interop import optim, optimizer, program  # noqa: E402
+from interop import optim, optimizer, program, reader  # noqa: E402
 from jopt import rule  # noqa: E402
 from tests import cases  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("reading")
 
 BIG = optimizer.BIG
 
@@ -932,10 +934,30 @@ def test_memory_cannot_be_resized_away():
         model[0].weight.untyped_storage().resize_(0)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_gradient_without_memory(steps):
+    p = torch.nn.Parameter(torch.ones(200, 300))
+    opt = optim.SGD([p], lr=0.5)
+    for _ in range(steps):
+        p.grad = torch.ones(200, 300)
+        opt.step()
+    p.grad = torch.ones(200, 300)
+    p.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="gradient with its values in memory"):
+        opt.step()
+    assert torch.equal(p, torch.full((200, 300), 1 - 0.5 * steps))
+
+
+def script(code):
+    """For a process of its own, which reads gradients in the language in which this one does."""
+    enable = "import interop; interop.enable_native_reader()\n" if reader.extension is not None else ""
+    return enable + textwrap.dedent(code)
+
+
 def subprocess_run(code):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        [sys.executable, "-W", "ignore", "-c", script(code)],
         capture_output=True,
         text=True,
         env=env,

@@ -11,7 +11,6 @@ import os
 import pickle
 import subprocess
 import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,9 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import amp, optim, optimizer  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_optimizer import backward, network, subprocess_run  # noqa: E402
+from tests.test_optimizer import backward, network, script, subprocess_run  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("reading")
 
 DECAY, MAX_NORM = 0.9, 0.05  # a norm between those that occur
 extras = pytest.mark.parametrize("extras", [False, True], ids=["plain", "clipped and averaged"])
@@ -228,6 +229,23 @@ def test_exchanges_between_steps(exchange, extras):
     assert_same(*both, 2**-7 if exchange == "to bfloat16 and back" else None)  # where an ulp may grow to bfloat16's
     if exchange == "shared":
         assert all(p.is_shared() for p in both[1].model.parameters())
+
+
+def test_state_that_goes_to_another_parameter():
+    """Whose entries are the same, one after the other."""
+    buffers = []
+    for module in (torch.optim, optim):
+        p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        opt = module.SGD([p, q], lr=0.1, momentum=0.9)
+        for i in range(4):
+            p.grad = torch.full((3,), i + 1.0)
+            if i == 3:
+                opt.state[p], opt.state[q] = opt.state[q], opt.state[p]
+            opt.step()
+            assert len(opt.state[q]) == (i == 3)  # which puts an empty one there
+        buffers.append((p.detach(), opt.state[p]["momentum_buffer"]))
+    for a, b in zip(*buffers, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=cases.NETWORK["float32"])
 
 
 @extras
@@ -1062,11 +1080,11 @@ def test_memory_is_valid_while_the_interpreter_exits():
 
 def processes(path, code, n):
     """Run n processes of a script, which know their rank, and wait for all."""
-    script = path / "script.py"
-    script.write_text(textwrap.dedent(code))
+    file = path / "script.py"
+    file.write_text(script(code))
     started = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script)],
+            [sys.executable, "-W", "ignore", str(file)],
             env=os.environ | {"JAX_PLATFORMS": "cpu", "RANK": str(i), "STORE": str(path / "store")},
             stderr=subprocess.PIPE,
             text=True,
