@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> None:
     out = options.out or (Path("out/benchmarks") if options.short else Path(__file__).parent / "results")
     jopt.enable_multi_output_fusion()  # before JAX starts
     measure.prepare()
+    measure.read_natively()
     for name in tqdm(options.only, desc="sections", disable=None):
         start = time.perf_counter()
         section = SECTIONS[name](options.short)

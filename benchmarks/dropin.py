@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.measure import COMPILE, OURS, PATHS, Add, TorchStep
+from benchmarks.measure import COMPILE, IN_PYTHON, OURS, PATHS, Add, TorchStep
 from benchmarks.report import Figure, Row, Section, Target
 from benchmarks.shapes import MODELS
 from interop import optim, program
@@ -39,7 +39,7 @@ def run(short: bool) -> Section:
         for name in ("AdamW", "RMSprop") if short else OPTIMIZERS:
             rows.append(row(model, name))
     labels = [f"{r['optimizer']}, {r['shapes']}" for r in rows]
-    series = {name: [r.get(f"{name}, ms") for r in rows] for name in (OURS, *PATHS, COMPILE)}
+    series = {name: [r.get(f"{name}, ms") for r in rows] for name in (OURS, IN_PYTHON, *PATHS, COMPILE)}
     models = list(dict.fromkeys(r["shapes"] for r in rows))
     figures = []
     for model in models:
@@ -55,7 +55,8 @@ def run(short: bool) -> Section:
 
 NOTE = """
 Gradients are fresh tensors and the learning rate changes at every step. `best` is torch's fastest path of default,
-foreach and fused. `programs alone` are the drop-in's compiled programs with their arguments at hand, without all that
+foreach and fused. Gradients are read in C++ (`interop.enable_native_reader()`), in `read in Python` without that call.
+`programs alone` are the drop-in's compiled programs with their arguments at hand, without all that
 a torch optimizer's step does around them. `share of floor` is the time that the passes which the step cannot do without
 would take, at the speed of a three-pass add measured in the same rounds (in cache, for the small model), over ours.
 torch.compile takes minutes, and is left out where it would take most of the time. The flag is XLA's fusion of several
@@ -71,10 +72,11 @@ class Alone:
         for p, g in zip(step.params, step.grads, strict=True):
             p.grad = g.clone()
         step.optimizer.step()
-        plan, grads = step.optimizer._plan, [p.grad for p in step.params]
+        plan, optimizer = step.optimizer._plan, step.optimizer
+        grads = plan.as_before(optimizer, plan.rules)
         self.calls = []
-        for bucket, update in zip(plan.buckets, plan._programs(step.optimizer)[1], strict=True):
-            gradients = bucket._arrays(grads, bucket.collect(grads))
+        for bucket, update in zip(plan.buckets, plan._programs(optimizer)[1], strict=True):
+            gradients = bucket._arrays(grads)
             self.calls.append((update, bucket.buffers, gradients, bucket.table_array, bucket.leaf_of_row, {}))
 
     def __call__(self, i: int) -> float:
@@ -94,6 +96,9 @@ def row(model: str, name: str) -> Row:
         path: TorchStep(make, shapes, grads, **OPTIMIZERS[name], **choice)
         for path, (make, choice) in measure.paths(name).items()
     }
+    with measure.reading_in_python():
+        variants[IN_PYTHON] = TorchStep(getattr(optim, name), shapes, grads, **OPTIMIZERS[name])
+        variants[IN_PYTHON](0)
     if name in COMPILED[model]:
         native = getattr(torch.optim, name)
         lr = torch.tensor(variants["default"].lr)
@@ -111,6 +116,7 @@ def row(model: str, name: str) -> Row:
         3 + 2 * sum(x.numel() for p in state for x in state[p].values() if isinstance(x, torch.Tensor) and x.dim()) / n
     )
     compared = measure.compare(first, times, PATHS)
+    compared[f"best / {IN_PYTHON}"] = measure.ratio(times[compared["best"]][:, 0], times[IN_PYTHON][:, 0])
     detail = compared.pop("detail")
     return {
         "optimizer": name,

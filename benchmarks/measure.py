@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import importlib
@@ -15,7 +16,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,11 @@ from tqdm import tqdm
 
 import jopt
 from benchmarks.shapes import Shapes
-from interop import optim
+from interop import optim, reader
 from jopt.fusion import fuses_outputs
 
 THREADS = 2
-OURS, COMPILE = "interop.optim", "torch.compile"
+OURS, IN_PYTHON, COMPILE = "interop.optim", "read in Python", "torch.compile"
 PATHS = ("default", "foreach", "fused")
 Times = dict[str, np.ndarray]  # variant -> seconds, (rounds, figures a call)
 
@@ -56,10 +58,29 @@ def machine() -> dict[str, Any]:
         "processor": model,
         "processors used": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
         "torch threads": torch.get_num_threads(),
+        "gradients read in": "Python" if reader.extension is None else "C++",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         **{m.__name__: m.__version__ for m in (torch, jax, optax, np, jopt)},
     }
+
+
+def read_natively() -> None:
+    """Let C++ read the gradients, where it can be compiled."""
+    try:
+        reader.enable_native_reader()
+    except RuntimeError as error:
+        warnings.warn(str(error), stacklevel=2)
+
+
+@contextlib.contextmanager
+def reading_in_python() -> Iterator[None]:
+    """Around the first step of an optimizer: its gradients are then read in Python for as long as nothing changes."""
+    extension, reader.extension = reader.extension, None
+    try:
+        yield
+    finally:
+        reader.extension = extension
 
 
 def flag(*, own: bool) -> str:
@@ -223,4 +244,5 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, **environment:
 if __name__ == "__main__":
     module, name, arguments = json.loads(sys.argv[1])
     prepare()
+    read_natively()
     print(json.dumps(getattr(importlib.import_module(module), name)(*arguments)))
