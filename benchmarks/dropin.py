@@ -72,7 +72,8 @@ class Alone:
         for p, g in zip(step.params, step.grads, strict=True):
             p.grad = g.clone()
         step.optimizer.step()
-        plan, optimizer = step.optimizer._plan, step.optimizer
+        optimizer = step.optimizer
+        plan = optimizer._plan
         grads = plan.as_before(optimizer, plan.rules)
         self.calls = []
         for bucket, update in zip(plan.buckets, plan._programs(optimizer)[1], strict=True):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
-from interop.optimizer import CompiledStep
+from interop.optimizer import CompiledStep, parameters
 
 __all__ = ["GradScaler"]
 
@@ -45,10 +45,10 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is not OptState.READY:
             return super().step(optimizer)
         self._check_scale_growth_tracker("step")
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(p.grad is not None and p.grad.dtype is torch.float16 for p in params):
+        grads = [grad for p in parameters(optimizer) if (grad := p.grad) is not None]
+        if any(grad.dtype is torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")
-        if all(p.grad is None for p in params):
+        if not grads:
             raise AssertionError("No inf checks were recorded for this optimizer.")
         optimizer.grad_scale = self._scale
         try:

@@ -58,7 +58,7 @@ class KeepsWideState:
         loaded: dict[str, Any] = {}  # what the user's hooks make of it
 
         def widen(_: Any) -> None:
-            params = [p for group in self.param_groups for p in group["params"]]
+            params = parameters(self)
             ids = [i for group in loaded["param_groups"] for i in group["params"]]
             for i, p in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
@@ -340,6 +340,11 @@ def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
     return grads
 
 
+def parameters(optimizer: Any) -> list[Tensor]:
+    """Those of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def parameter_name(optimizer: Any, group: int, p: Tensor) -> str:
     """How messages call a parameter."""
     index = next(i for i, q in enumerate(optimizer.param_groups[group]["params"]) if q is p)
@@ -478,8 +483,7 @@ class _Plan:
             found = self.reader.read(optimizer.param_groups, optimizer.state, self.objects, self.views)
             if found is not None:
                 return _ReadGradients(found)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in parameters(optimizer)]
         if self.seen != self.look(grads) or not _are_same(self.objects, _objects(optimizer)):
             return None
         return _Gradients(grads, self.buckets)
@@ -542,7 +546,7 @@ class _Plan:
     ) -> _Gradients:
         """Note which parameters step, and take in state that its user exchanged; returns the gradients."""
         self.seen = self.reader = None
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = parameters(optimizer)
         places = {p: i for i, p in enumerate(params)}
         begun = _averages_begun(optimizer)
         for bucket in self.buckets:

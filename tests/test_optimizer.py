@@ -954,8 +954,8 @@ def script(code):
     return enable + textwrap.dedent(code)
 
 
-def subprocess_run(code):
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+def subprocess_run(code, **environment):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script(code)],
         capture_output=True,

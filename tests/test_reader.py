@@ -4,10 +4,6 @@ What the steps then compute is compared in the modules that run with and without
 """
 
 import gc
-import os
-import subprocess
-import sys
-import textwrap
 import weakref
 
 import numpy as np
@@ -16,13 +12,18 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import optim, optimizer, reader  # noqa: E402
-from tests.test_optimizer import backward, network  # noqa: E402
+from tests.test_optimizer import backward, network, subprocess_run  # noqa: E402
 
 
 @pytest.fixture
-def stepped(native_reader, monkeypatch):
-    """A model and an optimizer of two groups, stepped twice, with gradients for a third; one parameter has none."""
+def native(native_reader, monkeypatch):
+    """Optimizers that take their first step are read by C++."""
     monkeypatch.setattr(reader, "extension", native_reader)
+
+
+@pytest.fixture
+def stepped(native):
+    """A model and an optimizer of two groups, stepped twice, with gradients for a third; one parameter has none."""
     model = network()
     spare = torch.nn.Parameter(torch.ones(3))
     first, *others = model.parameters()
@@ -37,16 +38,22 @@ def stepped(native_reader, monkeypatch):
 
 
 def read(opt):
-    """The gradients, and whether it was C++ that read them."""
+    """The gradients, which C++ has read."""
     grads = opt._plan.as_before(opt, opt._plan.rules)
-    return grads, isinstance(grads, optimizer._ReadGradients)
+    assert isinstance(grads, optimizer._ReadGradients)
+    return grads
+
+
+def answers(opt):
+    """Whether C++ finds all as it was."""
+    plan = opt._plan
+    return plan.reader.read(opt.param_groups, opt.state, plan.objects, plan.views) is not None
 
 
 def test_it_reads_every_gradient(stepped):
     model, opt = stepped
-    grads, native = read(opt)
-    assert native
-    [bucket] = {b.index: b for b in opt._plan.buckets}.values()
+    grads = read(opt)
+    [bucket] = opt._plan.buckets
     [big] = grads.of_big(bucket)
     assert big.ctypes.data == model[0].weight.grad.data_ptr()
     np.testing.assert_array_equal(big, model[0].weight.grad.flatten())
@@ -134,29 +141,25 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_says_nothing_where_something_is_other(change, stepped):
     model, opt = stepped
-    args = opt.param_groups, opt.state, opt._plan.objects, opt._plan.views
-    assert opt._plan.reader.read(*args) is not None
+    assert answers(opt)
     with torch.no_grad():
         CHANGES[change](model, opt)
-    assert opt._plan.reader.read(opt.param_groups, opt.state, *args[2:]) is None
+    assert not answers(opt)
 
 
-def test_another_type_in_the_same_memory(native_reader, monkeypatch):
-    monkeypatch.setattr(reader, "extension", native_reader)
+def test_another_type_in_the_same_memory(native):
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     opt = optim.SGD([p], lr=0.5)
     p.grad = torch.ones(3, dtype=torch.bfloat16)
     opt.step()
-    args = opt.param_groups, opt.state, opt._plan.objects, opt._plan.views
-    assert opt._plan.reader.read(*args) is not None
+    assert answers(opt)
     p.data = p.detach().view(torch.float16)
-    assert opt._plan.reader.read(*args) is None
+    assert not answers(opt)
 
 
 @pytest.mark.parametrize("of", ["parameter", "gradient"])
-def test_conjugate_views(of, native_reader, monkeypatch):
+def test_conjugate_views(of, native):
     """Their values are not those in their memory, which is where it was."""
-    monkeypatch.setattr(reader, "extension", native_reader)
     both = []
     for module in (torch.optim, optim):
         p = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
@@ -176,11 +179,10 @@ def test_conjugate_views(of, native_reader, monkeypatch):
 def test_gradients_of_a_transform_are_left_to_python(stepped):
     """They have no memory of their own, which the reader finds out from an exception of torch's."""
     model, opt = stepped
-    args = opt.param_groups, opt.state, opt._plan.objects, opt._plan.views
 
     def loss(x):
         model[2].bias.grad = x
-        assert opt._plan.reader.read(*args) is None
+        assert not answers(opt)
         model[2].bias.grad = None
         return x.sum()
 
@@ -214,8 +216,7 @@ def test_a_resized_gradient_is_not_read_past_its_end(stepped):
 
 def test_it_holds_the_gradients_that_a_step_reads(stepped):
     model, opt = stepped
-    grads, native = read(opt)
-    assert native
+    grads = read(opt)
     address, value = model[0].weight.grad.data_ptr(), model[0].weight.grad.clone()
     opt.zero_grad()
     kept = [torch.full((200, 300), float("nan")) for _ in range(20)]
@@ -224,8 +225,7 @@ def test_it_holds_the_gradients_that_a_step_reads(stepped):
     np.testing.assert_array_equal(big, value.flatten())
 
 
-def test_it_is_in_no_cycle_that_the_garbage_collector_does_not_see(native_reader, monkeypatch):
-    monkeypatch.setattr(reader, "extension", native_reader)
+def test_it_is_in_no_cycle_that_the_garbage_collector_does_not_see(native):
     model = network()
     opt = optim.SGD(model.parameters(), lr=0.1)
     for p in model.parameters():
@@ -242,7 +242,8 @@ def test_it_is_in_no_cycle_that_the_garbage_collector_does_not_see(native_reader
 
 
 def test_without_a_compiler_it_says_what_is_missing_and_steps_go_on(tmp_path):
-    code = """
+    done = subprocess_run(
+        """
         import torch, interop
         from interop import optim
         try:
@@ -255,14 +256,9 @@ def test_without_a_compiler_it_says_what_is_missing_and_steps_go_on(tmp_path):
             p.grad = torch.ones(3)
             opt.step()
         print(p.tolist())
-    """
-    env = os.environ | {"CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
+        """,
+        CXX=str(tmp_path / "none"),
+        TORCH_EXTENSIONS_DIR=str(tmp_path),
     )
     assert "expected a C++ compiler" in done.stdout, done.stderr
     assert "jopt[native]" in done.stdout
