@@ -16,6 +16,7 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from interop.dlpack import ALIGNMENT, to_jax
+from jopt._compat import enable_x64
 
 _NARROW = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32)}
 _WIDE = (np.dtype(np.float64), np.dtype(np.complex128))
@@ -132,7 +133,7 @@ def _produce(
     stop: threading.Event,
 ) -> None:
     try:
-        with jax.enable_x64(convert.x64):
+        with enable_x64(convert.x64):
             while True:
                 room.acquire()
                 if stop.is_set():

@@ -28,6 +28,8 @@ from jax import Array
 from jax.core import Tracer
 from torch import Tensor
 
+from jopt._compat import enable_x64
+
 ALIGNMENT = 64  # bytes; what XLA on CPU needs to use memory without copying it
 
 DTYPES = {
@@ -232,7 +234,7 @@ def alias(x: np.ndarray) -> Any:
 
 def put(x: np.ndarray) -> Array:
     """Values as a JAX array on the CPU, ready for programs; aligned ones where they are, not to be written to again."""
-    with jax.enable_x64(True), jax.transfer_guard("allow"):
+    with enable_x64(True), jax.transfer_guard("allow"):
         return jax.device_put(x, jax.local_devices(backend="cpu")[0]).block_until_ready()
 
 

@@ -20,6 +20,7 @@ from interop import lbfgs, optim, schedulers
 from interop.modules import Layout, Leaf, check_arrays, leaves, to_jax, to_torch
 from interop.program import EMA
 from jopt import State, Transform
+from jopt._compat import enable_x64
 from jopt.groups import Groups, GroupsState
 from jopt.lbfgs import LBFGS
 
@@ -371,5 +372,5 @@ def _learning_rate(tx: Any, state: Any) -> Any:
     lr: Any = tx.lr if isinstance(tx, LBFGS) else tx.hyperparameters["lr"]
     if not callable(lr):
         return float(lr)  # type: ignore[arg-type]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return float(lr(state.count))  # type: ignore[operator]

@@ -31,6 +31,7 @@ from jax import Array, lax
 
 from interop import dlpack
 from jopt import numerics as t
+from jopt._compat import enable_x64
 from jopt.arena import ROW
 from jopt.clip import clip_factor, total_norm
 from jopt.fusion import fuses_outputs, multi_output_fusion
@@ -379,7 +380,7 @@ def _warn_slow() -> None:
 def own_settings() -> Iterator[None]:
     """The JAX settings that the programs need, whatever the user's: debug_nans raises after buffers were donated."""
     with (
-        jax.enable_x64(True),
+        enable_x64(True),
         jax.disable_jit(False),
         jax.debug_nans(False),
         jax.debug_infs(False),
@@ -394,7 +395,7 @@ def settings() -> Any:
     unusual = any(getattr(jax.config, name) for name in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs"))
     guarded = getattr(jax.config, "jax_transfer_guard_host_to_device", None) not in (None, "allow")
     # Entering them all costs as much as dispatching a small program.
-    return own_settings() if unusual or guarded else jax.enable_x64(True)
+    return own_settings() if unusual or guarded else enable_x64(True)
 
 
 def launch(program: Any, buffers: Sequence[dlpack.Buffer], *arguments: Any) -> list[Any]:

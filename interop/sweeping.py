@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from interop.dlpack import check_parameter, to_jax, to_torch
+from jopt._compat import enable_x64
 from jopt.sweep import Program, run_all
 from jopt.sweep_inputs import Batches, Make, check_function, make_plan
 from jopt.sweep_result import Sweep
@@ -79,7 +80,7 @@ def sweep(
     def program(make: Make) -> Program:
         return TorchProgram(make, schedule, value)
 
-    with jax.enable_x64(any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())):
+    with enable_x64(any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())):
         starts = [_start(model, seed, names) for seed in plan.seeds]
         return run_all(plan, program, chunk, starts, data, progress)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from interop import dlpack
 from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
+from jopt._compat import enable_x64
 from jopt.arena import path_name
 from jopt.chaining import is_transformation
 
@@ -186,7 +187,7 @@ def _settings(params: Iterable[Tensor]) -> Iterator[None]:
     """JAX's settings for optax's code: on the CPU, types and ranks mixed as it mixes them, 64 bits where they are."""
     wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
     with (
-        jax.enable_x64(wide or jax.config.read("jax_enable_x64")),
+        enable_x64(wide or jax.config.read("jax_enable_x64")),
         jax.default_device(jax.local_devices(backend="cpu")[0]),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),

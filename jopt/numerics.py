@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
+from jopt._compat import enable_x64
+
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
@@ -62,7 +64,7 @@ def in_double(f: Callable[..., Any], elementwise: Any, scalars: Any = (), *, dty
         out, out_tree = jax.tree.flatten(f(*jax.tree.unflatten(treedef, leaves)))
         return tuple(lax.convert_element_type(y, jnp.float64) for y in out)
 
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    with enable_x64(True), jax.numpy_dtype_promotion("standard"):
         closed, consts = jax.closure_convert(flat, *map(_widen, leaves))
     out = _evaluate(closed, n_elementwise, dtype, *leaves, *consts)
     return jax.tree.unflatten(out_tree, out)
@@ -81,7 +83,7 @@ def _evaluate(f: Callable[..., Any], n_elementwise: int, dtype: np.dtype, *args:
 
     @jax.custom_jvp
     def call(*args: Any) -> tuple[Array, ...]:
-        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        with enable_x64(True), jax.numpy_dtype_promotion("standard"):
             return tuple(lax.convert_element_type(y, dtype) for y in f(*map(_widen, args)))
 
     @call.defjvp

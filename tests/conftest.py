@@ -10,6 +10,8 @@ import pathlib
 import jax
 import pytest
 
+from jopt._compat import enable_x64
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
@@ -28,7 +30,7 @@ else:
 @pytest.fixture
 def x64():
     """float64 as JAX's default float."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

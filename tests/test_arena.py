@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jopt
+from jopt._compat import enable_x64
 from jopt.rule import Rule
 from jopt.transform import transform
 from tests import cases
@@ -76,7 +77,7 @@ def test_gradients_come_packed():
 @pytest.mark.parametrize("dtype", list(cases.FRONT_ENDS))
 @cases.parametrize([case for case in cases.CASES if case.scope == "element"])
 def test_packed_step_is_the_tree_step(case, dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         problem = cases.Problem(dtype)
         tx = case.jopt(lr=lambda step: case.lr * cases.lr_factor(step, jnp.cos))
         params = [jnp.asarray(x) for x in problem.start]

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="the truth is torch's")
 from torch.optim import swa_utils  # noqa: E402
 
 import interop  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -26,7 +27,7 @@ def test_averages_are_averaged_models(kind, dtype):
     }
     averaged = swa_utils.AveragedModel(model, **options[kind])
     average = {"swa": jopt.swa(), "ema": jopt.ema(0.99), "ema-fast": jopt.ema(0.3), "ema-single": jopt.ema(0.9)}[kind]
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         state, update = average.init(interop.to_jax(dict(model.named_parameters()))), jax.jit(average.update)
         for i in range(20):
             with torch.no_grad():

@@ -11,6 +11,7 @@ from jax.experimental import checkify
 from jax.experimental.sparse import BCOO
 
 import jopt
+from jopt._compat import enable_x64
 from tests import cases
 
 TYPES = ["float64", "float32", "bfloat16"]
@@ -37,7 +38,7 @@ def in_torch(grads):
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf, -1.0])
 @pytest.mark.parametrize("max_norm", [1.0, 0.0, 1e4])
 def test_clip_grad_norm(p, max_norm, dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         grads = gradients(dtype)
         torch, _, params = in_torch(grads)
         expected = torch.nn.utils.clip_grad_norm_(params, max_norm, p)
@@ -76,7 +77,7 @@ def test_clip_grad_norm_of_complex_gradients(p, x64):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_clip_grad_value(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         grads = gradients(dtype)
         grads["c"] = jnp.full((1,), jnp.nan, dtype)
         torch, _, params = in_torch(grads)
@@ -168,7 +169,7 @@ def test_a_chain_is_torchs_loop(dtype):
     theirs = [torch.nn.Parameter(torch.tensor(x)) for x in problem.start]
     optimizer = torch.optim.AdamW(theirs, lr=0.02)
     tx = jopt.chain(jopt.clip_grad_norm(5.0), jopt.clip_grad_value(0.4), jopt.adamw(lr=0.02))
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         ours = [jnp.asarray(x) for x in problem.start]
         packed = jopt.pack(ours)
         state, packed_state = tx.init(ours), tx.init(packed)

@@ -9,7 +9,6 @@ import functools
 import io
 import pickle
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,6 +19,7 @@ from torch.optim import optimizer as torch_optimizer  # noqa: E402
 from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
 
 from interop import optim  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
 
 INFOS = {info.optim_cls.__name__: info for info in optim_db}
@@ -44,7 +44,7 @@ every_class = pytest.mark.parametrize("name", INFOS)
 @pytest.fixture(autouse=True)
 def float64():
     """The drop-in's own float64, whatever JAX's setting: cases.difference reads it."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

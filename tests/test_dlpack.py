@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the border is with torch")
 
 import interop  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 
 FLOATS = ["float16", "bfloat16", "float32", "complex64"]
 OTHERS = ["bool", "uint8", "int8", "int16", "int32", "float8_e4m3fn", "float8_e5m2"]
@@ -38,7 +39,7 @@ def test_wide_types_are_never_narrowed(dtype):
             TypeError, match=f"x: torch.{dtype} would be narrowed to 32 bits while jax_enable_x64 is off"
         ):
             interop.to_jax(x, copy=copy)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         array = interop.to_jax(x)
         assert array.dtype == dtype
         assert torch.equal(interop.to_torch(array), x)

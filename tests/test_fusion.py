@@ -12,6 +12,7 @@ import pytest
 
 import jopt
 from jopt import fusion
+from jopt._compat import enable_x64
 from tests import cases
 
 OPTION = f"--xla_backend_extra_options={fusion.FLAG}"
@@ -112,7 +113,7 @@ def test_a_jax_without_its_private_function(monkeypatch):
 
 
 def test_the_probe_in_any_setting():
-    with jax.disable_jit(), jax.debug_nans(True), jax.enable_x64(True):
+    with jax.disable_jit(), jax.debug_nans(True), enable_x64(True):
         assert fusion.fuses_outputs.__wrapped__(own=True)
     assert jax.jit(lambda x: x if fusion.fuses_outputs.__wrapped__(own=True) else -x)(3.0) == 3
 

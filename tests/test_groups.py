@@ -10,6 +10,7 @@ import pytest
 
 import jopt
 from jopt import schedules
+from jopt._compat import enable_x64
 from tests import cases
 
 
@@ -52,7 +53,7 @@ def test_groups_are_torchs(dtype, packed):
         lr=0.02,
         weight_decay=0.1,
     )
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         ours = tree(problem)
         params = jopt.pack(ours, groups=tx) if packed else ours
         state, step = tx.init(params), jax.jit(tx.step)

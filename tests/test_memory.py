@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import dlpack, optim, program  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 from jopt.rule import init_leaf  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.test_optimizer import subprocess_run  # noqa: E402
@@ -68,7 +69,7 @@ def test_a_buffer_is_zero_donated_in_place_and_compiles_nothing():
     counting = False
     for buffer in buffers:
         assert not np.asarray(buffer.array).astype(np.complex128).any()
-        with jax.enable_x64(True):
+        with enable_x64(True):
             out = add(buffer.array)
         assert out.size == 0 or out.unsafe_buffer_pointer() == buffer.address
 

@@ -7,12 +7,13 @@ import optax
 import pytest
 
 import jopt
+from jopt._compat import enable_x64
 from tests import cases
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_the_figures_are_those_of_numpy(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         problem = cases.Problem(dtype)
         params = {name: jnp.asarray(x) for name, x in zip("abc", problem.start, strict=True)}
         grads = {name: jnp.asarray(g) for name, g in zip("abc", problem.grads(0, problem.start), strict=True)}

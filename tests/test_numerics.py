@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jopt import numerics as t
+from jopt._compat import enable_x64
 
 
 def correction(count):
@@ -100,7 +101,7 @@ def test_operations_round_once(name, dtype):
     z = (np.abs(rng.standard_normal(4096)) + 0.1).astype(dtype)
     w = np.float32(0.125) if dtype != np.float64 else np.float64(0.125)
     ours, exact = OPERATIONS[name]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = np.asarray(jax.jit(ours)(x, y, z, w))
     assert found.dtype == dtype
     expected = exact(*(a.astype(np.longdouble) for a in (x, y, z)), np.longdouble(w)).astype(dtype)

@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 import jopt  # noqa: E402
 from interop import optim, optimizer, program, reader  # noqa: E402
 from jopt import rule  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reading")
@@ -842,7 +843,7 @@ def test_jax_settings_do_not_reach_the_step():
     model, opt = trained()
     with jax.transfer_guard("disallow"), jax.disable_jit(), jax.numpy_dtype_promotion("strict"):
         train(model, opt, 2)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         train(model, opt, 2)
     jax.clear_caches()
     p = next(model.parameters())

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity is with torch")
 
 from interop import optim  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
 
 STEPS = 200
@@ -79,7 +80,7 @@ class JaxRun:
 @pytest.mark.parametrize("dtype", list(cases.TOLERANCES))
 @cases.parametrize(cases.TORCH_CASES)
 def test_equals_torch(case, dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         problem = cases.Problem(dtype, matrices=case.matrices)
         reference = TorchRun(getattr(torch.optim, case.torch), case, problem)
         runs = {"jopt": JaxRun(case, problem), "interop": TorchRun(getattr(optim, case.torch), case, problem)}
@@ -144,7 +145,7 @@ def test_complex_parameters():
                 (p - torch.from_numpy(target)).abs().pow(2).sum().backward()
                 optimizer.step()
             runs.append(p.detach().numpy())
-        with jax.enable_x64(True):
+        with enable_x64(True):
             tx = case.jopt()
             params = jnp.asarray(start)
             state = tx.init(params)

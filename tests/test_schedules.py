@@ -11,6 +11,7 @@ import pytest
 
 import jopt
 from jopt import schedules as s
+from jopt._compat import enable_x64
 from tests import cases
 
 STEPS = 1000
@@ -262,7 +263,7 @@ def test_a_run_under_schedules_is_torchs(name, dtype):
     theirs = [torch.nn.Parameter(torch.tensor(x)) for x in problem.start]
     optimizer = getattr(torch.optim, cls)(theirs, lr=1.0, **options)
     scheduler = make(torch.optim.lr_scheduler, optimizer)
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         ours = [jnp.asarray(x) for x in problem.start]
         tx = getattr(jopt, name)(**arguments)
         state, step = tx.init(ours), jax.jit(tx.step)

@@ -12,6 +12,7 @@ from tests import cases
 torch = pytest.importorskip("torch", reason="parity is with torch")
 
 from interop import optim  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 
 CONFIGURATIONS = [{}, dict(maximize=True, lr=0.002), dict(betas=(0.5, 0.9), eps=1e-3)]
 
@@ -41,7 +42,7 @@ def test_sparse_adam_equals_torch(arguments, dtype):
     start = torch.from_numpy(np.random.default_rng(0).standard_normal((37, 4))).to(torch_dtype)
     ps = [torch.nn.Parameter(start.clone()) for _ in range(2)]
     optimizers = [module.SparseAdam([p], **arguments) for module, p in zip((torch.optim, optim), ps, strict=True)]
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         table = jnp.asarray(start.float().numpy() if dtype != "float64" else start.numpy()).astype(dtype)
         tx = jopt.sparse_adam(**arguments)
         state = tx.init(table)
@@ -95,7 +96,7 @@ def test_sparse_dimensions(n_sparse):
     p = torch.nn.Parameter(torch.from_numpy(rng.standard_normal((6, 5))))
     q = torch.nn.Parameter(p.detach().clone())
     dense = rng.standard_normal((6, 5)) * (rng.random((6, 5)) < 0.3)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         table = jnp.asarray(p.detach().numpy())
         tx = jopt.sparse_adam(lr=0.1)
         grad = BCOO.fromdense(jnp.asarray(dense), n_dense=2 - n_sparse)

@@ -13,6 +13,7 @@ import pytest
 
 import jopt
 from jopt import sweep_inputs, sweep_result
+from jopt._compat import enable_x64
 from jopt.sweep import LoopProgram, chunk_size
 from jopt.sweep_inputs import make_plan, start
 from tests import cases
@@ -102,7 +103,7 @@ def test_float64_and_exact_numbers(x64):
 def test_runs_are_torchs(dtype):
     """A sequential loop of torch.optim, from the same weights, on the same batches."""
     torch = pytest.importorskip("torch", reason="the truth is torch's")
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         loss, init, batches = problem(dtype, steps=30)
         lrs = (1e-3, 0.03)
         optimizers = {
@@ -283,6 +284,7 @@ for run in result.runs:
         p, state = tx.step(grad, state, p)
 assert len(result.runs) == 9
 from jopt.sweep import LoopProgram
+from jopt._compat import enable_x64
 shards = jax.device_put(np.zeros((8, 2)), LoopProgram(jopt.adamw, None, None)._sharding(8)).addressable_shards
 assert [s.data.shape for s in shards] == [(2, 2)] * 4
 """

@@ -13,6 +13,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 import jopt  # noqa: E402
 from benchmarks import parity  # noqa: E402
 from interop import optim  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 
 BAD_INPUTS = [
     pytest.param(info.optim_cls.__name__, item, id=f"{info.optim_cls.__name__}-{i}")
@@ -71,7 +72,7 @@ def test_no_figure_worsens(c):
     """The short table again: of each optimizer two configurations, 100 steps on 4 problems."""
     import jax
 
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         row = parity.measure(c, *parity.SHORT.values())
     before = next(
         r for r in json.loads((parity.DOCS / "parity.json").read_text())["short"] if r["configuration"] == str(c)

@@ -12,6 +12,7 @@ import pytest
 
 import jopt
 from jopt import numerics
+from jopt._compat import enable_x64
 from tests import cases
 
 
@@ -121,7 +122,7 @@ def test_grad_through_scan_with_x64_off():
 
     lr, beta2 = jnp.float32(0.01), jnp.float32(0.99)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(lr, beta2)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         expected = jax.grad(loss, argnums=(0, 1))(jnp.float64(0.01), jnp.float64(0.99))
     np.testing.assert_allclose(gradient, expected, rtol=1e-3)
     assert np.isfinite(jax.hessian(loss)(lr, beta2))

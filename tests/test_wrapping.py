@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="interop.wrap makes torch optimizers
 
 import interop  # noqa: E402
 import jopt  # noqa: E402
+from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
 
 FAR_FROM_TORCH = {
@@ -85,7 +86,7 @@ def test_equals_optax_in_jax(name, dtype, relaxed):
         for p, g in zip(params.values(), grads_at(problem, i, values(params)).values(), strict=True):
             p.grad = torch.tensor(g)
         optimizer.step(**extra)
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         expected, _ = pure(tx, problem, 30, value)
     for key, x in values(params).items():
         assert cases.difference(x, expected[key]) <= cases.FRONT_ENDS[dtype] * 10, key

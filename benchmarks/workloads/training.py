@@ -15,6 +15,7 @@ import interop
 from benchmarks.workloads.task import Batch, Recipe, Workload
 from examples.digits import nudge
 from interop import optim
+from jopt._compat import enable_x64
 
 TORCH, DROP_IN, JAX, NUDGED = "torch.optim", "interop.optim", "jopt in JAX", "one ulp away"
 ROUNDED = "one ulp a step"
@@ -45,7 +46,7 @@ def run(
     model = workload.model(recipe).to(getattr(torch, dtype))
     if way in (NUDGED, ROUNDED):
         nudge(model, seed)
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         trainer = (InJax if way == JAX else InTorch)(workload, recipe, model, way)
         losses, seconds, qualities = [], [], []
         for step in range(steps):

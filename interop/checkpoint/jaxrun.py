@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import torch
 
 from interop import optim
 from interop.checkpoint.errors import CheckpointError
 from jopt import State, Transform
+from jopt._compat import enable_x64
 from jopt.groups import Groups, GroupsState
 from jopt.rule import MASTER
 
@@ -72,7 +72,7 @@ def _number(tx: Transform, state: State, key: str) -> float | None:
     if value is None:
         return None
     if callable(value):
-        with jax.enable_x64(True):
+        with enable_x64(True):
             value = value(state.count)
     number = float(value)  # type: ignore[arg-type]
     if not math.isfinite(number):

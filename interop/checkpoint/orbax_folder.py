@@ -19,6 +19,7 @@ from interop.checkpoint.wrapped import unwrap
 from interop.dlpack import to_jax
 from interop.moving import optimizer_to_torch
 from interop.program import EMA
+from jopt._compat import enable_x64
 
 MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
 TREE, JSON = "tree", "jopt"  # the folder's items
@@ -35,7 +36,7 @@ def write(checkpoint: Checkpoint, path: Path, progress: bool | None = None) -> N
     import orbax.checkpoint as ocp  # pyright: ignore[reportMissingImports]
 
     optimizer = checkpoint.optimizer
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tensors, aliases = flat.apart(checkpoint.tensors())
         arrays = {name: _array(name, x) for name, x in tensors.items() if not name.startswith("state.")}
         tree: dict[str, Any] = {
@@ -91,7 +92,7 @@ def read(path: Path, progress: bool | None = None, **arguments: Any) -> Checkpoi
       CheckpointError: damaged, links, or sizes that it does not have.
     """
     library("orbax.checkpoint", "orbax-checkpoint")
-    with reading(path, "the folder"), jax.enable_x64(True):
+    with reading(path, "the folder"), enable_x64(True):
         sizes = check_folder(path)
         check_manifest(path, sizes, progress)
         if any(name.startswith(f"{JSON}/") for name in sizes):

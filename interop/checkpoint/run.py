@@ -18,6 +18,7 @@ from interop.moving import names_of, optimizer_to_jax, optimizer_to_torch, torch
 from interop.optimizer import KeepsWideState
 from interop.program import EMA
 from jopt import State, Transform
+from jopt._compat import enable_x64
 from jopt.groups import Groups, GroupsState
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -212,7 +213,7 @@ class Checkpoint:
         """
         from interop.checkpoint.jaxrun import torch_groups
 
-        with jax.enable_x64(True):
+        with enable_x64(True):
             name, groups, count = torch_groups(tx, params, state)
             model = Named({k: torch.nn.Parameter(tensor(k, x)) for k, x in params.items()})
             optimizer = new_optimizer(name, groups, model.own)
