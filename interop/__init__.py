@@ -11,11 +11,7 @@ interop.prefetch(loader)               # a DataLoader's batches as JAX arrays, a
 interop.enable_native_reader()         # steps that read their gradients in C++
 """
 
-try:
-    import torch as _torch  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("interop needs PyTorch: pip install torch (or pip install 'jopt[torch]')") from error
-
+from interop import _compat  # noqa: F401  first: it says which version of what is needed
 from interop.averages import average_to_jax, average_to_torch, scaler_to_jax, scaler_to_torch
 from interop.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from interop.data import prefetch

@@ -27,7 +27,7 @@ from interop.checkpoint import (
     save_checkpoint,
 )
 from interop.checkpoint.difference import differences
-from interop.checkpoint.run import HOW
+from interop.options import HOW
 
 OK, DIFFERENT, USAGE, BAD = 0, 1, 2, 3
 

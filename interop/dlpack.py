@@ -28,7 +28,7 @@ from jax import Array
 from jax.core import Tracer
 from torch import Tensor
 
-from jopt._compat import enable_x64
+from jopt._compat import device, enable_x64
 
 ALIGNMENT = 64  # bytes; what XLA on CPU needs to use memory without copying it
 
@@ -102,14 +102,25 @@ def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:
             "jax.config.update('jax_enable_x64', True), or convert the tensor first"
         )
     x = x.detach().resolve_conj().resolve_neg()
-    if copy:
-        return jax.dlpack.from_dlpack(x.clone(memory_format=torch.contiguous_format))
-    reason = _cannot_share(x)
-    if reason is None:
-        return jax.dlpack.from_dlpack(x, copy=False)
-    if copy is False:
-        raise ValueError(f"{name}: cannot share its memory with JAX: {reason}; use copy=None or copy=True")
-    return jax.dlpack.from_dlpack(x.clone(memory_format=torch.contiguous_format))
+    if not copy:
+        reason = _cannot_share(x)
+        if reason is None:
+            try:
+                return jax.dlpack.from_dlpack(x, copy=False)
+            except (BufferError, RuntimeError) as error:  # a layout or type that these versions do not share
+                reason = str(error)
+        if copy is False:
+            raise ValueError(f"{name}: cannot share its memory with JAX: {reason}; use copy=None or copy=True")
+    x = x.clone(memory_format=torch.contiguous_format)
+    try:
+        return jax.dlpack.from_dlpack(x)
+    except BufferError:
+        return put(x.view(torch.uint8).numpy().view(_float8(x.dtype)))
+
+
+def _float8(dtype: torch.dtype) -> np.dtype:
+    """JAX's type of the same name: DLPack did not carry these before torch 2.10 and jax 0.8."""
+    return jnp.dtype(str(dtype).removeprefix("torch."))
 
 
 def _cannot_share(x: Tensor) -> str | None:
@@ -134,11 +145,18 @@ def array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
     if len(devices) > 1 or next(iter(devices)).platform != "cpu":
         if copy is False:
             raise ValueError(f"{name}: cannot share memory on {devices} with torch; use copy=None or copy=True")
-        x, copy = jax.device_put(x, jax.local_devices(backend="cpu")[0]), None
+        x, copy = jax.device_put(x, device("cpu")), None
     try:
         tensor = torch.from_dlpack(x)
     except Exception as error:
-        raise TypeError(f"{name}: torch has no type for {x.dtype}: {error}") from None
+        dtype = getattr(torch, x.dtype.name, None)
+        if not isinstance(dtype, torch.dtype) or x.dtype.itemsize != 1:
+            raise TypeError(f"{name}: torch has no type for {x.dtype}: {error}") from None
+        if copy is False:
+            raise ValueError(
+                f"{name}: cannot share its memory with torch: {error}; use copy=None or copy=True"
+            ) from None
+        return torch.from_numpy(np.array(x).view(np.uint8)).view(dtype)
     return tensor.clone() if copy else tensor
 
 
@@ -235,7 +253,7 @@ def alias(x: np.ndarray) -> Any:
 def put(x: np.ndarray) -> Array:
     """Values as a JAX array on the CPU, ready for programs; aligned ones where they are, not to be written to again."""
     with enable_x64(True), jax.transfer_guard("allow"):
-        return jax.device_put(x, jax.local_devices(backend="cpu")[0]).block_until_ready()
+        return jax.device_put(x, device("cpu")).block_until_ready()
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:

@@ -19,17 +19,21 @@ import torch
 from torch import Tensor
 
 import jopt
-from interop import dlpack
+from interop import _compat, dlpack, options
 from interop.modules import Leaf
-from interop.optimizer import KeepsWideState, parameter_name, undynamo
+from interop.optimizer import OfTorch, parameter_name, undynamo
 from jopt.lbfgs import DONE, LEAST_CURVATURE, START, LBFGSState, Settings, begin, initial_run, judge
 
 
-class LBFGS(KeepsWideState, torch.optim.LBFGS):
+class LBFGS(OfTorch, torch.optim.LBFGS):
     """`torch.optim.LBFGS`, with fewer passes over memory and the same bits.
 
     Parameters of bfloat16 and float16 are searched in float32. A copy and an unpickled one can step, unlike torch's.
     """
+
+    @classmethod
+    def known_options(cls) -> frozenset[str]:
+        return frozenset({"lr", *(field.name for field in dataclasses.fields(Settings))})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -57,19 +61,21 @@ class LBFGS(KeepsWideState, torch.optim.LBFGS):
 def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
     if len(optimizer.param_groups) != 1:
         raise AssertionError(f"Expected exactly one param_group, but got {len(optimizer.param_groups)}")
-    group = optimizer.param_groups[0]
-    settings = Settings(**{field.name: group[field.name] for field in dataclasses.fields(Settings)})
+    options.check_groups(type(optimizer), optimizer.param_groups)
+    settings = _settings(optimizer.param_groups[0])
     for p in optimizer._params:
         dlpack.check_parameter(parameter_name(optimizer, 0, p), p)
 
     first = closure()
-    loss, grad = float(first), _gradient(optimizer)
+    if not optimizer._params:
+        return first
+    grad = _gradient(optimizer)
     step = _Step(optimizer, settings, grad.dtype)
     try:
-        step.take(loss, grad)
+        step.take(first, grad)
         while step.run.phase != DONE:
             step.move()
-            step.take(float(closure()), _gradient(optimizer))
+            step.take(closure(), _gradient(optimizer))
         if step.run.unseen:
             step.move()
     finally:
@@ -77,8 +83,14 @@ def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
     return first
 
 
+def _settings(group: Mapping[str, Any]) -> Settings:
+    """A group's arguments but lr; torch before 2.14 has no `maximize`."""
+    given = {"maximize": False} | dict(group)
+    return Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
+
+
 def _gradient(optimizer: LBFGS) -> Tensor:
-    """A copy: the closure's gradients change with the next call."""
+    """A copy, of what is minimized: the closure's gradients change with the next call."""
     grad = optimizer._gather_flat_grad()
     return grad if grad.dtype is torch.float64 else grad.float()
 
@@ -114,8 +126,9 @@ class _Step:
         self.bracket_g: list[Any] = [None, None]
         self.start: list[Tensor] = []  # the parameters where the line search began
 
-    def take(self, loss: float, grad: Tensor) -> None:
+    def take(self, value: Any, grad: Tensor) -> None:
         """Take in an evaluation: if it ends the iteration, go to the point found, and begin the next one there."""
+        loss = -float(value) if self.settings.maximize else float(value)
         with np.errstate(all="ignore"):
             slope = _dot(grad, self.d) if self.searches and self.run.phase != START else 0.0
             numbers = loss, self.number(slope), self.number(_norm(grad))
@@ -160,6 +173,8 @@ class _Step:
         self.d, self.prev_flat_grad = self._direction(grad), grad
         lr, found = float(self.optimizer.param_groups[0]["lr"]), (total, _dot(grad, self.d), _norm(self.d))
         self.run = begin(_Numbers, self.settings, run, lr, *map(number, found))
+        if _compat.SEARCH_EVALUATIONS is not None:
+            self.run = self.run._replace(max_ls=_compat.SEARCH_EVALUATIONS)
         self.bracket_g = [grad, grad]
         if self.searches:
             self.start = self.optimizer._clone_param()
@@ -264,11 +279,9 @@ def run_to_jax(
 ) -> tuple[Any, LBFGSState]:
     """`jopt.lbfgs` as the optimizer has it, and its state; vectors have the parameters in JAX's order."""
     group = optimizer.param_groups[0]
-    options: dict[str, Any] = {field.name: group[field.name] for field in dataclasses.fields(Settings)} | {
-        "lr": group["lr"]
-    }
-    options = {k: x.item() if isinstance(x, Tensor) else x for k, x in options.items()}
-    solver = jopt.lbfgs(**options | arguments)
+    given = dataclasses.asdict(_settings(group)) | {"lr": group["lr"]}
+    given = {k: x.item() if isinstance(x, Tensor) else x for k, x in given.items()}
+    solver = jopt.lbfgs(**given | arguments)
     state, x = solver.init(params), optimizer.state.get(group["params"][0], {})
     state = state._replace(count=np.int32(step or 0))
     dtype, order = state.d.dtype, _order(optimizer, names)

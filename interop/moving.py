@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import jopt
 from interop import lbfgs, optim, schedulers
 from interop.modules import Layout, Leaf, check_arrays, leaves, to_jax, to_torch
+from interop.options import HOW, check_groups
 from interop.program import EMA
 from jopt import State, Transform
 from jopt._compat import enable_x64
@@ -25,7 +26,7 @@ from jopt.groups import Groups, GroupsState
 from jopt.lbfgs import LBFGS
 
 # What of an optimizer's group is no argument of its mathematics.
-NO_ARGUMENTS = ("params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable")
+NO_ARGUMENTS = ("params", "param_names", "initial_lr", *HOW)
 UNCOUNTED = ("SGD", "Muon")  # which store no step
 AXES_MATTER = ("Adafactor", "Muon")  # which look at rows and columns
 
@@ -76,12 +77,14 @@ def optimizer_to_jax(
       `jopt.lbfgs`.
 
     Raises:
-      TypeError: the optimizer is none of these, or a type or place that JAX does not have (float64 needs
-        jax_enable_x64).
+      TypeError: the optimizer is none of these; an argument that it has not; a type or place that JAX does not have
+        (float64 needs jax_enable_x64).
+      NotImplementedError: an option of a newer torch that this version does not know.
       ValueError: a parameter that the model has not, a state of another shape, a scheduler that does not fit; flax's
         axes for Muon and Adafactor, which look at the axes.
     """
     cls = torch_class(optimizer)
+    check_groups(getattr(optim, cls), optimizer.param_groups)
     names = _leaves_of(optimizer, model, layout)
     params = {leaf.name: to_jax(leaf.to_jax(p.detach())) for p, leaf in names.items()}
     scheduled: tuple[dict[str, Any], ...] = ({},) * len(optimizer.param_groups)
@@ -98,7 +101,7 @@ def optimizer_to_jax(
     for options, members in groups:
         own = {names[p].name: p for p in members}
         masked = {name: x if name in own else optax.MaskedNode() for name, x in params.items()}
-        parts.append(_group_to_jax(cls, options | arguments, names, own, masked, optimizer, step))
+        parts.append(_group_to_jax(cls, options, arguments, names, own, masked, optimizer, step))
     if len(parts) == 1:
         tx, state = parts[0]
         return tx, params, state
@@ -120,6 +123,7 @@ def _count(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, ever
 def _group_to_jax(
     cls: str,
     options: dict[str, Any],
+    arguments: dict[str, Any],
     names: Mapping[Tensor, Leaf],
     own: dict[str, Tensor],
     params: dict[str, Any],
@@ -129,7 +133,7 @@ def _group_to_jax(
     """The transformation of a group, and its state; the parameters of others are masked."""
     function = getattr(jopt, "sparse_adam" if cls == "SparseAdam" else cls.lower())
     known = inspect.signature(function).parameters
-    given = {k: _number(v) for k, v in options.items() if k in known}
+    given = {k: _number(v) for k, v in options.items() if k in known} | arguments
     states: dict[str, dict[str, Any]] = {name: optimizer.state.get(p, {}) for name, p in own.items()}
     if any(_is_wider(x, own[name]) for name, state in states.items() for x in state.values()):
         given.setdefault("state_dtype", jnp.float32)

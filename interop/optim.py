@@ -39,6 +39,16 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    found = getattr(torch.optim, name, None)
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+        raise AttributeError(
+            f"interop.optim has no {name}, which torch {torch.__version__} has and this version of jopt does not know; "
+            f"take torch.optim.{name}, or upgrade jopt"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class SGD(CompiledStep, torch.optim.SGD):
     """`torch.optim.SGD`, stepped by `jopt.rules.SGD`. A sparse gradient is made dense."""
 

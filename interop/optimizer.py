@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from interop import dlpack, dtensor, program, reader
+from interop import dlpack, dtensor, options, program, reader
 from interop.program import EMA
 from jopt.arena import ROW, Layout
 from jopt.rule import Rule, at_once
@@ -78,10 +78,35 @@ class KeepsWideState:
                 hook.remove()
 
 
-class Stepped(KeepsWideState):
+class OfTorch(KeepsWideState):
+    """Gives a class of torch.optim what the step that replaces its own knows of its options."""
+
+    defaults: dict[str, Any]
+
+    @classmethod
+    def known_options(cls) -> frozenset[str]:
+        """The names of torch's arguments whose meaning the step knows."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)  # type: ignore[misc]
+        try:
+            if len(self.param_groups) == 1:  # torch's constructor is at work: nobody else has put anything there
+                options.check_defaults(type(self), self.defaults)
+            options.check_groups(type(self), self.param_groups)
+        except NotImplementedError:
+            del self.param_groups[-1]
+            raise
+
+
+class Stepped(OfTorch):
     """Gives a class of torch.optim another step: `_step`, which sees gradients and parameters and changes them."""
 
     rule: ClassVar[type[Rule]]
+
+    @classmethod
+    def known_options(cls) -> frozenset[str]:
+        return cls.rule.options()
 
     def _quiet_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -127,6 +152,7 @@ def _is_watched(optimizer: Any) -> bool:
 
 def _guarded(optimizer: Stepped) -> None:
     check_process()
+    options.check_groups(type(optimizer), optimizer.param_groups)
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
     with inference, torch.no_grad():
         optimizer._step()
@@ -195,7 +221,7 @@ class CompiledStep(Stepped):
             signature = inspect.signature(cls.__init__)
             parameters = list(signature.parameters.values())[1:]
         else:
-            signature = inspect.signature(next(base for base in cls.__mro__ if base.__module__.startswith("torch.")))
+            signature = inspect.signature(options.torch_base(cls))
             parameters = list(signature.parameters.values()) + [
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
                 for name in ("max_norm", "ema")

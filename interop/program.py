@@ -31,7 +31,7 @@ from jax import Array, lax
 
 from interop import dlpack
 from jopt import numerics as t
-from jopt._compat import enable_x64
+from jopt._compat import device, enable_x64
 from jopt.arena import ROW
 from jopt.clip import clip_factor, total_norm
 from jopt.fusion import fuses_outputs, multi_output_fusion
@@ -99,7 +99,7 @@ def first_slots(
 
     In each of its slots all elements are equal (`Rule.init`), so that an array of the leaf's size is not needed.
     """
-    with own_settings(), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with own_settings(), jax.default_device(device("cpu")):
         param = jnp.zeros((1,) * axes, dlpack.DTYPES[dtype])
         return dlpack.to_torch(init_leaf(rule, {name: jnp.asarray(x, compute) for name, x in h}, param))
 
@@ -353,7 +353,7 @@ def _gradients(bucket: Bucket) -> list[jax.ShapeDtypeStruct]:
 
 
 def _spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    sharding = jax.sharding.SingleDeviceSharding(device("cpu"))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 

@@ -17,6 +17,16 @@ const at::Tensor& grad_of(const at::Tensor& p) {
   return static_cast<const c10::TensorImpl*>(p.unsafeGetTensorImpl())->grad();
 }
 
+// A tensor's object in Python, null if it has none yet.
+template <typename Slot>
+auto object_of(Slot* slot, int) -> decltype(slot->load_pyobj()) {
+  return slot->load_pyobj();
+}
+template <typename Slot>
+PyObject* object_of(Slot* slot, long) {  // until torch 2.10
+  return slot->check_pyobj().value_or(nullptr);
+}
+
 // What `_Plan.look` in interop/optimizer.py notes of a parameter.
 struct Param {
   bool is_stepped;  // else nothing but the absence of its gradient matters
@@ -44,7 +54,7 @@ struct Param {
   // Of torch.Tensor itself, on the CPU, with its values in memory in the parameter's order and type. Whatever else it
   // may be, Python knows what to do.
   bool takes(const at::Tensor& grad) const {
-    PyObject* object = grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+    PyObject* object = object_of(grad.unsafeGetTensorImpl()->pyobj_slot(), 0);
     return (object == nullptr || reinterpret_cast<PyObject*>(Py_TYPE(object)) == THPVariableClass) &&
         !grad.key_set().has(c10::DispatchKey::Python) && grad.layout() == at::kStrided && grad.is_cpu() &&
         grad.scalar_type() == dtype && grad.sizes() == sizes && grad.is_contiguous() && !grad.is_conj() &&

@@ -181,7 +181,7 @@ def _swa(scheduler: Any, g: int) -> dict[str, tuple[Any, Arguments]]:
                 lr=first,
                 swa_lr=end,
                 anneal_epochs=scheduler.anneal_epochs,
-                anneal_strategy=scheduler._anneal_strategy,
+                anneal_strategy="linear" if scheduler.anneal_func(0.25) == 0.25 else "cos",
             ),
         )
     }

@@ -19,6 +19,7 @@ from interop import dlpack
 from interop.optimizer import parameter_name
 from interop.program import own_settings, run
 from jopt import numerics
+from jopt._compat import device
 from jopt.rule import Rule, step_leaf
 
 SLOTS = ("exp_avg", "exp_avg_sq")
@@ -98,7 +99,7 @@ def _compile(rule: Rule, dtypes: tuple[np.dtype, ...], coefficients: tuple[str, 
         param, state = step_leaf(rule, c, grad, dict(zip(SLOTS, slots, strict=True)), param)
         return [grad, param, *(state[slot] for slot in SLOTS)]
 
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    sharding = jax.sharding.SingleDeviceSharding(device("cpu"))
     compute = numerics.widest(dtypes)
     with own_settings():
         specs = [jax.ShapeDtypeStruct((size,), d, sharding=sharding) for d in dtypes]

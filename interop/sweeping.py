@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from interop.dlpack import check_parameter, to_jax, to_torch
-from jopt._compat import enable_x64
+from jopt._compat import device, enable_x64
 from jopt.sweep import Program, run_all
 from jopt.sweep_inputs import Batches, Make, check_function, make_plan
 from jopt.sweep_result import Sweep
@@ -90,7 +90,7 @@ class TorchProgram(Program):
 
     def __init__(self, make: Make, schedule: Callable[[Any], Any] | None, value: Callable[[Params, Any], Any]):
         super().__init__(make, schedule)
-        self.devices = jax.local_devices(backend="cpu")[:1]
+        self.devices = [device("cpu")]
         self._value = value
         self._advance = jax.jit(jax.vmap(self.step), donate_argnums=(0, 1))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from interop import dlpack
 from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
-from jopt._compat import enable_x64
+from jopt._compat import device, enable_x64
 from jopt.arena import path_name
 from jopt.chaining import is_transformation
 
@@ -188,7 +188,7 @@ def _settings(params: Iterable[Tensor]) -> Iterator[None]:
     wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
     with (
         enable_x64(wide or jax.config.read("jax_enable_x64")),
-        jax.default_device(jax.local_devices(backend="cpu")[0]),
+        jax.default_device(device("cpu")),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
         jax.transfer_guard("allow"),

@@ -1,6 +1,10 @@
 """torch.optim's optimizers in JAX, exactly, as optax-compatible gradient transformations."""
 
-from jopt import schedules, states  # noqa: F401  states: for jax.export
+from jopt import (
+    _compat,  # noqa: F401  first: it says which version of what is needed
+    schedules,
+    states,  # noqa: F401  for jax.export
+)
 from jopt.arena import Packed, pack, unpack
 from jopt.average import Average, AverageState, ema, swa, update_bn
 from jopt.chaining import Chain, chain

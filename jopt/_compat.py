@@ -1,12 +1,80 @@
-"""The versions of JAX that are supported, and what differs between them: nothing else asks for a version."""
+"""The versions that are supported, and what differs between them: nothing else in this package asks for a version."""
 
 from __future__ import annotations
 
-import jax
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-__all__ = ["enable_x64"]
+__all__ = ["NEEDED", "check_versions", "device", "enable_x64", "undivided"]
+
+NEEDED = {"jax": "0.7.2", "jaxlib": "0.7.2", "optax": "0.2.6", "numpy": "2.0"}  # as in pyproject.toml
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """What of a version can be compared: (2, 9, 0) of "2.9.0+cpu"."""
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))  # type: ignore[index]
+
+
+def check_versions(package: str, needed: Mapping[str, str]) -> None:
+    """Raise ImportError, in one line, for what is not installed or too old."""
+    for name, least in needed.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "none"
+        if found == "none" or numbers(found) < numbers(least):
+            raise ImportError(f"{package} needs {name}>={least}, found {found}: pip install -U '{name}>={least}'")
+
+
+check_versions("jopt", NEEDED)
 
 try:
+    import jax
+except (ImportError, RuntimeError) as error:
+    raise ImportError(
+        f"jopt needs a jaxlib that goes with its jax {version('jax')}, found {version('jaxlib')}: "
+        f"pip install -U jax jaxlib ({error})"
+    ) from error
+
+from jax.core import Tracer  # noqa: E402
+
+if hasattr(jax, "enable_x64"):
     enable_x64 = jax.enable_x64
-except AttributeError:  # until jax 0.8
+
+    def undivided(f: Callable[..., Any]) -> Callable[..., Any]:
+        """f, of which no part is evaluated outside of the x64 scope that it is called in."""
+        return f
+
+else:  # until jax 0.8
     from jax.experimental import enable_x64
+
+    def undivided(f: Callable[..., Any]) -> Callable[..., Any]:
+        """What is the same in each turn of a scan, its linearization takes out, to where float64 is float32."""
+
+        def call(*args: Any) -> Any:
+            traced = any(isinstance(x, Tracer) for x in args)
+            return (jax.jit(f) if traced else f)(*args)
+
+        return call
+
+
+def device(platform: str | None = None) -> jax.Device:
+    """JAX's first device of the platform, or of its own choice; JAX starts, if it has not.
+
+    Raises:
+      RuntimeError: there is none, with what to do. JAX itself may raise an AssertionError without a word.
+    """
+    try:
+        return jax.local_devices(backend=platform)[0]
+    except (RuntimeError, AssertionError) as error:
+        chosen = os.environ.get("JAX_PLATFORMS")
+        others = "cpu" if platform is None else f"{chosen},{platform}"
+        remedy = f"JAX_PLATFORMS is {chosen!r}: unset it, or set it to {others!r}" if chosen else "reinstall jaxlib"
+        what = "CPU device" if platform == "cpu" else "device"
+        raise RuntimeError(
+            f"JAX finds no {what} here. {remedy}; or install what its platform needs, as pip install 'jax[cuda12]' on a "
+            f"machine with a GPU. JAX said: {str(error) or type(error).__name__}"
+        ) from error

@@ -20,7 +20,7 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from jopt import numerics
+from jopt import _compat, numerics
 from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
 from jopt.transform import check_array
 
@@ -128,12 +128,15 @@ class Settings:
     tolerance_change: float
     history_size: int
     line_search_fn: str | None
+    maximize: bool
 
     def __post_init__(self) -> None:
         for name in ("max_iter", "max_eval", "history_size"):
             object.__setattr__(self, name, _number(name, getattr(self, name), int))
         for name in ("tolerance_grad", "tolerance_change"):
             object.__setattr__(self, name, _number(name, getattr(self, name), float))
+        if self.maximize not in (False, True):
+            raise ValueError(f"maximize: expected True or False, found {self.maximize!r}")
         if self.line_search_fn not in (None, "strong_wolfe"):
             raise RuntimeError("only 'strong_wolfe' is supported")
         if self.history_size < 1:
@@ -395,6 +398,7 @@ class LBFGS:
         Raises:
           TypeError: a parameter is no floating or complex array.
         """
+        _compat.device()
         flat, _ = _flatten(params)
         return initial_state(self.settings, flat.size, flat.dtype)
 
@@ -448,7 +452,8 @@ def _step(
             raise ValueError(f"value_and_grad: expected a scalar loss, found shape {jnp.shape(loss)}")
         if jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, params):
             raise ValueError("value_and_grad: expected gradients of the structure and shapes of params")
-        return jnp.asarray(loss).astype(x.dtype), _flatten(grads)[0].astype(x.dtype)
+        loss, grad = jnp.asarray(loss).astype(x.dtype), _flatten(grads)[0].astype(x.dtype)
+        return (-loss, -grad) if settings.maximize else (loss, grad)
 
     def body(carry: Any) -> Any:
         state, run, bracket_g, x = carry
@@ -470,7 +475,7 @@ def _step(
         t=run.t,
         prev_loss=run.prev_loss,
     )
-    return unflatten(x), state, run.first_loss
+    return unflatten(x), state, -run.first_loss if settings.maximize else run.first_loss
 
 
 def _flatten(params: Tree) -> tuple[Array, Callable[[Array], Tree]]:
@@ -502,6 +507,8 @@ def lbfgs(
     tolerance_change: float = 1e-9,
     history_size: int = 100,
     line_search_fn: str | None = None,
+    *,
+    maximize: bool = False,
 ) -> LBFGS:
     """L-BFGS, as `torch.optim.LBFGS`: its `step` takes a function in place of gradients.
 
@@ -510,7 +517,7 @@ def lbfgs(
     "strong_wolfe", from there the t of torch's cubic search, with c1 = 1e-4 and c2 = 0.9
     A step ends after max_iter iterations, max_eval evaluations (max_iter * 5 // 4 if None), where |g|_inf <=
     tolerance_grad, or where |t d|_inf <= tolerance_change, |loss - loss before| < tolerance_change or
-    g . d > -tolerance_change.
+    g . d > -tolerance_change. With maximize, all this of -loss.
 
     It is no `optax.GradientTransformation`, since it decides itself where the loss is wanted. The parameters' numbers
     are stepped in their widest type, at least float32. Not differentiable in reverse.
@@ -536,6 +543,7 @@ def lbfgs(
         tolerance_change=tolerance_change,
         history_size=history_size,
         line_search_fn=line_search_fn,
+        maximize=maximize,
     )
     return LBFGS(lr, settings)
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jopt._compat import enable_x64
+from jopt._compat import enable_x64, undivided
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -66,6 +66,8 @@ def in_double(f: Callable[..., Any], elementwise: Any, scalars: Any = (), *, dty
 
     with enable_x64(True), jax.numpy_dtype_promotion("standard"):
         closed, consts = jax.closure_convert(flat, *map(_widen, leaves))
+    # What is differentiated may be a Python number, which jax 0.7 hands on as such.
+    consts = [lax.convert_element_type(x, jnp.result_type(x)) for x in consts]
     out = _evaluate(closed, n_elementwise, dtype, *leaves, *consts)
     return jax.tree.unflatten(out_tree, out)
 
@@ -81,10 +83,13 @@ def _widen(x: Array) -> Array:
 def _evaluate(f: Callable[..., Any], n_elementwise: int, dtype: np.dtype, *args: Any) -> tuple[Array, ...]:
     """f(*args) in the double scope; differentiable to any order (the derivative is such a call again)."""
 
+    def narrowed(*args: Any) -> tuple[Array, ...]:
+        return tuple(lax.convert_element_type(y, dtype) for y in f(*map(_widen, args)))
+
     @jax.custom_jvp
     def call(*args: Any) -> tuple[Array, ...]:
         with enable_x64(True), jax.numpy_dtype_promotion("standard"):
-            return tuple(lax.convert_element_type(y, dtype) for y in f(*map(_widen, args)))
+            return undivided(narrowed)(*args)
 
     @call.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -245,7 +250,12 @@ def whole(x: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
         return x
-    return lax.with_sharding_constraint(x, PartitionSpec())
+    return constrain(x, PartitionSpec())
+
+
+def constrain(x: Array, spec: PartitionSpec) -> Array:
+    """x, laid out so on the mesh of the context. (jax 0.7 takes a bare spec only under `jax.set_mesh`.)"""
+    return lax.with_sharding_constraint(x, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
 
 
 def lerp(start: Array, end: Array, weight: Array) -> Array:

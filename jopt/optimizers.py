@@ -572,7 +572,7 @@ def muon(
     O = u's singular vectors, with singular values near 1: ns_steps of Newton-Schulz in bfloat16, with X = u / |u|,
     X <- a X + (b A + c A^2) X, A = X X^T.  Matrices of one shape are iterated together.
     p <- p * (1 - lr * weight_decay) - lr * s * O,  s = sqrt(max(1, rows / columns)), or for adjust_lr_fn
-    "match_rms_adamw" 0.2 * sqrt(max(rows, columns))
+    "match_rms_adamw" 0.2 * sqrt(max(rows, columns)), or for "spectral_unclamped" (torch 2.14) sqrt(rows / columns)
 
     >>> import jax, jax.numpy as jnp, optax, jopt
     >>> params = {"w": jnp.eye(2), "b": jnp.zeros(2)}
@@ -583,7 +583,7 @@ def muon(
     (2, 2)
 
     State: `momentum_buffer`. Raises ValueError for a parameter that is no matrix, RuntimeError for a complex one.
-    Source: torch/optim/_muon.py; Jordan et al. 2024; Liu et al. 2025 (match_rms_adamw).
+    Source: torch/optim/_muon.py; Jordan et al. 2024; Liu et al. 2025 (match_rms_adamw); Bernstein 2025 (unclamped).
     """
     arguments = dict(
         lr=lr,

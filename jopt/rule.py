@@ -120,8 +120,17 @@ class Rule(ABC):
             else:
                 value = arguments[name]
                 value = value.item() if hasattr(value, "item") else value
+                if is_bool and value not in (None, False, True):
+                    raise ValueError(f"{name}: expected True or False, found {value!r}")
                 flags.append(bool(value) if is_bool else value)
         return cls(*flags)
+
+    @classmethod
+    def options(cls) -> frozenset[str]:
+        """The names of torch's arguments that the rule knows."""
+        members = {name for names in cls.tuples.values() for name in names}
+        flags = {name for name, _ in _flags(cls)}
+        return frozenset({*cls.tuples, *flags, *cls.hyperparameters} - members)
 
     @classmethod
     def check(cls, h: Mapping[str, Any]) -> None:

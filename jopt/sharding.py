@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from jopt import chaining
+from jopt import chaining, numerics
 from jopt.chaining import Chain
 from jopt.groups import Groups
 from jopt.transform import Transform, check_array, check_params
@@ -210,7 +210,7 @@ class _Layout:
     def constrained(self, tree: Tree, specs: Sequence[PartitionSpec]) -> Tree:
         """A tree like the parameters, in the trace of a step, its arrays laid out so."""
         leaves = [
-            x if x is None or isinstance(x, BCOO) else lax.with_sharding_constraint(x, spec)
+            x if x is None or isinstance(x, BCOO) else numerics.constrain(x, spec)
             for x, spec in zip(self.treedef.flatten_up_to(tree), specs, strict=True)
         ]
         return self.treedef.unflatten(leaves)
@@ -220,7 +220,7 @@ class _Layout:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             if AxisType.Explicit in self.mesh.axis_types:
                 f = jax.sharding.auto_axes(f, out_sharding=jax.tree.map(lambda s: s.spec, shardings))
-            return jax.tree.map(lax.with_sharding_constraint, f(*args), shardings)
+            return jax.tree.map(lambda x, s: numerics.constrain(x, s.spec), f(*args), shardings)
 
     # --- what is refused
 

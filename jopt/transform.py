@@ -13,7 +13,7 @@ import optax
 from jax import Array, lax
 from jax.experimental.sparse import BCOO
 
-from jopt import numerics
+from jopt import _compat, numerics
 from jopt.arena import is_packed
 from jopt.fusion import fuses_outputs
 from jopt.rule import FACTOR, Hyperparameter, Rule, init_leaf, step_leaves
@@ -167,6 +167,7 @@ class _Lift:
     hyperparams_in_state: bool
 
     def init(self, params: Tree) -> State:
+        _compat.device()
         leaves, treedef = self._flatten(params)
         count = jnp.zeros((), jnp.int32)
         hyperparams = self._initial_hyperparams(count) if self.hyperparams_in_state else {}

@@ -15,6 +15,7 @@ from tests import cases
 torch = pytest.importorskip("torch", reason="parity is with torch")
 
 from interop import optim  # noqa: E402
+from interop._compat import SEARCH_EVALUATIONS  # noqa: E402
 
 N = 40
 SCALE = np.linspace(1, 30, N)
@@ -85,19 +86,26 @@ def test_equals_torch(arguments, search, x64):
     reference = TorchRun(torch.optim, bowl, start(), **arguments)
     beside = TorchRun(torch.optim, bowl, np.nextafter(start(), 9), **arguments)
     drop_in, pure = TorchRun(optim, bowl, start(), **arguments), JaxRun(bowl, start(), **arguments)
+    # Before torch 2.10 a line search goes on beyond max_eval.
+    torch_ends_searches = SEARCH_EVALUATIONS is None or "max_eval" not in arguments
     for _ in range(6):
         losses = [run.step() for run in (reference, drop_in, pure)]
-        np.testing.assert_allclose(losses, losses[0], rtol=1e-13)
         state = reference.state
         assert drop_in.calls == reference.calls
-        assert int(pure.state.func_evals) == drop_in.state["func_evals"] == state["func_evals"]
-        assert int(pure.state.n_iter) == drop_in.state["n_iter"] == state["n_iter"]
+        assert drop_in.state["func_evals"] == state["func_evals"]
+        if torch_ends_searches or search is None:
+            for name in ("func_evals", "n_iter"):
+                assert int(getattr(pure.state, name)) == state[name]
+            assert losses[2] == pytest.approx(losses[0], rel=1e-13)
+        assert losses[1] == pytest.approx(losses[0], rel=1e-13)
+        assert drop_in.state["n_iter"] == state["n_iter"]
         # Near the minimum gradients are differences of what is near, so that the last digits are those of the sums:
         # there torch, started an ulp away, is as far from itself.
         beside.step()
         tolerance = max(1e-13, 2 * cases.difference(beside.x, reference.x))
         assert cases.difference(drop_in.x, reference.x) <= tolerance
-        assert cases.difference(pure.x, reference.x) <= tolerance
+        if torch_ends_searches or search is None:
+            assert cases.difference(pure.x, reference.x) <= tolerance
         assert list(drop_in.state) == list(state)
         assert len(drop_in.state.get("old_dirs", [])) == len(state.get("old_dirs", []))
         for name in ("d", "prev_flat_grad"):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interop.checkpoint.run import HOW, Checkpoint, bits, equal
+from interop.checkpoint.run import Checkpoint, bits, equal
+from interop.options import HOW
 
 CHUNK = 1 << 22  # elements at a time
 

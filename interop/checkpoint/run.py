@@ -16,6 +16,7 @@ from interop.checkpoint.errors import CheckpointError
 from interop.checkpoint.naming import compare, renamed
 from interop.moving import names_of, optimizer_to_jax, optimizer_to_torch, torch_class
 from interop.optimizer import KeepsWideState
+from interop.options import HOW
 from interop.program import EMA
 from jopt import State, Transform
 from jopt._compat import enable_x64
@@ -40,8 +41,6 @@ STATE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "SparseAdam": (MOMENTS, set()),
 }
 EXTRA_STATE = "_extra_state"  # entries of a model's state_dict that are no tensors
-# How a step runs, not what it computes: a live optimizer keeps its own.
-HOW = ("foreach", "fused", "capturable", "differentiable")
 
 
 @dataclasses.dataclass

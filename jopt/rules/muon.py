@@ -15,6 +15,7 @@ ADJUSTMENTS = {
     None: lambda rows, columns: math.sqrt(max(1, rows / columns)),
     "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),  # since torch 2.14
 }
 
 
@@ -26,7 +27,8 @@ class Muon(Rule):
     X = u / max(|u|, eps), transposed if it has more rows than columns; then ns_steps times
         A = X X^T;  X = a X + (b A + c A^2) X
     p = p * (1 - lr * weight_decay) - lr * adjustment(shape) * X
-    adjustment = sqrt(max(1, rows / columns)), or match_rms_adamw: 0.2 sqrt(max(rows, columns))
+    adjustment = sqrt(max(1, rows / columns)), or match_rms_adamw: 0.2 sqrt(max(rows, columns)), or
+    spectral_unclamped: sqrt(rows / columns)
 
     The momentum buffer is as stated also for bfloat16 gradients without nesterov; torch normalizes it in place there
     (`ortho_grad = grad.bfloat16()` is the buffer itself, then `ortho_grad.div_`).
