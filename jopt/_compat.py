@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["NEEDED", "check_versions", "device", "enable_x64", "undivided"]
+__all__ = ["JAX", "NEEDED", "check_versions", "device", "enable_x64", "undivided"]
 
 NEEDED = {"jax": "0.7.2", "jaxlib": "0.7.2", "optax": "0.2.6", "numpy": "2.0"}  # as in pyproject.toml
 
@@ -40,6 +40,8 @@ except (ImportError, RuntimeError) as error:
     ) from error
 
 from jax.core import Tracer  # noqa: E402
+
+JAX = numbers(jax.__version__)
 
 if hasattr(jax, "enable_x64"):
     enable_x64 = jax.enable_x64
@@ -75,6 +77,6 @@ def device(platform: str | None = None) -> jax.Device:
         remedy = f"JAX_PLATFORMS is {chosen!r}: unset it, or set it to {others!r}" if chosen else "reinstall jaxlib"
         what = "CPU device" if platform == "cpu" else "device"
         raise RuntimeError(
-            f"JAX finds no {what} here. {remedy}; or install what its platform needs, as pip install 'jax[cuda12]' on a "
-            f"machine with a GPU. JAX said: {str(error) or type(error).__name__}"
+            f"JAX finds no {what} here. {remedy}; or install what its platform needs, as pip install 'jax[cuda12]' "
+            f"on a machine with a GPU. JAX said: {str(error) or type(error).__name__}"
         ) from error

@@ -12,7 +12,7 @@ import pytest
 
 import jopt
 from jopt import fusion
-from jopt._compat import enable_x64
+from jopt._compat import JAX, enable_x64
 from tests import cases
 
 OPTION = f"--xla_backend_extra_options={fusion.FLAG}"
@@ -191,9 +191,14 @@ def test_clipped_gradients_are_no_arrays_of_their_own():
         for f in (clip, unscale_and_clip):
             step = jax.jit(f, donate_argnums=(0, 1))
             compiled = step.lower(params, tx.init(params), scaler.init(), params).compile()
-            print(compiled.memory_analysis().temp_size_in_bytes < 4096)
+            print(compiled.memory_analysis().temp_size_in_bytes)
     """
-    assert run(code) == "True\nTrue"
+    clip, unscale_and_clip = map(int, run(code).split())
+    gradients = 4 * 256 * (128 + 129 + 130)
+    # Before jax 0.10 what is summed is written first: the squares of all, and what says whether all are finite.
+    sums = 0 if JAX >= (0, 10) else gradients
+    assert clip < 4096 + sums
+    assert unscale_and_clip < 4096 + 2 * sums
 
 
 def test_row_sparse_steps_compile_with_the_option():

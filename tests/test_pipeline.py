@@ -5,13 +5,13 @@ import inspect
 import pickle
 import warnings
 
-import jax
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import amp, optim, optimizer  # noqa: E402
+from jopt._compat import JAX  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.test_optimizer import assert_equal, backward, network  # noqa: E402
 
@@ -425,7 +425,7 @@ def test_two_programs_ten_passes_and_no_array():
     assert second.alias_size_in_bytes == 4 * 4 * n
     # Of arrays only the small gradients, masked, and the coefficients of their rows; and, before jax 0.10, the squares
     # of one large gradient after the other, which its XLA does not add up in the loop that makes them.
-    squares = 4 * 1.1 * max(leaf.size for leaf in bucket.big) if jax.__version_info__ < (0, 10) else 0
+    squares = 4 * 1.1 * max(leaf.size for leaf in bucket.big) if JAX < (0, 10) else 0
     assert first.temp_size_in_bytes <= 2 * 4 * bucket.layout.size + squares + 4096
     assert second.temp_size_in_bytes <= 2 * 4 * (len(bucket.spec.columns) + 3) * (bucket.spec.rows + 4) + 4096
     text = update.as_text()

@@ -11,7 +11,7 @@ import pytest
 
 import jopt
 from jopt import schedules as s
-from jopt._compat import enable_x64
+from jopt._compat import enable_x64, numbers
 from tests import cases
 
 STEPS = 1000
@@ -150,6 +150,9 @@ def relative(a, b):
 @pytest.mark.parametrize("name", PAIRS)
 def test_values_are_torchs(name, x64):
     ours, theirs = PAIRS[name]
+    torch = pytest.importorskip("torch", reason="the truth is torch's")
+    if name == "sequential-from-0" and numbers(torch.__version__) < (2, 13):
+        pytest.skip("until torch 2.13 SequentialLR began with its first scheduler, whatever the milestones")
     expected = held(theirs, momentum=0.9)
     steps = np.arange(STEPS + 1)
     at_once = ours(steps)
