@@ -1,22 +1,33 @@
 # %% [markdown]
 # # PyTorch models, stepped by XLA
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/jopt/blob/main/examples/colab_gpu.ipynb)
-#
 # One import changes: `from interop import optim` in place of `from torch import optim`.
 # The optimizer's step runs on the CPU, compiled by XLA, and the model wherever it is: on a GPU this is *offloading*, the
 # moments take none of its memory. (Tensors on CUDA themselves are not taken yet; to train on the GPU in JAX see the TPU
 # notebook, which runs there unchanged.)
+#
+# In Colab put `jopt-*.whl` beside the notebook (the folder symbol on the left, *Upload*), or on your Drive and mount that.
 
 # %%
+import glob
 import importlib.util
 import subprocess
 import sys
 
-# Without dependencies, so that Colab's own jax and torch stay.
-for module, package in {"jopt": "git+https://github.com/OWNER/jopt", "optax": "optax"}.items():
-    if importlib.util.find_spec(module) is None:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", package], check=True)
+
+def install(package, otherwise):
+    """Without dependencies, so that Colab's own jax, its CUDA plugin and torch stay."""
+    if subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", package]).returncode:
+        raise SystemExit(otherwise)
+
+
+if importlib.util.find_spec("jopt") is None:
+    wheels = glob.glob("jopt-*.whl") + glob.glob("/content/drive/MyDrive/**/jopt-*.whl", recursive=True)
+    install(
+        wheels[0] if wheels else "jopt", "Put jopt's wheel, jopt-*.whl, beside this notebook, and run this cell again."
+    )
+if importlib.util.find_spec("optax") is None:
+    install("optax", "optax could not be installed.")
 
 # %%
 import os

@@ -1,29 +1,40 @@
 # %% [markdown]
 # # A PyTorch run, on a TPU in its middle
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/jopt/blob/main/examples/colab_tpu.ipynb)
-#
 # A PyTorch model and its `torch.optim.AdamW` begin in PyTorch, go on in JAX on all cores of a TPU, with the optimizer's
 # state divided among them, and come back to PyTorch, which continues the same run. At the end it is compared with the run
 # that stayed in PyTorch.
 #
-# In Colab: *Runtime, Change runtime type*, a TPU. Without one this runs on whatever JAX finds, a CPU too.
+# In Colab: *Runtime, Change runtime type*, a TPU; then put `jopt-*.whl` beside the notebook (the folder symbol on the left,
+# *Upload*), or on your Drive and mount that. Without a TPU this runs on whatever JAX finds, a CPU too.
 
 # %%
+import glob
 import importlib.util
 import subprocess
 import sys
 
-# Without dependencies, so that Colab's own jax, libtpu and torch stay.
-for module, package in {"jopt": "git+https://github.com/OWNER/jopt", "optax": "optax"}.items():
-    if importlib.util.find_spec(module) is None:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", package], check=True)
+
+def install(package, otherwise):
+    """Without dependencies, so that Colab's own jax, libtpu and torch stay."""
+    if subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", package]).returncode:
+        raise SystemExit(otherwise)
+
+
+if importlib.util.find_spec("jopt") is None:
+    wheels = glob.glob("jopt-*.whl") + glob.glob("/content/drive/MyDrive/**/jopt-*.whl", recursive=True)
+    install(
+        wheels[0] if wheels else "jopt", "Put jopt's wheel, jopt-*.whl, beside this notebook, and run this cell again."
+    )
+if importlib.util.find_spec("optax") is None:
+    install("optax", "optax could not be installed.")
 
 # %%
 import time
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jax.sharding import Mesh, NamedSharding
@@ -31,6 +42,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm  # not tqdm.auto's, which begins a pass of its own: then another order is drawn
 
 import interop
 import jopt
@@ -79,7 +91,12 @@ def torch_step(model, optimizer, x, y):
 
 
 def torch_epoch(model, optimizer, epoch):
-    return [torch_step(model, optimizer, (x.float() - MEAN) / STD, y) for x, y in batches(epoch)]
+    found = []
+    for x, y in tqdm(batches(epoch), desc=f"PyTorch, epoch {epoch}"):
+        start = time.perf_counter()
+        found.append(torch_step(model, optimizer, (x.float() - MEAN) / STD, y))
+        torch_times.append(1e3 * (time.perf_counter() - start))
+    return found
 
 
 def accuracy(model):
@@ -87,9 +104,11 @@ def accuracy(model):
         return (model((test_images.float() - MEAN) / STD).argmax(1) == test_labels).float().mean().item()
 
 
+torch_times = []  # of each step
 model, optimizer = make()
 losses = torch_epoch(model, optimizer, 0)
-print(f"PyTorch, epoch 0: loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracy(model):.1%}")
+torch_ms = np.median(torch_times)
+print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracy(model):.1%}, {torch_ms:.1f} ms a step on the host")
 
 # %% [markdown]
 # ## To the TPU
@@ -99,12 +118,25 @@ print(f"PyTorch, epoch 0: loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {ac
 
 # %%
 tx, params, state = interop.optimizer_to_jax(optimizer, model)
-params = jax.device_put(jax.device_get(params), NamedSharding(mesh, P()))
+everywhere = NamedSharding(mesh, P())
+params, whole = jax.device_put((jax.device_get(params), jax.device_get(state)), everywhere)
 sharded = jopt.shard_state(tx, params, mesh, "data")
 state = jax.device_put(jax.device_get(state), sharded.shardings)
 
 for name, x in state.slots["exp_avg"].items():
     print(f"{name:9} {x.shape!s:16} each core holds {x.addressable_shards[0].data.shape}")
+
+
+def held(tree):
+    """Bytes of a tree on the first device."""
+    first = mesh.devices.flat[0]
+    shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == first]
+    return sum(shard.data.nbytes for shard in shards)
+
+
+undivided, divided = held(whole), held(state)
+print(f"on a core: parameters {held(params):,} bytes; AdamW's state {undivided:,} undivided, {divided:,} divided")
+del whole
 
 # %% [markdown]
 # The forward pass in JAX, under the parameters' PyTorch names; both give the same loss before going on.
@@ -130,12 +162,13 @@ def preprocess(key, images):
     return (x.astype(jnp.float32) - MEAN) / STD
 
 
-@jax.jit
-def train_step(params, state, x, y):
+def step_of(params, state, x, y):
     loss, grads = jax.value_and_grad(loss_of)(params, x, y)
     params, state = sharded.step(grads, state, params)
     return params, state, loss
 
+
+train_step = jax.jit(step_of, donate_argnums=(0, 1))  # parameters and state are written in place
 
 x, y = next(iter(batches(0)))
 x = (x.float() - MEAN) / STD
@@ -157,13 +190,17 @@ key = jax.random.key(0)
 step = 0
 for epoch in JAX_EPOCHS:
     start, found = time.perf_counter(), []
-    for x, y in interop.prefetch(batches(epoch), NamedSharding(mesh, P("data"))):
+    arriving = interop.prefetch(batches(epoch), NamedSharding(mesh, P("data")))
+    for x, y in tqdm(arriving, desc=f"JAX, epoch {epoch}"):
         params, state, loss = train_step(params, state, preprocess(jax.random.fold_in(key, step), x), y)
         found.append(loss)
         step += 1
     losses += [float(loss) for loss in found]
-    seconds = time.perf_counter() - start
-    print(f"JAX, epoch {epoch}: loss {losses[-1]:.3f}, {len(found) * BATCH / seconds:,.0f} images a second")
+    jax_ms = 1e3 * (time.perf_counter() - start) / len(found)
+    print(f"loss {losses[-1]:.3f}, {jax_ms:.1f} ms a step, {BATCH / jax_ms * 1e3:,.0f} images a second")
+
+where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+print(f"a step: {torch_ms:.1f} ms in PyTorch on the host, {jax_ms:.1f} ms in JAX on {where}")
 
 # %% [markdown]
 # The first epoch includes compiling. So small a network does not need a TPU; what is around it stays the same for a large one.
@@ -196,7 +233,7 @@ def all_in_torch(nudge=False):
     found = torch_epoch(model, optimizer, 0)
     step = 0
     for epoch in JAX_EPOCHS:
-        for x, y in batches(epoch):
+        for x, y in tqdm(batches(epoch), desc=f"PyTorch, epoch {epoch}"):
             x = torch.tensor(np.array(preprocess(jax.random.fold_in(key, step), x.numpy())))
             found.append(torch_step(model, optimizer, x, y))
             step += 1
@@ -209,3 +246,33 @@ difference = max(abs(a - b) for a, b in zip(losses, stayed_losses, strict=True))
 yardstick = max(abs(a - b) for a, b in zip(nudged_losses, stayed_losses, strict=True))
 print(f"largest difference of a loss: {difference:.1e}; of PyTorch from itself, started one ulp away: {yardstick:.1e}")
 print(f"accuracy {accuracy(model):.1%}; the run that stayed {accuracy(stayed):.1%}")
+
+# %%
+figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
+first = len(batches(0))
+for axes in (above, below):
+    axes.axvspan(first, len(losses) - first, color="0.92", label="in JAX" if axes is above else None)
+above.plot(stayed_losses, lw=3, color="0.6", label="stayed in PyTorch")
+above.plot(losses, lw=1, color="tab:red", label="moved")
+above.set(ylabel="loss", yscale="log", title=f"One run, in PyTorch and on {where}")
+above.legend()
+for other, color, name in ((losses, "tab:red", "moved"), (nudged_losses, "0.4", "PyTorch, one ulp away at the start")):
+    gaps = np.abs(np.subtract(other, stayed_losses))
+    below.semilogy(np.maximum(gaps, 1e-9), lw=1, color=color, label=name)
+below.set(xlabel="step", ylabel="difference of the loss")
+below.legend()
+plt.show()
+
+# %% [markdown]
+# ## A model of your own
+#
+# 1. **Load it** and the optimizer as you do in PyTorch, from your checkpoint: `model.load_state_dict(...)`,
+#    `optimizer.load_state_dict(...)`. Every optimizer of `torch.optim` moves, with its parameter groups; a learning rate
+#    scheduler too: `interop.optimizer_to_jax(optimizer, model, scheduler=scheduler)`. A run in a file alone moves by
+#    `interop.load_checkpoint("run.pt").to_jax()`.
+# 2. **Write the loss in JAX** over a dictionary of the parameters' PyTorch names, as `loss_of` above. Check it on one batch
+#    against PyTorch before going on, as above. For a model in flax, `optimizer_to_jax(..., layout="flax")` turns weights and
+#    moments along. Batch statistics and other buffers cross by `interop.to_jax(model)`.
+# 3. **A model that does not fit a core**: give the parameters a sharding first (`jax.device_put(params, ...)` with a
+#    `NamedSharding` that divides them) and then call `shard_state`: their state lies beside them.
+# 4. **Save on the TPU** with orbax, or back in PyTorch by `interop.optimizer_to_torch` and `torch.save`.

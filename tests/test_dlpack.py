@@ -81,7 +81,7 @@ def test_sharing_is_sharing():
     assert interop.to_jax(x).unsafe_buffer_pointer() != x.data_ptr()
     turned = x.view(10, 100).t()
     if JAX < (0, 8):
-        with pytest.raises(ValueError, match="x: cannot share its memory with JAX: .*non-default layout"):
+        with pytest.raises(ValueError, match=r"x: cannot share its memory with JAX: .*non-default layout"):
             interop.to_jax(turned, copy=False)
         assert interop.to_jax(turned, copy=None).shape == (100, 10)
     else:
