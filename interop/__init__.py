@@ -21,11 +21,12 @@ from interop.optax_states import optimizer_from_optax, optimizer_to_optax
 from interop.reader import enable_native_reader
 from interop.schedulers import plateau_to_jax, plateau_to_torch, scheduler_to_jax
 from interop.sweeping import sweep
-from interop.wrapping import wrap
+from interop.wrapping import WrappedOptimizer, wrap
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "WrappedOptimizer",
     "average_to_jax",
     "average_to_torch",
     "enable_native_reader",

@@ -85,7 +85,7 @@ def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
 
 def _settings(group: Mapping[str, Any]) -> Settings:
     """A group's arguments but lr; torch before 2.14 has no `maximize`."""
-    given = {"maximize": False} | dict(group)
+    given: dict[str, Any] = {"maximize": False} | dict(group)
     return Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
 
 
@@ -279,7 +279,7 @@ def run_to_jax(
 ) -> tuple[Any, LBFGSState]:
     """`jopt.lbfgs` as the optimizer has it, and its state; vectors have the parameters in JAX's order."""
     group = optimizer.param_groups[0]
-    given = dataclasses.asdict(_settings(group)) | {"lr": group["lr"]}
+    given: dict[str, Any] = dataclasses.asdict(_settings(group)) | {"lr": group["lr"]}
     given = {k: x.item() if isinstance(x, Tensor) else x for k, x in given.items()}
     solver = jopt.lbfgs(**given | arguments)
     state, x = solver.init(params), optimizer.state.get(group["params"][0], {})

@@ -25,7 +25,7 @@ import operator
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ from interop.program import EMA
 from jopt.arena import ROW, Layout
 from jopt.rule import Rule, at_once
 
+L = TypeVar("L")  # a loss
 BIG = 2**15  # elements
 SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are gathered in as much memory
 
@@ -127,13 +128,23 @@ class Stepped(OfTorch):
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_quiet_step)
 
-    @functools.wraps(_quiet_step)
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        # torch puts its wrapper around every step, which takes as long as a small step: here only where it has work.
-        return (self._watched_step if _is_watched(self) else self._quiet_step)(*args, **kwargs)
+    if TYPE_CHECKING:
 
-    step.__name__, step.__qualname__ = "step", "Stepped.step"
-    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it
+        @overload
+        def step(self, closure: None = None) -> None: ...
+        @overload
+        def step(self, closure: Callable[[], L]) -> L: ...
+        def step(self, closure: Any = None) -> Any: ...
+
+    else:
+
+        @functools.wraps(_quiet_step)
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            # torch puts its wrapper around every step, which takes as long as a small step: here where it has work.
+            return (self._watched_step if _is_watched(self) else self._quiet_step)(*args, **kwargs)
+
+        step.__name__, step.__qualname__ = "step", "Stepped.step"
+        step.hooked = True  # so that torch does not wrap it
 
     def _step(self) -> None:
         raise NotImplementedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -43,15 +44,15 @@ from jax.core import Tracer  # noqa: E402
 
 JAX = numbers(jax.__version__)
 
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
+if JAX >= (0, 8):
+    enable_x64: Callable[[bool], AbstractContextManager[None]] = jax.enable_x64
 
     def undivided(f: Callable[..., Any]) -> Callable[..., Any]:
         """f, of which no part is evaluated outside of the x64 scope that it is called in."""
         return f
 
-else:  # until jax 0.8
-    from jax.experimental import enable_x64
+else:
+    from jax.experimental import enable_x64  # type: ignore[no-redef]
 
     def undivided(f: Callable[..., Any]) -> Callable[..., Any]:
         """What is the same in each turn of a scan, its linearization takes out, to where float64 is float32."""
@@ -63,7 +64,7 @@ else:  # until jax 0.8
         return call
 
 
-def device(platform: str | None = None) -> jax.Device:
+def device(platform: str | None = None) -> Any:
     """JAX's first device of the platform, or of its own choice; JAX starts, if it has not.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from jopt.clip import ClipGradNorm, scaled
+from jopt.transform import Exact, P, Transform
 
 Tree = Any
 
@@ -19,7 +20,7 @@ def is_transformation(x: Any) -> bool:
     return isinstance(x, tuple) and callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))
 
 
-class Chain(optax.GradientTransformationExtraArgs):
+class Chain(Exact[tuple[Any, ...]]):
     """`jopt.chain`'s transformation: optax's chain, and a `step` whose last link takes its exact one."""
 
     transforms: tuple[optax.GradientTransformation, ...]
@@ -36,13 +37,13 @@ class Chain(optax.GradientTransformationExtraArgs):
     def step(
         self,
         grads: Tree,
-        state: Any,
-        params: Tree,
+        state: tuple[Any, ...],
+        params: P,
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
         **extra: Any,
-    ) -> tuple[Tree, Any]:
+    ) -> tuple[P, tuple[Any, ...]]:
         """One step: the new parameters and state. `active`, `factors` and, for optax's links, `extra` go to the links.
 
         Raises:
@@ -58,7 +59,7 @@ class Chain(optax.GradientTransformationExtraArgs):
                 factors = (*factors, factor)
             else:
                 grads, factors = scaled(grads, factors), ()
-                grads, s = optax.with_extra_args_support(tx).update(grads, s, params, **extra)
+                grads, s = optax.with_extra_args_support(tx).update(grads, s, cast(Any, params), **extra)
             new.append(s)
         params, last = step(self.transforms[-1], grads, state[-1], params, active=active, factors=factors, **extra)
         return params, (*new, last)
@@ -85,6 +86,11 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     return Chain(*transforms)
 
 
+def takes_extra_args(tx: Any) -> bool:
+    """Whether a step's further arguments are for it."""
+    return isinstance(tx, optax.GradientTransformationExtraArgs) and not isinstance(tx, Transform)
+
+
 def step(
     tx: optax.GradientTransformation,
     grads: Tree,
@@ -96,8 +102,8 @@ def step(
     **extra: Any,
 ) -> tuple[Tree, Any]:
     """A transformation's exact `step` if it has one, else its update, applied; what is not `active` is kept."""
-    if hasattr(tx, "step"):
-        return tx.step(grads, state, params, active=active, factors=factors)  # type: ignore[attr-defined]
+    if isinstance(tx, Exact):
+        return tx.step(grads, state, params, active=active, factors=factors, **(extra if takes_extra_args(tx) else {}))
     updates, new_state = optax.with_extra_args_support(tx).update(scaled(grads, factors), state, params, **extra)
     new = optax.apply_updates(params, updates)
     if active is not None:

@@ -13,7 +13,7 @@ from jax import Array
 
 from jopt import chaining
 from jopt.arena import is_packed, path_name
-from jopt.transform import check_params
+from jopt.transform import Exact, P, check_params
 
 Tree = Any
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -32,7 +32,7 @@ class GroupsState(NamedTuple):
     groups: tuple[Any, ...]
 
 
-class Groups(optax.GradientTransformationExtraArgs):
+class Groups(Exact[GroupsState]):
     """What `jopt.param_groups` makes: an optax transformation with an exact `step`."""
 
     patterns: tuple[Pattern, ...]
@@ -50,9 +50,8 @@ class Groups(optax.GradientTransformationExtraArgs):
             )
 
         def update(updates: Tree, state: GroupsState, params: Tree | None = None, **extra: Any) -> Any:
-            del extra
             check_params(params)
-            new, state = self.step(updates, state, params)
+            new, state = self.step(updates, state, params, **extra)
             return jax.tree.map(jnp.subtract, new, params), state
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
@@ -81,11 +80,12 @@ class Groups(optax.GradientTransformationExtraArgs):
         self,
         grads: Tree,
         state: GroupsState,
-        params: Tree,
+        params: P,
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
-    ) -> tuple[Tree, GroupsState]:
+        **extra_args: Any,
+    ) -> tuple[P, GroupsState]:
         """One step of every group: as `Transform.step`.
 
         Raises:
@@ -104,7 +104,7 @@ class Groups(optax.GradientTransformationExtraArgs):
             part = _part(treedef, params, labels, i)
             mask = None if active is None else _part(treedef, active, labels, i)
             own = _part(treedef, grads, labels, i)
-            new, s = chaining.step(tx, own, s, part, active=mask, factors=factors)
+            new, s = chaining.step(tx, own, s, part, active=mask, factors=factors, **extra_args)
             states.append(s)
             new_leaves = treedef.flatten_up_to(new)
             for j, label in enumerate(labels):

@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from jopt import _compat, numerics
 from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
-from jopt.transform import check_array
+from jopt.transform import P, check_array
 
 Tree = Any
 Number = Any  # a traced one, NumPy's, or Python's
@@ -406,10 +406,10 @@ class LBFGS:
         self,
         value_and_grad: Callable[..., tuple[Array, Tree]],
         state: LBFGSState,
-        params: Tree,
+        params: P,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Tree, LBFGSState, Array]:
+    ) -> tuple[P, LBFGSState, Array]:
         """One step, of up to `max_iter` iterations, in one compiled loop.
 
         Args:

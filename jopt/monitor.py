@@ -16,7 +16,7 @@ from jax import Array, lax
 from jopt import chaining, numerics
 from jopt.arena import path_name
 from jopt.clip import scaled
-from jopt.transform import check_params
+from jopt.transform import Exact, P, check_params
 
 Tree = Any
 
@@ -45,7 +45,7 @@ class MonitorState(NamedTuple):
     health: Health
 
 
-class Monitor(optax.GradientTransformationExtraArgs):
+class Monitor(Exact[MonitorState]):
     """What `jopt.monitor` makes."""
 
     _tx: optax.GradientTransformation
@@ -71,13 +71,14 @@ class Monitor(optax.GradientTransformationExtraArgs):
         self,
         grads: Tree,
         state: MonitorState,
-        params: Tree,
+        params: P,
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
-    ) -> tuple[Tree, MonitorState]:
+        **extra_args: Any,
+    ) -> tuple[P, MonitorState]:
         """One step of the transformation, measured: as `Transform.step`. A leaf without gradient counts as zeros."""
-        new, inner = chaining.step(self._tx, grads, state.inner, params, active=active, factors=factors)
+        new, inner = chaining.step(self._tx, grads, state.inner, params, active=active, factors=factors, **extra_args)
         updates = jax.tree.map(jnp.subtract, new, params)
         return new, MonitorState(inner, _health(scaled(grads, factors), updates, params))
 

@@ -17,7 +17,7 @@ from jax import Array
 
 from jopt import chaining, numerics
 from jopt.clip import scaled
-from jopt.transform import State
+from jopt.transform import Exact, P, S, State
 
 Tree = Any
 
@@ -76,8 +76,14 @@ class LossScale:
         )
 
     def step(
-        self, tx: optax.GradientTransformation, grads: Tree, state: Any, params: Tree, scale: ScaleState
-    ) -> tuple[Tree, Any, ScaleState]:
+        self,
+        tx: optax.GradientTransformation,
+        grads: Tree,
+        state: S,
+        params: P,
+        scale: ScaleState,
+        **extra_args: Any,
+    ) -> tuple[P, S, ScaleState]:
         """`scaler.step(optimizer); scaler.update()`: unscale, step or skip, and adapt the scale.
 
         A skipped step keeps parameters and optimizer state; the count that drives schedules goes on, as a scheduler
@@ -88,7 +94,8 @@ class LossScale:
           `(params, state, scale)`.
         """
         found_inf = jnp.logical_not(all_finite(grads))
-        params, state = step_unless(found_inf, tx, grads, state, params, (self._inverse(scale),), counts=True)
+        inverse = (self._inverse(scale),)
+        params, state = step_unless(found_inf, tx, grads, state, params, inverse, counts=True, **extra_args)
         return params, state, self.update(found_inf, scale)
 
 
@@ -135,11 +142,12 @@ def step_unless(
     active: Tree | None = None,
     *,
     counts: bool,
+    **extra_args: Any,
 ) -> tuple[Tree, Any]:
     """A step of `tx`, or where `skip` the parameters and state as they are; `counts`: jopt's step counts go on."""
     active = jax.tree.map(lambda _: True, params) if active is None else active
     goes = jax.tree.map(lambda a: jnp.logical_and(a, jnp.logical_not(skip)), active)
-    new_params, new_state = chaining.step(tx, grads, state, params, active=goes, factors=factors)
+    new_params, new_state = chaining.step(tx, grads, state, params, active=goes, factors=factors, **extra_args)
 
     def choose(new: Any, old: Any) -> Any:
         if isinstance(new, State):  # its step left what is not active as it was
@@ -156,7 +164,7 @@ class SkipState(NamedTuple):
     skipped: Array
 
 
-class Skipping(optax.GradientTransformationExtraArgs):
+class Skipping(Exact[SkipState]):
     """What `jopt.skip_nonfinite` makes."""
 
     _tx: optax.GradientTransformation
@@ -183,14 +191,17 @@ class Skipping(optax.GradientTransformationExtraArgs):
         self,
         grads: Tree,
         state: SkipState,
-        params: Tree,
+        params: P,
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
-    ) -> tuple[Tree, SkipState]:
+        **extra_args: Any,
+    ) -> tuple[P, SkipState]:
         """One step, or none: as `Transform.step`. The gradient of a leaf that is not `active` is looked at too."""
         bad = jnp.logical_not(all_finite(grads))
-        params, inner = step_unless(bad, self._tx, grads, state.inner, params, factors, active, counts=False)
+        params, inner = step_unless(
+            bad, self._tx, grads, state.inner, params, factors, active, counts=False, **extra_args
+        )
         return params, SkipState(inner, state.skipped + bad.astype(jnp.int32))
 
 

@@ -24,7 +24,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from jopt import chaining, numerics
 from jopt.chaining import Chain
 from jopt.groups import Groups
-from jopt.transform import Transform, check_array, check_params
+from jopt.transform import Exact, P, Transform, check_array, check_params
 
 Tree = Any
 
@@ -98,7 +98,7 @@ def shard_state(
     return Sharded(tx, layout)
 
 
-class Sharded(optax.GradientTransformationExtraArgs):
+class Sharded(Exact[Any]):
     """What `jopt.shard_state` makes: an optax transformation with an exact `step`, whose state lies on a mesh.
 
     Attributes:
@@ -142,12 +142,12 @@ class Sharded(optax.GradientTransformationExtraArgs):
         self,
         grads: Tree,
         state: Any,
-        params: Tree,
+        params: P,
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
         **extra: Any,
-    ) -> tuple[Tree, Any]:
+    ) -> tuple[P, Any]:
         """One step: as `Transform.step`. The parameters come back in their own sharding, the state in its.
 
         Raises:

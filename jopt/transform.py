@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,39 @@ from jopt.fusion import fuses_outputs
 from jopt.rule import FACTOR, Hyperparameter, Rule, init_leaf, step_leaves
 
 Tree = Any
+P = TypeVar("P")  # a tree of parameters
+S = TypeVar("S")  # a state
+
+
+class Exact(optax.GradientTransformationExtraArgs, Generic[S]):
+    """An `optax.GradientTransformationExtraArgs` that also has an exact `step`: the base of all that jopt makes."""
+
+    if TYPE_CHECKING:
+
+        def init(self, params: Tree) -> S:  # type: ignore[override]
+            """The state before the first step."""
+            ...
+
+        def update(self, updates: Tree, state: S, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, S]:  # type: ignore[override]
+            """The updates to add to the parameters, as optax wants them, and the next state."""
+            ...
+
+    def step(
+        self,
+        grads: Tree,
+        state: S,
+        params: P,
+        *,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
+        **extra_args: Any,
+    ) -> tuple[P, S]:
+        """The new parameters, exactly, and the next state.
+
+        `active` and `factors` are as in `Transform.step`; `extra_args` are for transformations inside that take more,
+        as optax's `value=`.
+        """
+        raise NotImplementedError
 
 
 class State(NamedTuple):
@@ -39,7 +72,7 @@ class State(NamedTuple):
     hyperparams: dict[str, Array]
 
 
-class Transform(optax.GradientTransformationExtraArgs):
+class Transform(Exact[State]):
     """A rule as an `optax.GradientTransformationExtraArgs`: `init`, `update`, and the exact `step`.
 
     `update` returns `new - old` in the parameter's type, as optax wants it; added to the parameter again, that
@@ -66,15 +99,15 @@ class Transform(optax.GradientTransformationExtraArgs):
         """What was given: numbers, 0-d arrays and schedules by name."""
         return self._lift.hyperparameters
 
-    def step(
+    def step(  # type: ignore[override]  # it takes no further arguments: see `jopt.chaining.step`
         self,
         grads: Tree,
         state: State,
-        params: Tree,
+        params: P,
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
-    ) -> tuple[Tree, State]:
+    ) -> tuple[P, State]:
         """One step: the new parameters, exactly, and the new state.
 
         To have it in place, donate both, to a function that returns them in the order in which it takes them: XLA

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import jopt
+from jopt._compat import numbers
 
 PAGES = Path(__file__).parent.parent / "docs" / "optimizers"
 OPTIMIZERS = sorted(p.stem for p in PAGES.glob("*.md") if p.stem != "README")
@@ -50,8 +51,10 @@ def test_torch_takes_the_same(name):
         assert name in ("gradient_descent", "mars", "momentum")
         return
     theirs = inspect.signature(getattr(torch.optim, found[1])).parameters
+    new = {("lbfgs", "maximize")} if numbers(torch.__version__) < (2, 14) else set()
     for argument, default in rows(name).items():
-        assert repr(theirs[argument].default) == default
+        if (name, argument) not in new:
+            assert repr(theirs[argument].default) == default
 
 
 @pytest.mark.parametrize("code", list(examples()))

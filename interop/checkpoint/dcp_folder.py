@@ -38,6 +38,7 @@ CLASSES = {
     "torch": {"Size"},
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # what Python 3.13 calls them
 }
 
 
