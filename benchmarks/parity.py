@@ -63,7 +63,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    """torch's 187 on the CPU; a tensor learning rate as the number that it holds."""
+    """torch's 187 on the CPU (191 since 2.14); a tensor learning rate as the number that it holds."""
     found = []
     for info in common_optimizers.optim_db:
         inputs = common_optimizers._get_optim_inputs_including_global_cliquey_kwargs(
@@ -259,10 +259,11 @@ def lbfgs_data(seeds: int, steps: int) -> Any:
     )
 
 
-def lbfgs_value_and_grad(x: Any, target: Any, scale: Any, noise: Any, m: Any) -> Any:
-    """A convex function that moves a little with each step, and its gradient."""
+def lbfgs_value_and_grad(c: Configuration, x: Any, target: Any, scale: Any, noise: Any, m: Any) -> Any:
+    """A convex function that moves a little with each step, and its gradient; to be maximized the negative of it."""
     e = x.astype(np.float64) - target - noise / 1000
-    return m.sum(scale * e * e / 2 + m.sqrt(1 + e * e)), scale * e + e / m.sqrt(1 + e * e)
+    sign = -1.0 if c.arguments.get("maximize") else 1.0
+    return sign * m.sum(scale * e * e / 2 + m.sqrt(1 + e * e)), sign * (scale * e + e / m.sqrt(1 + e * e))
 
 
 def lbfgs_torch_run(c: Configuration, dtype: str, seeds: int, steps: int, module: Any = torch.optim, nudge=False):
@@ -277,7 +278,7 @@ def lbfgs_torch_run(c: Configuration, dtype: str, seeds: int, steps: int, module
         for i in range(steps):
 
             def closure(p=p, s=s, i=i) -> Any:
-                loss, grad = lbfgs_value_and_grad(p.detach().numpy(), target[s], scale, noise[i, s], np)
+                loss, grad = lbfgs_value_and_grad(c, p.detach().numpy(), target[s], scale, noise[i, s], np)
                 p.grad = to_torch(grad, dtype)
                 return float(np.asarray(loss).astype(DTYPES[dtype]))
 
@@ -292,7 +293,7 @@ def lbfgs_jax_run(c: Configuration, dtype: str, seeds: int, steps: int):
     solver = c.jopt()
 
     def value_and_grad(x: Any, target: Any, noise: Any) -> Any:
-        loss, grad = lbfgs_value_and_grad(x, target, scale, noise, jnp)
+        loss, grad = lbfgs_value_and_grad(c, x, target, scale, noise, jnp)
         return loss.astype(x.dtype), grad.astype(x.dtype)
 
     def run(start: Any, target: Any, noise: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 import jopt  # noqa: E402
 from benchmarks import parity  # noqa: E402
 from interop import optim  # noqa: E402
+from interop._compat import TORCH  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 
 BAD_INPUTS = [
@@ -24,7 +25,7 @@ BAD_INPUTS = [
 
 def test_the_table_is_all_there():
     assert len(BAD_INPUTS) == 124
-    assert len(parity.configurations()) == 187
+    assert len(parity.configurations()) == (187 if TORCH < (2, 14) else 191)
     assert {info.optim_cls.__name__ for info in optim_db} == set(optim.__all__)
 
 
@@ -67,20 +68,29 @@ def test_most_bad_numbers_are_among_them():
     assert {p.values[0] for p in NUMBERS} >= set(optim.__all__) - {"LBFGS", "Muon", "SGD"}
 
 
-@pytest.mark.parametrize("c", parity.short_configurations(), ids=lambda c: re.sub(r"\W+", "-", str(c)))
+RECORDED = {r["configuration"]: r for r in json.loads((parity.DOCS / "parity.json").read_text())["short"]}
+AGAIN = [c for c in parity.distinct(parity.configurations()) if str(c) in RECORDED]
+
+
+def test_all_that_was_recorded_is_measured_again():
+    assert len(AGAIN) == len(RECORDED)
+
+
+@pytest.mark.parametrize("c", AGAIN, ids=lambda c: re.sub(r"\W+", "-", str(c)))
 def test_no_figure_worsens(c):
     """The short table again: of each optimizer two configurations, 100 steps on 4 problems."""
     import jax
 
     with enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         row = parity.measure(c, *parity.SHORT.values())
-    before = next(
-        r for r in json.loads((parity.DOCS / "parity.json").read_text())["short"] if r["configuration"] == str(c)
-    )
+    before = RECORDED[str(c)]
+    # Where an ulp grows, torch's own error is as much larger or smaller if it starts an ulp away.
+    scatter = row["float32"].get("torch, an ulp away", 1)
+    scatter = max(scatter, 1 / scatter)
     for side in ("jopt", "interop"):
         # Another processor sums and contracts in other places: a few ulp. What feeds back grows from there.
         assert row["float64"][side] <= max(1e-13, 10 * before["float64"][side])
         # Of 4 seeds the median scatters by some percent.
-        assert row["float32"][side] <= max(1.15, 1.1 * before["float32"][side])
+        assert row["float32"][side] <= max(1.15, 1.1 * before["float32"][side], 1.1 * scatter)
     if "bfloat16" in row:
         assert row["bfloat16"]["equal"] >= before["bfloat16"]["equal"] - 0.01

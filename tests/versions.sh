@@ -1,27 +1,66 @@
 #!/usr/bin/env bash
-# Test the lower bounds of pyproject.toml and the newest releases: with torch on Python 3.11, jopt alone on 3.12 and
-# 3.13. A Python that is not installed is an error; name the ones to run in VERSIONS.
+# The suite beside other versions of JAX, torch and Python: `tests/versions.sh SET ...`, or all that `make test-versions`
+# runs. Each set has an environment of its own, which is removed after it; KEEP=1 keeps it.
+#
+#   colab-tpu, colab-cpu   what Colab gives; torch's builds for x86-64 carry CUDA: 3 GB to download, 7 GB on disk
+#   today                  Python 3.11, the CPU build of torch 2.13 and the newest JAX for it
+#   newest                 the newest of all
+#   jax-oldest, jax-newest jopt alone, a part of its tests: what CI runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3.11} TORCH=${TORCH:-torch==2.13.0}
-VERSIONS=${VERSIONS:-oldest newest 3.12 3.13}
-bounds=(jax==0.8.0 jaxlib==0.8.0 optax==0.2.6 numpy==2.0.0)
 
-run() { # name, python, what to install, what to test
-  local venv=".venv-$1"
-  echo "== $1"
-  [ -x "$venv/bin/python" ] || "$2" -m venv "$venv"
-  # shellcheck disable=SC2086
-  "$venv/bin/python" -m pip install -q $3
-  "$venv/bin/python" -c 'import jax, optax, numpy, sys; print(sys.version.split()[0], "jax", jax.__version__, "optax", optax.__version__, "numpy", numpy.__version__)'
-  # shellcheck disable=SC2086
-  "$venv/bin/python" -m pytest -q -n 2 -m "not slow" $4
+colab=(jax==0.7.2 jaxlib==0.7.2 numpy==2.1.3 optax==0.2.8 flax==0.11.2 orbax-checkpoint==0.12.4 safetensors==0.8.0)
+# Of jopt alone: every part, and of the optimizers those that are unlike each other.
+alone=(tests/test_versions.py tests/test_import.py tests/test_numerics.py tests/test_arena.py tests/test_groups.py
+  tests/test_transform.py tests/test_sharding.py tests/test_export.py jopt)
+unlike="not test_transform and not test_on_eight_devices or adamw-amsgrad or adafactor-l2 or muon-no or rmsprop-centered or step and adamw or training"
+
+python_of() { # a version, as 3.13: the interpreter's path
+  local found
+  if "python$1" -c "" 2>/dev/null; then
+    command -v "python$1"
+  elif found=$(pyenv prefix "$(pyenv versions --bare 2>/dev/null | grep "^$1\." | tail -1)" 2>/dev/null); then
+    echo "$found/bin/python"
+  else
+    echo "versions.sh: Python $1 is not installed" >&2
+    return 1
+  fi
 }
 
-for version in $VERSIONS; do
-  case $version in
-    oldest) run oldest "$PYTHON" "$TORCH ${bounds[*]} -e .[test]" "" ;;
-    newest) run newest "$PYTHON" "$TORCH -U jax jaxlib optax -e .[test]" "" ;;
-    *) run "$version" "python$version" "pytest pytest-xdist -U jax jaxlib optax -e ." "tests/test_transform.py tests/test_arena.py tests/test_numerics.py tests/test_import.py tests/test_references.py tests/test_docs.py jopt" ;;
-  esac
+run() { # a set's name, a Python, what to install; then what to test
+  local name=$1 version=$2 packages=$3 venv=".venv-$1" python
+  shift 3
+  python=$(python_of "$version")
+  echo "== $name"
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  # shellcheck disable=SC2086
+  "$venv/bin/python" -m pip install -q $packages
+  "$venv/bin/python" - <<'VERSIONS'
+import importlib.metadata as metadata, platform
+found = [f"Python {platform.python_version()}"]
+for name in ("torch", "jax", "numpy", "optax", "flax", "orbax-checkpoint"):
+    try:
+        found.append(f"{name} {metadata.version(name)}")
+    except metadata.PackageNotFoundError:
+        pass
+print(", ".join(found))
+VERSIONS
+  "$venv/bin/python" -m pytest -q -n 2 -p no:cacheprovider "$@" || failed+=("$name")
+  [ -n "${KEEP:-}" ] || rm -rf "$venv"
+}
+
+failed=()
+for set in "${@:-colab-tpu colab-cpu today newest}"; do
+  for name in $set; do
+    case $name in
+      colab-tpu) run "$name" 3.13 "torch==2.9.0 ${colab[*]} -e .[test]" -m "not slow or notebook" ;;
+      colab-cpu) run "$name" 3.13 "torch==2.11.0 ${colab[*]} -e .[test]" -m "not slow or notebook" ;;
+      today) run "$name" 3.11 "torch==2.13.0 -e .[test]" -m "not slow or notebook" ;;
+      newest) run "$name" 3.13 "torch==2.14.1 -U jax jaxlib optax numpy -e .[test]" -m "not slow or notebook" ;;
+      jax-oldest) run "$name" 3.11 "jax==0.7.2 jaxlib==0.7.2 optax==0.2.6 numpy==2.0.0 pytest pytest-xdist flatbuffers -e ." -m "not slow" -k "$unlike" "${alone[@]}" ;;
+      jax-newest) run "$name" 3.13 "-U jax jaxlib optax numpy pytest pytest-xdist flatbuffers -e ." -m "not slow" -k "$unlike" "${alone[@]}" ;;
+      *) echo "versions.sh: no set $name" >&2; exit 2 ;;
+    esac
+  done
 done
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
