@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-all test-versions bench workloads parity docs choosing ahead-of-time lint clean
+.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs choosing ahead-of-time lint clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -17,8 +17,15 @@ test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU an
 	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,ecosystem,frameworks]"
 	$(BIN)/python -m pytest -n 2
 
-test-versions:  ## the oldest and the newest JAX that pyproject.toml admits, and Python 3.12 and 3.13
-	PYTHON=$(PYTHON) TORCH=$(TORCH) tests/versions.sh
+test-versions:  ## the suite beside Colab's versions, today's and the newest: two hours, and 10 GB of disk at a time
+	tests/versions.sh
+
+test-jax:  ## a part of jopt's tests beside the oldest JAX that is supported and the newest, without torch
+	tests/versions.sh jax-oldest jax-newest
+
+dist: $(VENV)/.dev  ## the wheel and the source archive, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and optax; pages and plots in benchmarks/results
 	$(BIN)/python -m benchmarks
@@ -38,9 +45,12 @@ docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
 choosing: $(VENV)/.dev  ## docs/choosing.md: what sweeps say to the usual advice, 2 minutes
 	$(BIN)/python -m docs.choosing
 
-ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md and the memory of docs/many-devices.md: what is compiled for TPUs and a GPU that are not there, 10 minutes
+ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md and the memory of docs/many-devices.md: what is compiled for TPUs and a GPU that are not there, 20 minutes
 	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot]"
-	$(BIN)/python -m docs.ahead_of_time
+	$(PYTHON) -m venv .venv-colab-compiler
+	.venv-colab-compiler/bin/python -m pip install -q jax==0.7.2 jaxlib==0.7.2 libtpu==0.0.21.1 numpy==2.1.3 optax==0.2.8 pytest -e .
+	$(BIN)/python -m docs.ahead_of_time --colab .venv-colab-compiler/bin/python
+	rm -rf .venv-colab-compiler
 	$(BIN)/python -m docs.many_devices
 
 lint: $(VENV)/.dev  ## what pre-commit runs

@@ -2,10 +2,12 @@
 
 make ahead-of-time
 
-Needs libtpu and JAX's CUDA plugin, `pip install '.[aot]'`; nothing is run. A process of its own compiles for each,
-since the CUDA plugin withdraws from one that has looked for a GPU and found none.
+Needs libtpu and JAX's CUDA plugin, `pip install '.[aot]'`, and an environment with the jax and libtpu of Colab's TPUs;
+nothing is run. A process of its own compiles for each, since the CUDA plugin withdraws from one that has looked for a
+GPU and found none.
 """
 
+import ast
 import json
 import os
 import re
@@ -30,6 +32,8 @@ from tests import cases
 SHAPES = {"a": (32768, 1024), "b": (32768, 1024), "bias": (1024,)}
 ROWS = 512  # of a sparse gradient
 ZERO, FSDP = "state divided", "all divided"
+NOTEBOOK = "the notebook's train step"
+ROOT = Path(__file__).parent.parent
 OPTIMIZERS = {case.name: case.jopt() for case in reversed(cases.CASES)}  # the first configuration of each
 OPTIMIZERS = dict(sorted(OPTIMIZERS.items())) | {"sparse_adam": jopt.sparse_adam()}
 ENVIRONMENT = {
@@ -72,7 +76,7 @@ COLAB = {
     "TPU v5e-1": ("libtpu", {"platform": "tpu", "topology_name": "v5e:1x1"} | ONE_CHIP),
     "TPU v6e-1": ("libtpu", {"platform": "tpu", "topology_name": "v6e:1x1"} | ONE_CHIP),
 }
-TARGETS = COLAB | {
+TARGETS = {
     "TPU v5e": ("libtpu", {"platform": "tpu", "topology_name": "v5e:2x2"}),
     "TPU v6e": ("libtpu", {"platform": "tpu", "topology_name": "v6e:2x2"}),
     "H100": (
@@ -86,9 +90,9 @@ def compile_all(target, names):
     """By optimizer and form what the compiled step does to memory and between devices."""
     if JAX < (0, 8):  # which crashes where it asks a device that is not there for its layouts
         pxla.is_default_layout = lambda *_: True
-    devices = topologies.get_topology_desc(**TARGETS[target][1]).devices
+    devices = topologies.get_topology_desc(**(TARGETS | COLAB)[target][1]).devices
     mesh = Mesh(np.array(devices[:4]), ("data",))
-    found = {}
+    found = {NOTEBOOK: look_at(*notebook_step(mesh))} if target in COLAB else {}
     for name in names:
         for form, compiled in programs(name, devices[0], mesh):
             found[f"{name}, {form}"] = look_at(*compiled)
@@ -110,6 +114,30 @@ def programs(name, device, mesh):
         packed = jax.eval_shape(jopt.pack, params)
         yield "packed", lower(tx, placed(packed, one), one)
         yield f"packed, {ZERO}", lower(jopt.shard_state(tx, packed, mesh), placed(packed, whole), whole)
+
+
+def notebook_step(mesh):
+    """examples/colab_tpu.ipynb's own train step, compiled, and what it takes."""
+    source = ast.parse((ROOT / "examples" / "colab_tpu.py").read_text())
+    wanted = ("conv", "loss_of", "step_of")
+    functions = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    whole, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    shapes = {"0.weight": (32, 1, 3, 3), "0.bias": (32,), "2.weight": (64, 32, 3, 3), "2.bias": (64,)}
+    shapes |= {"5.weight": (10, 1024), "5.bias": (10,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole) for name, shape in shapes.items()}
+    tx = jopt.adamw(lr=2e-3)
+    names = {"jax": jax, "jnp": jnp, "sharded": jopt.shard_state(tx, params, mesh, "data")}
+    exec(compile(ast.Module(functions, []), "colab_tpu.py", "exec"), names)
+    state = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        jax.eval_shape(tx.init, params),
+        names["sharded"].shardings,
+    )
+    x = jax.ShapeDtypeStruct((128, 1, 8, 8), jnp.float32, sharding=parts)
+    y = jax.ShapeDtypeStruct((128,), jnp.int32, sharding=parts)
+    with jax.default_matmul_precision("highest"):
+        step = jax.jit(names["step_of"], donate_argnums=(0, 1)).lower(params, state, x, y).compile()
+    return step, params, state, (x, y)
 
 
 def placed(tree, sharding):
@@ -170,11 +198,11 @@ def collectives(program):
     return found
 
 
-def compiled_elsewhere(target, names):
+def compiled_elsewhere(target, names, python=sys.executable):
     """compile_all in a process of its own."""
     child = subprocess.run(
-        [sys.executable, "-m", "docs.ahead_of_time", target, *names],
-        cwd=Path(__file__).parent.parent,
+        [python, "-m", "docs.ahead_of_time", target, *names],
+        cwd=ROOT,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -221,11 +249,36 @@ gives, on each device.
 - Muon gathers its update once, in bfloat16: half the bytes of the parameter that others gather. Adafactor sums a row
   and four scalars for each matrix, MARS a scalar. SparseAdam sums the rows that have a gradient. Plain SGD has nothing
   to divide, and moves nothing.
+
+## On Colab's TPUs, with Colab's compiler
+
+Colab's TPUs are a v5e-1 and a v6e-1, of one chip, and its packages are older: {{versions}}. Compiled by
+those, every step, as a tree, packed and by `jopt.shard_state` over the one device, has all its buffers in place and no
+array of float64 longer than its leaves are many. In brackets what the compiler of the tables above makes of the same,
+where it differs by more than 1 %.
+
+{{colab}}
+
+The train step of [the notebook](../examples/colab_tpu.ipynb), forward and backward pass included: {{notebook}}.
 """
 
 
-def page(found):
-    """`found`: by target and program."""
+def colab_rows(old, new):
+    """The steps on Colab's TPUs: what its own compiler makes of them, and where a newer one differs."""
+
+    def shown(key, what):
+        x, y = old[key][what], new[key][what]
+        differs = abs(x - y) > 0.01 * y and max(x, y) > 2e6
+        return megabytes(x) + (f" [{megabytes(y)}]" if differs else "")
+
+    for name in OPTIMIZERS:
+        for form in ("tree", "packed", ZERO):
+            if (key := f"{name}, {form}") in old:
+                yield [name, form, megabytes(old[key]["minimum"]), shown(key, "accessed"), shown(key, "temporary")]
+
+
+def page(found, colab, versions):
+    """`found`: by target and program; `colab`: the same by Colab's compiler, of these versions."""
     first = found["TPU v5e"]
     one, four = [], []
     for name in OPTIMIZERS:
@@ -248,7 +301,14 @@ def page(found):
     ]
     temporary = [f"temporary, {t}" for t in ("v5e", "v6e", "H100")]
     tables = [table([*header, *temporary], rows) for header, rows in zip(headers, (one, four), strict=True)]
-    return TEXT.format(one=tables[0], four=tables[1])
+    rows = zip(*(list(colab_rows(colab[target], found[target])) for target in COLAB), strict=True)
+    columns = [f"{what}, {target}" for target in COLAB for what in ("read and written", "temporary")]
+    tables.append(table(["optimizer", "form", "least", *columns], [[*a, *b[3:]] for a, b in rows]))
+    notebook = "; ".join(
+        f"{target} {x['in place']} of {x['outputs']} buffers in place, temporaries of {megabytes(x['temporary'])} MB"
+        for target, x in ((target, colab[target][NOTEBOOK]) for target in COLAB)
+    )
+    return TEXT.format(one=tables[0], four=tables[1], colab=tables[2], versions=versions, notebook=notebook)
 
 
 def megabytes(n):
@@ -261,8 +321,12 @@ def table(header, rows):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(compile_all(sys.argv[1], sys.argv[2:] or OPTIMIZERS)))
+    if sys.argv[1:2] == ["--colab"]:
+        python = sys.argv[2]
+        found = {target: compiled_elsewhere(target, ()) for target in TARGETS | COLAB}
+        colab = {target: compiled_elsewhere(target, (), python) for target in COLAB}
+        code = "from importlib.metadata import version as v; print('jax', v('jax') + ', libtpu', v('libtpu'))"
+        versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        (Path(__file__).parent / "ahead-of-time.md").write_text(page(found, colab, versions))
     else:
-        found = {target: compiled_elsewhere(target, ()) for target in TARGETS}
-        (Path(__file__).parent / "ahead-of-time.md").write_text(page(found))
+        print(json.dumps(compile_all(sys.argv[1], sys.argv[2:] or OPTIMIZERS)))

@@ -21,7 +21,18 @@ import pytest
 from jax.experimental import topologies
 
 import jopt
-from docs.ahead_of_time import ENVIRONMENT, FSDP, OPTIMIZERS, ROWS, SHAPES, TARGETS, ZERO, compiled_elsewhere
+from docs.ahead_of_time import (
+    COLAB,
+    ENVIRONMENT,
+    FSDP,
+    NOTEBOOK,
+    OPTIMIZERS,
+    ROWS,
+    SHAPES,
+    TARGETS,
+    ZERO,
+    compiled_elsewhere,
+)
 from tests import cases
 
 pytestmark = pytest.mark.slow  # minutes of compiling
@@ -36,7 +47,7 @@ RULES = {name: tx.rule for name, tx in OPTIMIZERS.items()}
 
 
 def skip_without(target):
-    plugin = TARGETS[target][0]
+    plugin = (TARGETS | COLAB)[target][0]
     if importlib.util.find_spec(plugin) is None:
         pytest.skip(f"compiling for {target} needs {plugin}: pip install '.[aot]'")
 
@@ -170,6 +181,23 @@ def test_divided_parameters_are_stepped_where_they_lie(target):
             assert moved["all-reduce"] <= 2 * 4 * (SHAPES["a"][1] + 8), program
         else:  # SparseAdam's rows: state's and the table's
             assert sum(moved.values()) <= 2 * 3 * 4 * ROWS * SHAPES["a"][1], program
+
+
+# --- Colab's TPUs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", COLAB)
+def test_on_colabs_tpus(target):
+    """With the compiler at hand; tests/versions.sh runs this with Colab's own."""
+    for program, rule, found in programs(target, *FORMS):
+        assert found["in place"] == found["outputs"], program
+        assert found["longest float64"] <= len(SHAPES), program
+        assert found["temporary"] <= (3 * params_bytes(rule) if rule.batched else 2 * SCALARS), program
+        if rule.scope == "element":
+            assert found["accessed"] <= 1.01 * found["minimum"], program
+    step = compiled(target)[NOTEBOOK]
+    assert step["in place"] == step["outputs"] == 6 + 2 * 6 + 2
+    assert step["longest float64"] <= 6
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ WHERE = "__import__('jopt').__file__"
 
 
 @pytest.mark.slow
+@pytest.mark.notebook
 @pytest.mark.parametrize("devices", [8, 1])
 def test_the_tpu_notebook(colab, devices):
     """On eight devices, and on one, as Colab's v5e-1 and v6e-1 have."""
