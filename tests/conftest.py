@@ -10,6 +10,8 @@ import pathlib
 import jax
 import pytest
 
+collect_ignore = ["data"]  # what tests read, among it programs that are not to be run
+
 from jopt._compat import enable_x64
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
