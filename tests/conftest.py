@@ -10,10 +10,9 @@ import pathlib
 import jax
 import pytest
 
-collect_ignore = ["data"]  # what tests read, among it programs that are not to be run
-
 from jopt._compat import enable_x64
 
+collect_ignore = ["data"]  # what tests read, among it programs that are not to be run
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
