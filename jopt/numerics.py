@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jopt._compat import enable_x64, undivided
@@ -91,25 +93,37 @@ def _evaluate(f: Callable[..., Any], n_elementwise: int, dtype: np.dtype, *args:
         with enable_x64(True), jax.numpy_dtype_promotion("standard"):
             return undivided(narrowed)(*args)
 
-    @call.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
         out = call(*primals)
-        out_dot = [jnp.zeros_like(y) for y in out]
+        terms: list[list[Array]] = [[] for _ in out]
         for i, tangent in enumerate(tangents):
-            if not jnp.issubdtype(jnp.result_type(primals[i]), jnp.floating):
+            # Of these JAX itself sees that no output changes with them.
+            if isinstance(tangent, SymbolicZero) or not jnp.issubdtype(tangent.dtype, jnp.floating):
                 continue
             partials = _evaluate(_partial(f, i, i < n_elementwise), n_elementwise, dtype, *primals)
             tangent = lax.convert_element_type(tangent, dtype)
-            for j, d in enumerate(partials):
-                if i < n_elementwise and jnp.ndim(tangent) > jnp.ndim(out[j]):
-                    continue  # a 0-d output of an elementwise f does not depend on this argument
+            for j in _dependents(f, i, primals):
                 if i >= n_elementwise and jnp.ndim(tangent):
-                    out_dot[j] = out_dot[j] + jnp.tensordot(d, tangent, jnp.ndim(tangent))
+                    terms[j].append(jnp.tensordot(partials[j], tangent, jnp.ndim(tangent)))
                 else:
-                    out_dot[j] = out_dot[j] + d * tangent
-        return out, tuple(out_dot)
+                    terms[j].append(partials[j] * tangent)
+        # A zero that is only a number would be multiplied by what is infinite, as a root's derivative at 0.
+        zeros = [SymbolicZero(jax.typeof(y)) for y in out]
+        return out, tuple(sum(x[1:], x[0]) if x else zero for x, zero in zip(terms, zeros, strict=True))
 
+    call.defjvp(jvp, symbolic_zeros=True)
     return call(*args)
+
+
+def _dependents(f: Callable[..., Any], i: int, args: Sequence[Any]) -> list[int]:
+    """The outputs of f in which argument i appears."""
+    with enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        jaxpr = jax.make_jaxpr(lambda *args: f(*map(_widen, args)))(*args).jaxpr
+    changing = {jaxpr.invars[i]}
+    for equation in jaxpr.eqns:
+        if any(not isinstance(x, Literal) and x in changing for x in equation.invars):
+            changing.update(equation.outvars)
+    return [j for j, x in enumerate(jaxpr.outvars) if not isinstance(x, Literal) and x in changing]
 
 
 def _partial(f: Callable[..., Any], i: int, elementwise: bool) -> Callable[..., Any]:
@@ -208,16 +222,30 @@ def cast(scalar: Array, like: Array) -> Array:
     return _round(scalar, like.dtype)
 
 
+@jax.custom_jvp
+def _root(x: Array) -> Array:
+    """The square root. Its derivative at 0 is taken as 0: what is 0 there, second moments and norms of gradients, is
+    also multiplied by a gradient that is 0, and infinite times 0 would make a hypergradient nan."""
+    return jnp.sqrt(x)
+
+
+@_root.defjvp
+def _root_jvp(primals: Any, tangents: Any) -> Any:
+    y = _root(*primals)
+    positive = y > 0
+    return y, tangents[0] * jnp.where(positive, 0.5 / jnp.where(positive, y, 1), 0)
+
+
 def sqrt(x: Array) -> Array:
     """torch.sqrt."""
     (a,) = _up(x)
-    return _round(jnp.sqrt(a), x.dtype)
+    return _round(_root(a), x.dtype)
 
 
 def rsqrt(x: Array) -> Array:
     """torch.rsqrt: 1 / sqrt(x)."""
     (a,) = _up(x)
-    return _round(1 / jnp.sqrt(a), x.dtype)
+    return _round(1 / _root(a), x.dtype)
 
 
 def norm(x: Array, axis: int | None = None) -> Array:
@@ -225,7 +253,7 @@ def norm(x: Array, axis: int | None = None) -> Array:
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag]) if axis is None else jnp.abs(x)
     (a,) = _up(x)
-    return _round(jnp.sqrt(jnp.sum(a * a, axis=axis, keepdims=axis is not None)), x.dtype)
+    return _round(_root(jnp.sum(a * a, axis=axis, keepdims=axis is not None)), x.dtype)
 
 
 def mean(x: Array, axis: int) -> Array:
