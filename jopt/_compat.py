@@ -40,9 +40,13 @@ except (ImportError, RuntimeError) as error:
         f"pip install -U jax jaxlib ({error})"
     ) from error
 
+from jax._src import core  # noqa: E402
 from jax.core import Tracer  # noqa: E402
 
 JAX = numbers(jax.__version__)
+
+# Whether nothing is traced, differentiated or mapped. Private to JAX; without it the way that is always right is taken.
+trace_state_clean: Callable[[], bool] = getattr(core, "trace_state_clean", lambda: False)
 
 if JAX >= (0, 8):
     enable_x64: Callable[[bool], AbstractContextManager[None]] = jax.enable_x64

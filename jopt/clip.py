@@ -21,6 +21,8 @@ from jax.experimental.sparse import BCOO
 
 from jopt import numerics
 from jopt.arena import is_packed
+from jopt.rule import Hyperparameter, at_count
+from jopt.valued import Valued
 
 Tree = Any
 
@@ -61,12 +63,19 @@ def clip_factor(norm: Array, max_norm: Any) -> Array:
 
 
 class ClipState(NamedTuple):
-    """The norm of the last gradients before clipping; 0 before the first."""
+    """The norm of the last gradients before clipping, 0 before the first; int32, the calls so far."""
 
     total_norm: Array
+    count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a state
 
 
-def clip_grad_norm(max_norm: float | Array, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> ClipGradNorm:
+class ClipValueState(NamedTuple):
+    """int32, the calls so far."""
+
+    count: Array  # type: ignore[assignment]
+
+
+def clip_grad_norm(max_norm: Hyperparameter, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> ClipGradNorm:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`.
 
     norm is the `norm_type`-norm over the norms of the tensors: over all that the transformation sees, so in a chain
@@ -80,7 +89,7 @@ def clip_grad_norm(max_norm: float | Array, norm_type: float = 2.0, error_if_non
     [-0.6 -0.8] 5.0
 
     Args:
-      max_norm: a number of at least 0.
+      max_norm: a number of at least 0, a 0-d array or a schedule.
       norm_type: any p of a vector norm, `math.inf` included.
       error_if_nonfinite: raise if the norm is nan or infinite. Inside jit it is a check of
         `jax.experimental.checkify`, which the jitted function must be wrapped in.
@@ -92,20 +101,21 @@ def clip_grad_norm(max_norm: float | Array, norm_type: float = 2.0, error_if_non
       RuntimeError: torch's, with `error_if_nonfinite`.
       TypeError: a sparse gradient.
     """
-    _check_number("max_norm", max_norm)
+    if not callable(max_norm):
+        _check_number("max_norm", max_norm)
     _check_number("norm_type", norm_type, at_least=-math.inf)
     return ClipGradNorm(max_norm, float(norm_type), error_if_nonfinite)
 
 
-class ClipGradNorm(optax.GradientTransformationExtraArgs):
+class ClipGradNorm(Valued):
     """What `clip_grad_norm` makes. A `jopt.chain` asks it for the factor alone, which the step then multiplies by."""
 
-    _arguments: tuple[Any, float, bool]
+    _arguments: tuple[Hyperparameter, float, bool]
 
-    def __new__(cls, max_norm: float | Array, p: float, error_if_nonfinite: bool) -> Self:
+    def __new__(cls, max_norm: Hyperparameter, p: float, error_if_nonfinite: bool) -> Self:
         def init(params: Tree) -> ClipState:
-            dtypes = [jnp.finfo(x.dtype).dtype for x in jax.tree.leaves(params)]
-            return ClipState(jnp.zeros((), _widest(dtypes) if dtypes else None))
+            dtypes = [jnp.finfo(jnp.result_type(x)).dtype for x in _floating(params)]
+            return ClipState(jnp.zeros((), _widest(dtypes) if dtypes else None), jnp.zeros((), jnp.int32))
 
         def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
             del params, extra
@@ -116,15 +126,13 @@ class ClipGradNorm(optax.GradientTransformationExtraArgs):
         self._arguments = (max_norm, p, error_if_nonfinite)
         return self
 
-    def __reduce__(self) -> Any:
-        return ClipGradNorm, self._arguments
-
     def factor(self, updates: Tree, factors: Sequence[Array], state: ClipState) -> tuple[Array, ClipState]:
         """What gradients, that are still to be multiplied by the positive `factors`, are to be multiplied by then."""
         max_norm, p, error_if_nonfinite = self._arguments
-        leaves = _dense("clip_grad_norm", updates)
+        _dense("clip_grad_norm", updates)
+        leaves, count = _floating(updates), jnp.asarray(optax.safe_increment(state.count))
         if not leaves:
-            return jnp.ones_like(state.total_norm), ClipState(jnp.zeros_like(state.total_norm))
+            return jnp.ones_like(state.total_norm), ClipState(jnp.zeros_like(state.total_norm), count)
         if p < 0 and any(is_packed(x) for x in jax.tree.leaves(updates, is_leaf=is_packed)):
             raise ValueError(f"norm_type: {p} would see the zeros that fill a packed buffer; unpack first")
         norms = [vector_norm(x, p) for x in leaves]
@@ -134,7 +142,8 @@ class ClipGradNorm(optax.GradientTransformationExtraArgs):
         norm = total_norm(norms, p)
         if error_if_nonfinite:
             _check_finite(norm, p)
-        return clip_factor(norm, max_norm), ClipState(norm.astype(state.total_norm.dtype))
+        bound = _at("max_norm", max_norm, state.count, numerics.compute_dtype(norm.dtype))
+        return clip_factor(norm, bound), ClipState(norm.astype(state.total_norm.dtype), count)
 
 
 def scaled(grads: Tree, factors: Sequence[Array]) -> Tree:
@@ -154,7 +163,13 @@ def _check_finite(norm: Array, p: float) -> None:
         raise RuntimeError(text)
 
 
-def clip_grad_value(clip_value: float | Array) -> optax.GradientTransformationExtraArgs:
+def _at(name: str, value: Hyperparameter, count: Array, dtype: Any) -> Any:
+    if not callable(schedule := value):
+        return value
+    return numerics.in_double(lambda _, count: at_count(name, schedule, count), (), count, dtype=dtype)
+
+
+def clip_grad_value(clip_value: Hyperparameter) -> ClipGradValue:
     """Clamp each element to [-clip_value, clip_value], as `torch.nn.utils.clip_grad_value_`; nan stays.
 
     >>> import jax.numpy as jnp, jopt
@@ -162,26 +177,43 @@ def clip_grad_value(clip_value: float | Array) -> optax.GradientTransformationEx
     >>> tx.update(jnp.array([-2.0, 0.25, 1.0]), tx.init(None))[0].tolist()
     [-0.5, 0.25, 0.5]
     """
-    _check_number("clip_value", clip_value)
+    if not callable(clip_value):
+        _check_number("clip_value", clip_value)
+    return ClipGradValue(clip_value)
 
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
-        del params, extra
-        _dense("clip_grad_value", updates)
-        clamp = lambda g: jnp.clip(g, -jnp.asarray(clip_value, g.dtype), jnp.asarray(clip_value, g.dtype))  # noqa: E731
-        return jax.tree.map(clamp, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+class ClipGradValue(Valued):
+    """What `clip_grad_value` makes."""
+
+    def __new__(cls, clip_value: Hyperparameter) -> Self:
+        def init(params: Tree) -> ClipValueState:
+            del params
+            return ClipValueState(jnp.zeros((), jnp.int32))
+
+        def update(updates: Tree, state: ClipValueState, params: Tree | None = None, **extra: Any) -> Any:
+            del params, extra
+            _dense("clip_grad_value", updates)
+            bound = _at("clip_value", clip_value, state.count, numerics.widest(x.dtype for x in _floating(updates)))
+            clamp = lambda g: jnp.clip(g, -jnp.asarray(bound, g.dtype), jnp.asarray(bound, g.dtype))  # noqa: E731
+            return jax.tree.map(clamp, updates), ClipValueState(jnp.asarray(optax.safe_increment(state.count)))
+
+        self = super().__new__(cls, init, update)  # type: ignore[arg-type]
+        self._arguments = (clip_value,)
+        return self
+
+
+def _floating(tree: Tree) -> list[Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
 
 def _check_number(name: str, value: Any, at_least: float = 0.0) -> None:
-    if isinstance(value, Array):
+    if isinstance(value, Array) and not value.ndim:
         return
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not float(value) >= at_least:
         raise ValueError(f"{name}: expected a number of at least {at_least}, found {value!r}")
 
 
-def _dense(function: str, updates: Tree) -> list[Array]:
+def _dense(function: str, updates: Tree) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: isinstance(x, BCOO)):
         if isinstance(x, BCOO):
             raise TypeError(f"{function}: expected dense gradients, found BCOO at {jax.tree_util.keystr(path)}")
-    return jax.tree.leaves(updates)

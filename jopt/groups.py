@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from jopt import chaining
 from jopt.arena import is_packed, path_name
-from jopt.transform import Exact, P, check_params
+from jopt.transform import Exact, P, check_params, difference
 
 Tree = Any
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -23,7 +23,7 @@ REST = "the rest"
 def norms_and_biases(path: str, leaf: Any) -> bool:
     """A pattern for `param_groups`: parameters of at most one axis, which are usually not decayed."""
     del path
-    return len(leaf.shape) <= 1
+    return np.ndim(leaf) <= 1
 
 
 class GroupsState(NamedTuple):
@@ -52,14 +52,19 @@ class Groups(Exact[GroupsState]):
         def update(updates: Tree, state: GroupsState, params: Tree | None = None, **extra: Any) -> Any:
             check_params(params)
             new, state = self.step(updates, state, params, **extra)
-            return jax.tree.map(jnp.subtract, new, params), state
+            return difference(new, params), state
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
-        self.patterns, self.transforms = patterns, transforms
+        self.patterns, self.transforms = self._arguments = patterns, transforms
         return self
 
-    def __reduce__(self) -> Any:
-        return Groups, (self.patterns, self.transforms)
+    def frozen(self, params: Tree) -> list[bool]:
+        _, treedef, labels = self._assign(params)
+        inside = [
+            None if tx is None else iter(chaining.frozen(tx, _part(treedef, params, labels, i)))
+            for i, tx in enumerate(self.transforms)
+        ]
+        return [(own := inside[label]) is None or next(own) for label in labels]
 
     def assignment(self, params: Tree) -> dict[str, str]:
         """The pattern that each parameter's path falls under; a packed tree's by the paths inside it.
@@ -84,6 +89,7 @@ class Groups(Exact[GroupsState]):
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
+        skip: Array | None = None,
         **extra_args: Any,
     ) -> tuple[P, GroupsState]:
         """One step of every group: as `Transform.step`.
@@ -104,7 +110,7 @@ class Groups(Exact[GroupsState]):
             part = _part(treedef, params, labels, i)
             mask = None if active is None else _part(treedef, active, labels, i)
             own = _part(treedef, grads, labels, i)
-            new, s = chaining.step(tx, own, s, part, active=mask, factors=factors, **extra_args)
+            new, s = chaining.step(tx, own, s, part, active=mask, factors=factors, skip=skip, **extra_args)
             states.append(s)
             new_leaves = treedef.flatten_up_to(new)
             for j, label in enumerate(labels):

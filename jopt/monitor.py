@@ -16,7 +16,7 @@ from jax import Array, lax
 from jopt import chaining, numerics
 from jopt.arena import path_name
 from jopt.clip import scaled
-from jopt.transform import Exact, P, check_params
+from jopt.transform import Exact, P, check_params, difference, keep
 
 Tree = Any
 
@@ -58,14 +58,16 @@ class Monitor(Exact[MonitorState]):
         def update(updates: Tree, state: MonitorState, params: Tree | None = None, **extra: Any) -> Any:
             check_params(params)
             new, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
-            return new, MonitorState(inner, _health(updates, new, params))
+            return new, MonitorState(
+                inner, _health(chaining.without(self.frozen(params), params, updates), new, params)
+            )
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
-        self._tx = tx
+        self._tx, self._arguments = tx, (tx,)
         return self
 
-    def __reduce__(self) -> Any:
-        return Monitor, (self._tx,)
+    def frozen(self, params: Tree) -> list[bool]:
+        return chaining.frozen(self._tx, params)
 
     def step(
         self,
@@ -75,12 +77,17 @@ class Monitor(Exact[MonitorState]):
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
+        skip: Array | None = None,
         **extra_args: Any,
     ) -> tuple[P, MonitorState]:
-        """One step of the transformation, measured: as `Transform.step`. A leaf without gradient counts as zeros."""
-        new, inner = chaining.step(self._tx, grads, state.inner, params, active=active, factors=factors, **extra_args)
-        updates = jax.tree.map(jnp.subtract, new, params)
-        return new, MonitorState(inner, _health(scaled(grads, factors), updates, params))
+        """One step of the transformation, measured: as `Transform.step`. A leaf without gradient, or that is frozen or
+        not active, counts as zeros."""
+        new, inner = chaining.step(
+            self._tx, grads, state.inner, params, active=active, factors=factors, skip=skip, **extra_args
+        )
+        seen = chaining.of_active(active, chaining.without(self.frozen(params), params, scaled(grads, factors)), params)
+        health = _health(seen, difference(new, params), params)
+        return new, MonitorState(inner, keep(skip, state.health, health))
 
 
 def monitor(tx: optax.GradientTransformation) -> Monitor:

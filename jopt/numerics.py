@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jopt._compat import enable_x64, undivided
+from jopt._compat import enable_x64, trace_state_clean, undivided
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -59,6 +59,12 @@ def in_double(f: Callable[..., Any], elementwise: Any, scalars: Any = (), *, dty
     leaves, treedef = jax.tree.flatten((elementwise, scalars))
     n_elementwise = len(jax.tree.leaves(elementwise))
     leaves = [jnp.asarray(x) for x in leaves]
+    if trace_state_clean():  # nothing is differentiated: what is below would leave its traces in JAX's caches
+        with enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            out = f(*jax.tree.unflatten(treedef, list(map(_widen, leaves))))
+            return jax.tree.map(
+                lambda y: lax.convert_element_type(lax.convert_element_type(y, jnp.float64), dtype), out
+            )
     out_tree = None
 
     def flat(*leaves: Any) -> tuple[Any, ...]:
@@ -284,6 +290,21 @@ def whole(x: Array) -> Array:
 def constrain(x: Array, spec: PartitionSpec) -> Array:
     """x, laid out so on the mesh of the context. (jax 0.7 takes a bare spec only under `jax.set_mesh`.)"""
     return lax.with_sharding_constraint(x, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
+
+
+def laid_out(f: Callable[..., Any], like: Any, *args: Any) -> Any:
+    """`f(*args)`. Where arguments lie on a mesh with explicit axes XLA chooses inside how arrays lie, and the results
+    come out as `like` does, a tree with their structure.
+
+    A rule's formulas multiply what lies differently, a row's mean and its matrix, which explicit axes refuse.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args) if isinstance(x, Array)]
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return f(*args)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(f, out_sharding=specs)(*args)
 
 
 def lerp(start: Array, end: Array, weight: Array) -> Array:

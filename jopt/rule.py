@@ -176,6 +176,25 @@ def check_hyperparameter(name: str, value: Any, limit: Limit | None) -> None:
         raise ValueError(f"{name}: expected a number, found nan")
 
 
+def at_count(name: str, schedule: Callable[[Array], Any], count: Array) -> Any:
+    """A schedule's value, checked."""
+    try:
+        value = schedule(count)
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(
+            f"{name}: its schedule branches on the step, which is not known while the step is compiled; choose with "
+            "jnp.where(step < n, a, b), jax.lax.cond, or a schedule of jopt.schedules"
+        ) from error
+    if not isinstance(value, Array | np.ndarray | np.generic | int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected its schedule to return a number, found {type(value).__name__} {value!r}")
+    if jnp.shape(value) != () or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise ValueError(
+            f"{name}: expected its schedule to return one real number, found {jnp.result_type(value)} of shape "
+            f"{jnp.shape(value)}"
+        )
+    return value
+
+
 @functools.cache
 def _flags(cls: type[Rule]) -> list[tuple[str, bool]]:
     """A rule's flags, and whether each is true or false."""
@@ -351,6 +370,12 @@ def _step_element(
     return param, dict(zip(state, slots, strict=True))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _step_whole(rule: Rule, *leaf: Any) -> tuple[Array, LeafState]:
+    """step_rows or step_leaf, traced once for all leaves of one shape, and outside of a trace compiled once."""
+    return (step_rows if rule.scope == "rows" else step_leaf)(rule, *leaf)
+
+
 def step_leaves(
     rule: Rule, leaves: Sequence[tuple[Any, ...]], *, separate: bool = False
 ) -> list[tuple[Array, LeafState]]:
@@ -361,8 +386,7 @@ def step_leaves(
     if rule.scope == "element":
         return [_step_element(rule, *leaf, separate=separate) for leaf in leaves]
     if not rule.batched:
-        step = step_rows if rule.scope == "rows" else step_leaf
-        return [step(rule, *leaf) for leaf in leaves]
+        return [_step_whole(rule, *leaf) for leaf in leaves]
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         flat, treedef = jax.tree.flatten(leaf)
@@ -371,11 +395,7 @@ def step_leaves(
     for members in groups.values():
         alike = [leaves[i] for i in members]
         few = at_once(alike[0][3].size)
-        step = functools.partial(_step_alike, rule)
-        if few < len(alike):
-            out = lax.platform_dependent(alike, cpu=functools.partial(step, at_once=few), default=step)
-        else:
-            out = step(alike)
+        out = _step_alike(rule, alike, few) if few < len(alike) else _step_alike(rule, alike)
         results.update(zip(members, out, strict=True))
     return [results[i] for i in range(len(leaves))]
 
@@ -385,12 +405,17 @@ def at_once(size: int) -> int:
     return max(1, STACKED // max(1, size))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _step_alike(
     rule: Rule, leaves: Sequence[tuple[Any, ...]], at_once: int | None = None
 ) -> list[tuple[Array, LeafState]]:
-    """`step_leaf` for leaves of equal shapes, stacked, all or so many at once."""
+    """`step_leaf` for leaves of equal shapes, stacked: all at once, or on CPU so many."""
     if at_once is not None:
-        return [x for i in range(0, len(leaves), at_once) for x in _step_alike(rule, leaves[i : i + at_once])]
+
+        def in_turn(leaves: Any) -> Any:
+            return [x for i in range(0, len(leaves), at_once) for x in _step_alike(rule, leaves[i : i + at_once])]
+
+        return lax.platform_dependent(leaves, cpu=in_turn, default=functools.partial(_step_alike, rule))
     if len(leaves) == 1:
         return [step_leaf(rule, *leaves[0])]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)

@@ -16,8 +16,10 @@ import optax
 from jax import Array
 
 from jopt import chaining, numerics
-from jopt.clip import scaled
-from jopt.transform import Exact, P, S, State
+from jopt.clip import ClipState, ClipValueState, scaled
+from jopt.groups import GroupsState
+from jopt.monitor import MonitorState
+from jopt.transform import Exact, P, S, State, keep
 
 Tree = Any
 
@@ -87,16 +89,18 @@ class LossScale:
         """`scaler.step(optimizer); scaler.update()`: unscale, step or skip, and adapt the scale.
 
         A skipped step keeps parameters and optimizer state; the count that drives schedules goes on, as a scheduler
-        does in torch's usual loop, which steps it after `scaler.update()` in any case. Clip inside `tx`
+        does in torch's usual loop, which steps it after `scaler.update()` in any case (in what optax's transformations
+        wrap it does not: they count themselves). Clip inside `tx`
         (`jopt.chain(jopt.clip_grad_norm(1.0), ...)`): it sees unscaled gradients.
 
         Returns:
           `(params, state, scale)`.
         """
+        grads = chaining.without(chaining.frozen(tx, params), params, grads)
         found_inf = jnp.logical_not(all_finite(grads))
-        inverse = (self._inverse(scale),)
-        params, state = step_unless(found_inf, tx, grads, state, params, inverse, counts=True, **extra_args)
-        return params, state, self.update(found_inf, scale)
+        factors = (self._inverse(scale),)
+        params, state = chaining.step(tx, grads, state, params, factors=factors, skip=found_inf, **extra_args)
+        return params, _counted(state, found_inf), self.update(found_inf, scale)
 
 
 def loss_scale(
@@ -132,29 +136,13 @@ def loss_scale(
     return LossScale(float(init_scale), float(growth_factor), float(backoff_factor), int(growth_interval))
 
 
-def step_unless(
-    skip: Array,
-    tx: optax.GradientTransformation,
-    grads: Tree,
-    state: Any,
-    params: Tree,
-    factors: Sequence[Array] = (),
-    active: Tree | None = None,
-    *,
-    counts: bool,
-    **extra_args: Any,
-) -> tuple[Tree, Any]:
-    """A step of `tx`, or where `skip` the parameters and state as they are; `counts`: jopt's step counts go on."""
-    active = jax.tree.map(lambda _: True, params) if active is None else active
-    goes = jax.tree.map(lambda a: jnp.logical_and(a, jnp.logical_not(skip)), active)
-    new_params, new_state = chaining.step(tx, grads, state, params, active=goes, factors=factors, **extra_args)
-
-    def choose(new: Any, old: Any) -> Any:
-        if isinstance(new, State):  # its step left what is not active as it was
-            return new if counts else new._replace(count=jnp.where(skip, old.count, new.count))
-        return jnp.where(skip, old, new)
-
-    return new_params, jax.tree.map(choose, new_state, state, is_leaf=lambda x: isinstance(x, State))
+def _counted(state: Any, skipped: Array) -> Any:
+    """A state whose counts, those that drive schedules, went on at a skipped step too."""
+    if isinstance(state, State | ClipState | ClipValueState):
+        return state._replace(count=jnp.where(skipped, optax.safe_increment(state.count), state.count))
+    if isinstance(state, GroupsState | MonitorState | SkipState):
+        return type(state)(*(_counted(x, skipped) for x in state))
+    return tuple(_counted(x, skipped) for x in state) if type(state) is tuple else state
 
 
 class SkipState(NamedTuple):
@@ -174,18 +162,18 @@ class Skipping(Exact[SkipState]):
             return SkipState(tx.init(params), jnp.zeros((), jnp.int32))
 
         def update(updates: Tree, state: SkipState, params: Tree | None = None, **extra: Any) -> Any:
-            bad = jnp.logical_not(all_finite(updates))
+            seen = updates if params is None else chaining.without(self.frozen(params), params, updates)
+            bad = jnp.logical_not(all_finite(seen))
             new, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
-            new = jax.tree.map(lambda x: jnp.where(bad, jnp.zeros_like(x), x), new)
-            inner = jax.tree.map(lambda a, b: jnp.where(bad, b, a), inner, state.inner)
-            return new, SkipState(inner, state.skipped + bad.astype(jnp.int32))
+            new = keep(bad, jax.tree.map(jnp.zeros_like, new), new)
+            return new, SkipState(keep(bad, state.inner, inner), state.skipped + bad.astype(jnp.int32))
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
-        self._tx = tx
+        self._tx, self._arguments = tx, (tx,)
         return self
 
-    def __reduce__(self) -> Any:
-        return Skipping, (self._tx,)
+    def frozen(self, params: Tree) -> list[bool]:
+        return chaining.frozen(self._tx, params)
 
     def step(
         self,
@@ -195,14 +183,23 @@ class Skipping(Exact[SkipState]):
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
+        skip: Array | None = None,
         **extra_args: Any,
     ) -> tuple[P, SkipState]:
-        """One step, or none: as `Transform.step`. The gradient of a leaf that is not `active` is looked at too."""
-        bad = jnp.logical_not(all_finite(grads))
-        params, inner = step_unless(
-            bad, self._tx, grads, state.inner, params, factors, active, counts=False, **extra_args
+        """One step, or none: as `Transform.step`. What is frozen or not `active` is not looked at."""
+        grads = chaining.without(self.frozen(params), params, grads)
+        bad = jnp.logical_not(all_finite(chaining.of_active(active, grads, params)))
+        params, inner = chaining.step(
+            self._tx,
+            grads,
+            state.inner,
+            params,
+            active=active,
+            factors=factors,
+            skip=bad if skip is None else bad | skip,
+            **extra_args,
         )
-        return params, SkipState(inner, state.skipped + bad.astype(jnp.int32))
+        return params, SkipState(inner, keep(skip, state.skipped, state.skipped + bad.astype(jnp.int32)))
 
 
 def skip_nonfinite(tx: optax.GradientTransformation) -> Skipping:

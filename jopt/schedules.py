@@ -23,16 +23,18 @@ Source: torch/optim/lr_scheduler.py and torch/optim/swa_utils.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jopt import numerics
+from jopt import numerics, valued
 
 __all__ = [
     "Schedule",
@@ -55,6 +57,7 @@ __all__ = [
     "swalr",
 ]
 
+A = ParamSpec("A")
 Number = Any  # a Python number or a 0-d array, traced or not
 Function = Callable[[Any, Any], Any]  # (step, NumPy or jax.numpy) -> value
 
@@ -69,6 +72,7 @@ class Schedule:
     recurse: Callable[[Any, Any, Any], Any] | None = None  # (lr, step, xp): what torch makes of the lr before
     resumed: Callable[[Any, Any, Any], Any] | None = None  # (lr, step, xp): the value if it goes on from an lr
     last: int | None = None  # the last step that torch takes
+    made: tuple[Callable[..., Schedule], dict[str, Any]] | None = None  # by which function, with which arguments
 
     def __call__(self, step: Any) -> Any:
         """The value after `step` steps of torch's scheduler: a float, or an array of the shape of `step`.
@@ -91,7 +95,25 @@ class Schedule:
         return float(value) if steps.ndim == 0 else np.broadcast_to(value, steps.shape)
 
     def __repr__(self) -> str:
-        return f"<schedule {self.name}>"
+        return f"<schedule {self.name}>" if self.made is None else valued.call(self.name, (), self.made[1])
+
+    def __reduce__(self) -> Any:
+        if self.made is None:
+            raise TypeError(f"{self!r}: only what the functions of jopt.schedules return can be pickled")
+        return _make, self.made
+
+    def __deepcopy__(self, memo: Any) -> Schedule:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Schedule) and self._value == other._value)
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    @functools.cached_property
+    def _value(self) -> Any:
+        return (self.name, id(self)) if self.made is None else (self.name, valued.value(self.made[1]))
 
     def _held(self, step: Any, xp: Any) -> Any:
         return step if self.last is None else xp.minimum(step, self.last)
@@ -105,6 +127,23 @@ class Schedule:
         before = xp.where(step == 0, self.base, self.value(xp.maximum(step - 1, 0), xp))
         still = before == 0  # where torch leaves the lr as it is
         return lr * xp.where(still, 1, self.value(step, xp) / xp.where(still, 1, before))
+
+
+def _make(function: Callable[..., Schedule], arguments: dict[str, Any]) -> Schedule:
+    return function(**arguments)
+
+
+def _schedule(function: Callable[A, Schedule]) -> Callable[A, Schedule]:
+    """A function whose schedules know what made them: to be shown, compared and pickled."""
+
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Schedule:
+        args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)
+        schedule = function(*args, **kwargs)
+        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+        return dataclasses.replace(schedule, made=(make, dict(arguments)))
+
+    return make  # type: ignore[return-value]
 
 
 def _float(x: Any) -> Any:
@@ -149,6 +188,7 @@ def _check_function(value: Any) -> None:
 # --- of the base lr ----------------------------------------------------------------------------------
 
 
+@_schedule
 def lambda_lr(lr: Number, lr_lambda: Callable[[Any], Any]) -> Schedule:
     """lr * lr_lambda(step), as `LambdaLR`.
 
@@ -161,6 +201,7 @@ def lambda_lr(lr: Number, lr_lambda: Callable[[Any], Any]) -> Schedule:
     return Schedule("lambda_lr", lambda step, xp: lr * lr_lambda(step))
 
 
+@_schedule
 def multiplicative_lr(lr: Number, lr_lambda: Callable[[Any], Any]) -> Schedule:
     """lr * lr_lambda(1) * ... * lr_lambda(step), as `MultiplicativeLR`.
 
@@ -191,6 +232,7 @@ def multiplicative_lr(lr: Number, lr_lambda: Callable[[Any], Any]) -> Schedule:
     )
 
 
+@_schedule
 def step_lr(lr: Number, step_size: int, gamma: Number = 0.1) -> Schedule:
     """lr * gamma ** (step // step_size), as `StepLR`.
 
@@ -201,6 +243,7 @@ def step_lr(lr: Number, step_size: int, gamma: Number = 0.1) -> Schedule:
     return Schedule("step_lr", lambda step, xp: lr * gamma ** _float(step // step_size), base=lr)
 
 
+@_schedule
 def multi_step_lr(lr: Number, milestones: Iterable[int], gamma: Number = 0.1) -> Schedule:
     """lr * gamma ** (milestones reached), as `MultiStepLR`; a milestone given twice counts twice.
 
@@ -217,6 +260,7 @@ def multi_step_lr(lr: Number, milestones: Iterable[int], gamma: Number = 0.1) ->
     )
 
 
+@_schedule
 def constant_lr(lr: Number, factor: Number = 1.0 / 3, total_iters: int = 5) -> Schedule:
     """lr * factor, and from step `total_iters` on lr, as `ConstantLR`.
 
@@ -232,6 +276,7 @@ def constant_lr(lr: Number, factor: Number = 1.0 / 3, total_iters: int = 5) -> S
     return Schedule("constant_lr", lambda step, xp: lr * (factor + (step >= end) * (1 - factor)), base=lr)
 
 
+@_schedule
 def linear_lr(lr: Number, start_factor: Number = 1.0 / 3, end_factor: Number = 1.0, total_iters: int = 5) -> Schedule:
     """lr * (start_factor + (end_factor - start_factor) * min(step, total_iters) / total_iters), as `LinearLR`.
 
@@ -258,6 +303,7 @@ def linear_lr(lr: Number, start_factor: Number = 1.0 / 3, end_factor: Number = 1
     )
 
 
+@_schedule
 def exponential_lr(lr: Number, gamma: Number) -> Schedule:
     """lr * gamma ** step, as `ExponentialLR`.
 
@@ -267,6 +313,7 @@ def exponential_lr(lr: Number, gamma: Number) -> Schedule:
     return Schedule("exponential_lr", lambda step, xp: lr * gamma ** _float(step), base=lr)
 
 
+@_schedule
 def polynomial_lr(lr: Number, total_iters: int = 5, power: Number = 1.0) -> Schedule:
     """lr * (1 - min(step, total_iters) / total_iters) ** power, as `PolynomialLR`.
 
@@ -283,6 +330,7 @@ def polynomial_lr(lr: Number, total_iters: int = 5, power: Number = 1.0) -> Sche
     )
 
 
+@_schedule
 def cosine_annealing_lr(lr: Number, T_max: int, eta_min: Number = 0.0) -> Schedule:
     """eta_min + (lr - eta_min) * (1 + cos(pi * step / T_max)) / 2, as `CosineAnnealingLR`.
 
@@ -308,6 +356,7 @@ def cosine_annealing_lr(lr: Number, T_max: int, eta_min: Number = 0.0) -> Schedu
     return Schedule("cosine_annealing_lr", value, base=lr, recurse=recurse)
 
 
+@_schedule
 def cosine_annealing_warm_restarts(lr: Number, T_0: int, T_mult: int = 1, eta_min: Number = 0.0) -> Schedule:
     """eta_min + (lr - eta_min) * (1 + cos(pi * T_cur / T_i)) / 2, as `CosineAnnealingWarmRestarts`.
 
@@ -341,6 +390,7 @@ def cosine_annealing_warm_restarts(lr: Number, T_0: int, T_mult: int = 1, eta_mi
     return Schedule("cosine_annealing_warm_restarts", value)
 
 
+@_schedule
 def swalr(lr: Number, swa_lr: Number, anneal_epochs: int = 10, anneal_strategy: str = "cos") -> Schedule:
     """swa_lr * a + lr * (1 - a), a from 0 to 1 in `anneal_epochs` steps, as `torch.optim.swa_utils.SWALR`.
 
@@ -365,6 +415,7 @@ def swalr(lr: Number, swa_lr: Number, anneal_epochs: int = 10, anneal_strategy: 
 # --- of their own limits -----------------------------------------------------------------------------
 
 
+@_schedule
 def cyclic_lr(
     base_lr: Number,
     max_lr: Number,
@@ -391,6 +442,7 @@ def cyclic_lr(
     return Schedule("cyclic_lr", lambda step, xp: base_lr + (max_lr - base_lr) * height(step, xp))
 
 
+@_schedule
 def cyclic_momentum(
     base_momentum: Number = 0.8,
     max_momentum: Number = 0.9,
@@ -446,6 +498,7 @@ def _cycle(
     return height
 
 
+@_schedule
 def one_cycle_lr(
     max_lr: Number,
     total_steps: int | None = None,
@@ -479,6 +532,7 @@ def one_cycle_lr(
     return Schedule("one_cycle_lr", lambda s, xp: _phases(s, xp, ends, levels, anneal_strategy), last=total)
 
 
+@_schedule
 def one_cycle_momentum(
     base_momentum: Number = 0.85,
     max_momentum: Number = 0.95,
@@ -543,6 +597,7 @@ def _phases(step: Any, xp: Any, ends: list[float], levels: list[Any], strategy: 
 # --- of other schedules ------------------------------------------------------------------------------
 
 
+@_schedule
 def sequential_lr(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
     """schedules[i](step - milestones[i - 1]) between two milestones, as `SequentialLR`.
 
@@ -583,6 +638,7 @@ def sequential_lr(schedules: Sequence[Schedule], milestones: Sequence[int]) -> S
     return Schedule("sequential_lr", value)
 
 
+@_schedule
 def chained_scheduler(schedules: Sequence[Schedule]) -> Schedule:
     """The schedules one after the other on the same lr, at each step, as `ChainedScheduler`.
 

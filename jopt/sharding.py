@@ -108,6 +108,7 @@ class Sharded(Exact[Any]):
 
     shardings: Tree
     param_shardings: Tree
+    _tx: optax.GradientTransformation
     _layout: _Layout
     _run: Callable[..., Any]
 
@@ -132,11 +133,14 @@ class Sharded(Exact[Any]):
             return self._run(updates, state, params, extra, False)
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
-        self._layout = layout
+        self._tx, self._layout, self._arguments = tx, layout, (tx, layout)
         self.param_shardings, self.shardings = layout.named(layout.own), layout.named(layout.state)
         initialize = jax.jit(lambda p: layout.on_mesh(tx.init, self.shardings, p), out_shardings=self.shardings)
         self._run = jax.jit(run, static_argnums=4, out_shardings=(self.param_shardings, self.shardings))
         return self
+
+    def frozen(self, params: Tree) -> list[bool]:
+        return chaining.frozen(self._tx, params)
 
     def step(
         self,
@@ -146,6 +150,7 @@ class Sharded(Exact[Any]):
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
+        skip: Array | None = None,
         **extra: Any,
     ) -> tuple[P, Any]:
         """One step: as `Transform.step`. The parameters come back in their own sharding, the state in its.
@@ -155,7 +160,7 @@ class Sharded(Exact[Any]):
             parameters or a state on other devices.
         """
         self._layout.check_step(grads, state, params)
-        return self._run(grads, state, params, dict(extra, active=active, factors=tuple(factors)), True)
+        return self._run(grads, state, params, dict(extra, active=active, factors=tuple(factors), skip=skip), True)
 
     def shard(self, tree: Tree) -> Tree:
         """A tree like the parameters, laid out as state is: an average of them, accumulated gradients.
@@ -190,7 +195,8 @@ class _Layout:
         state, self.state_treedef = tree_flatten_with_path(jax.eval_shape(tx.init, like))
         self.state_shapes = {keystr(path): x.shape for path, x in state}
         known = {path: (np.shape(x), spec) for (path, x), spec in zip(leaves, self.spread, strict=True)}
-        owners = [_owner(path, x.shape, known) for path, x in state]
+        shapes = {path: shape for path, (shape, _) in known.items()}
+        owners = [chaining.owner(path, x.shape, shapes) for path, x in state]
         self.state = [
             _state_spec(x.shape, *known.get(owner, ((), ()))) for (_, x), owner in zip(state, owners, strict=True)
         ]
@@ -341,12 +347,6 @@ def _spread(shape: tuple[int, ...], own: PartitionSpec, mesh: Mesh, axes: tuple[
     entries: list[Any] = list(own)
     entries[chosen] = names[0] if len(names) == 1 else names
     return PartitionSpec(*entries)
-
-
-def _owner(path: Any, shape: tuple[int, ...], params: Mapping[Any, Any]) -> Any:
-    """The path of the parameter that state at `path` is of: what the path ends with. None for counts and scalars."""
-    ends = (path[start:] for start in range(len(path) + 1))
-    return next((end for end in ends if end in params and len(params[end][0]) == len(shape)), None)
 
 
 def _state_spec(shape: tuple[int, ...], of: tuple[int, ...], spec: Any) -> PartitionSpec:

@@ -6,7 +6,7 @@ Not those of groups: in them are `optax.MaskedNode`s, which are optax's to name.
 from jax import export
 
 from jopt.average import AverageState
-from jopt.clip import ClipState
+from jopt.clip import ClipState, ClipValueState
 from jopt.lbfgs import LBFGSState
 from jopt.monitor import Health, MonitorState
 from jopt.plateau import PlateauState
@@ -14,7 +14,7 @@ from jopt.scaling import ScaleState, SkipState
 from jopt.transform import State
 
 for state in (
-    *(State, AverageState, ClipState, PlateauState, ScaleState, SkipState),
+    *(State, AverageState, ClipState, ClipValueState, PlateauState, ScaleState, SkipState),
     *(Health, MonitorState, LBFGSState),
 ):
     export.register_namedtuple_serialization(state, serialized_name=f"jopt.{state.__name__}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 import jax
@@ -13,18 +13,31 @@ import optax
 from jax import Array, lax
 from jax.experimental.sparse import BCOO
 
-from jopt import _compat, numerics
+from jopt import _compat, numerics, valued
 from jopt.arena import is_packed
 from jopt.fusion import fuses_outputs
-from jopt.rule import FACTOR, Hyperparameter, Rule, init_leaf, step_leaves
+from jopt.rule import FACTOR, Hyperparameter, Rule, at_count, init_leaf, step_leaves
+from jopt.valued import Valued
 
 Tree = Any
 P = TypeVar("P")  # a tree of parameters
 S = TypeVar("S")  # a state
 
 
-class Exact(optax.GradientTransformationExtraArgs, Generic[S]):
-    """An `optax.GradientTransformationExtraArgs` that also has an exact `step`: the base of all that jopt makes."""
+class Exact(Valued, Generic[S]):
+    """An `optax.GradientTransformationExtraArgs` that also has an exact `step`: the base of all that jopt makes.
+
+    What a `step` owes its callers, whatever it wraps (`jopt.chaining.step` sees to it for what has no `step`):
+
+    - Parameters and state come back with the structure, shapes and types that they came in.
+    - A leaf without gradient, or not `active`, is kept with its state, and counts in no norm.
+    - Where `skip`, parameters and every array of the state come back as they were, bit for bit.
+    - Gradients are multiplied by the `factors`, and further arguments reach what takes them.
+    """
+
+    def frozen(self, params: Tree) -> list[bool]:
+        """For each leaf of the parameters, in their order, whether it is never stepped."""
+        return [False] * len(jax.tree.leaves(params))
 
     if TYPE_CHECKING:
 
@@ -44,12 +57,13 @@ class Exact(optax.GradientTransformationExtraArgs, Generic[S]):
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
+        skip: Array | None = None,
         **extra_args: Any,
     ) -> tuple[P, S]:
         """The new parameters, exactly, and the next state.
 
-        `active` and `factors` are as in `Transform.step`; `extra_args` are for transformations inside that take more,
-        as optax's `value=`.
+        `active`, `factors` and `skip` are as in `Transform.step`; `extra_args` are for transformations inside that take
+        more, as optax's `value=`.
         """
         raise NotImplementedError
 
@@ -83,11 +97,11 @@ class Transform(Exact[State]):
 
     def __new__(cls, lift: _Lift) -> Self:
         self = super().__new__(cls, lift.init, lift.update)  # type: ignore[arg-type]
-        self._lift = lift
+        self._lift, self._arguments = lift, (lift,)
         return self
 
-    def __reduce__(self) -> Any:
-        return Transform, (self._lift,)
+    def __repr__(self) -> str:
+        return repr(self._lift)
 
     @property
     def rule(self) -> Rule:
@@ -107,6 +121,7 @@ class Transform(Exact[State]):
         *,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
+        skip: Array | None = None,
     ) -> tuple[P, State]:
         """One step: the new parameters, exactly, and the new state.
 
@@ -134,6 +149,7 @@ class Transform(Exact[State]):
           active: a tree of bools like `params`, possibly traced: skip the leaves that are False.
           factors: 0-d arrays that every gradient is multiplied by, one after the other, in the pass of the step.
             Clipping (`jopt.chain`) and unscaling (`jopt.loss_scale`) use it.
+          skip: a bool, possibly traced: where True nothing changes, counts included, whatever the gradients are.
 
         Returns:
           `(params, state)`, of the structure, shapes and types that came in.
@@ -143,7 +159,7 @@ class Transform(Exact[State]):
           RuntimeError: a sparse gradient, or for `sparse_adam` a dense one.
           ValueError: trees, shapes or the state do not fit `params`, or `params` is None.
         """
-        return self._lift.step(grads, state, params, active=active, factors=factors)
+        return self._lift.step(grads, state, params, active, factors, skip)
 
 
 def transform(
@@ -230,7 +246,7 @@ class _Lift:
         del extra_args  # optax: accept and ignore what other transformations of a chain use
         new, state = self.step(updates, state, params)
         # A skipped leaf gets zeros rather than None, which optax.apply_updates cannot add to an array.
-        return jax.tree.map(lambda n, p: n - p, new, params), state
+        return difference(new, params), state
 
     def step(
         self,
@@ -239,8 +255,16 @@ class _Lift:
         params: Tree | None,
         active: Tree | None = None,
         factors: Sequence[Array] = (),
+        skip: Array | None = None,
     ) -> tuple[Tree, State]:
         check_params(params)
+        check_factors(factors)
+        args = grads, state, params, active, tuple(factors), skip
+        return numerics.laid_out(self._step, (params, state), *args)
+
+    def _step(
+        self, grads: Tree, state: State, params: Tree, active: Tree | None, factors: Sequence[Array], skip: Array | None
+    ) -> tuple[Tree, State]:
         leaves, treedef = self._flatten(params)
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         grads = [
@@ -249,13 +273,15 @@ class _Lift:
         ]
         slots = {name: _match(treedef, f"state.slots[{name!r}]", tree) for name, tree in state.slots.items()}
         mask = self._active(grads, None if active is None else _match(treedef, "active", active))
+        changing = active is not None or skip is not None  # else None leaves out what it skips
+        if skip is not None:
+            mask = jnp.logical_and(True if mask is None else mask, jnp.logical_not(skip))
 
         c, scalars, scheduled = self._scalars(state, numerics.widest(x.dtype for x in leaves))
         c |= {f"{FACTOR}{i:03}": factor for i, factor in enumerate(factors)}
         key = None if self.key is None else jax.random.fold_in(self.key, state.count)
         stepped = [i for i, grad in enumerate(grads) if grad is not None]
-        mask_of = None if active is None else mask
-        rows = [_row((c, mask_of), position) for position in numerics.positions(stepped)]
+        rows = [_row((c, mask if changing else None), position) for position in numerics.positions(stepped)]
         results = step_leaves(
             self.rule,
             [
@@ -278,12 +304,24 @@ class _Lift:
                 new_slots[name][i] = x
         if mask is not None:
             scalars = {name: jnp.where(mask, x, state.scalars[name]) for name, x in scalars.items()}
+        count, hyperparams = jnp.asarray(optax.safe_increment(state.count)), state.hyperparams | scheduled
         return treedef.unflatten(new_leaves), State(
-            count=jnp.asarray(optax.safe_increment(state.count)),
+            count=keep(skip, state.count, count),
             scalars=scalars,
             slots={name: treedef.unflatten(xs) for name, xs in new_slots.items()},
-            hyperparams=state.hyperparams | scheduled,
+            hyperparams=keep(skip, state.hyperparams, hyperparams),
         )
+
+    def __repr__(self) -> str:
+        h, tuples = dict(self.hyperparameters), self.rule.tuples
+        members = {name for names in tuples.values() for name in names}
+        arguments = {name: x for name, x in h.items() if name not in members}
+        arguments |= {name: tuple(h[member] for member in names) for name, names in tuples.items() if names[0] in h}
+        fields = {f.name: getattr(self.rule, f.name) for f in dataclasses.fields(self.rule) if f.name not in h}
+        fields |= {name: getattr(self, name) for name in ("state_dtype", "master_copy", "hyperparams_in_state")}
+        fields["stochastic_rounding"] = self.key
+        arguments |= {name: x for name, x in fields.items() if x is not None and x is not False}
+        return valued.call(type(self.rule).__name__, (), arguments)
 
     # --- scalars
 
@@ -303,7 +341,7 @@ class _Lift:
     def _at(self, count: Array, arrays: dict[str, Array]) -> dict[str, Any]:
         """The hyperparameters at `count`. Runs in the double scope, where Python numbers stay exact."""
         return {
-            name: _scheduled(name, value, count) if callable(value) else arrays.get(name, value)
+            name: at_count(name, value, count) if callable(value) else arrays.get(name, value)
             for name, value in self.hyperparameters.items()
         }
 
@@ -335,7 +373,7 @@ class _Lift:
 
     def _active(self, grads: list[Array | None], active: list[Any] | None) -> Array | None:
         """Which leaves step: None for all, else a bool vector."""
-        if active is None and all(g is not None for g in grads):
+        if not grads or (active is None and all(g is not None for g in grads)):
             return None
         flags = [g is not None for g in grads]
         if active is None:
@@ -343,21 +381,31 @@ class _Lift:
         return jnp.stack([jnp.logical_and(f, a) for f, a in zip(flags, active, strict=True)])
 
 
+def keep(skip: Array | None, old: Tree, new: Tree) -> Tree:
+    """A tree after a step, or where `skip` as it was before."""
+    return new if skip is None else jax.tree.map(lambda x, y: jnp.where(skip, x, y), old, new)
+
+
+def difference(new: Tree, params: Tree) -> Tree:
+    """What a step added. To what is no floating or complex array: zeros, and to a key of jax.random None."""
+
+    def leaf(new: Any, old: Any) -> Any:
+        if jnp.issubdtype(jnp.result_type(old), jnp.inexact):
+            return new - old
+        return None if jnp.issubdtype(old.dtype, jax.dtypes.prng_key) else jnp.zeros_like(old)
+
+    return jax.tree.map(leaf, new, params)
+
+
+def check_factors(factors: Sequence[Array]) -> None:
+    for i, x in enumerate(factors):
+        if jnp.shape(x):
+            raise ValueError(f"factors[{i}]: expected one number for all gradients, found shape {jnp.shape(x)}")
+
+
 def check_params(params: Tree | None) -> None:
     if params is None:
         raise ValueError("params: expected the parameters, found None; pass them to update(grads, state, params)")
-
-
-def _scheduled(name: str, schedule: Callable[[Array], Any], count: Array) -> Any:
-    value = schedule(count)
-    if not isinstance(value, Array | np.ndarray | np.generic | int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected its schedule to return a number, found {type(value).__name__} {value!r}")
-    if jnp.shape(value) != () or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-        raise ValueError(
-            f"{name}: expected its schedule to return one real number, found {jnp.result_type(value)} of shape "
-            f"{jnp.shape(value)}"
-        )
-    return value
 
 
 @jax.jit
