@@ -40,6 +40,8 @@ except (ImportError, RuntimeError) as error:
         f"pip install -U jax jaxlib ({error})"
     ) from error
 
+import jax.numpy as jnp  # noqa: E402
+from jax import lax  # noqa: E402
 from jax._src import core  # noqa: E402
 from jax.core import Tracer  # noqa: E402
 
@@ -66,6 +68,26 @@ else:
             return (jax.jit(f) if traced else f)(*args)
 
         return call
+
+
+if JAX >= (0, 11):
+
+    def own_inputs(inputs: Any, n: int) -> tuple[Any, ...]:
+        """The inputs n times, each with operations of its own, for XLA on CPU: it merges loops of the same arrays, and
+        a barrier, which it drops after that, would make them others. So each goes through a choice that is made."""
+        made = lax.optimization_barrier([jnp.asarray(True)] * (n - 1))  # one of n needs none
+
+        def chosen(x: Any, flag: Any) -> Any:
+            return lax.select(jnp.broadcast_to(flag, x.shape), x, jnp.zeros_like(x))
+
+        return inputs, *(jax.tree.map(lambda x, flag=flag: chosen(x, flag), inputs) for flag in made)
+
+else:
+
+    def own_inputs(inputs: Any, n: int) -> tuple[Any, ...]:
+        """The inputs n times, each with operations of its own, for XLA on CPU: it drops the barrier before it merges
+        loops of the same arrays."""
+        return lax.optimization_barrier((inputs,) * n)
 
 
 def device(platform: str | None = None) -> Any:

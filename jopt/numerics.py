@@ -10,13 +10,16 @@ Source of the operations: torch 2.13, aten/src/ATen/native/cpu/{BinaryOps,Pointw
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -298,13 +301,23 @@ def laid_out(f: Callable[..., Any], like: Any, *args: Any) -> Any:
 
     A rule's formulas multiply what lies differently, a row's mean and its matrix, which explicit axes refuse.
     """
-    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args) if isinstance(x, Array)]
-    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
-    if mesh is None:
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, Array)]
+    explicit = [x for x in arrays if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types]
+    if not explicit:
         return f(*args)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with _under(explicit[0]):
         return jax.sharding.auto_axes(f, out_sharding=specs)(*args)
+
+
+def _under(x: Array) -> AbstractContextManager[Any]:
+    """The mesh that an array lies on, in the context."""
+    mesh = jax.typeof(x).sharding.mesh
+    if jax.sharding.get_abstract_mesh() == mesh:
+        return contextlib.nullcontext()
+    if isinstance(x, Tracer) or not isinstance(x.sharding, NamedSharding):
+        return jax.sharding.use_abstract_mesh(mesh)
+    return jax.set_mesh(x.sharding.mesh)
 
 
 def lerp(start: Array, end: Array, weight: Array) -> Array:

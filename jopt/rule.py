@@ -38,6 +38,7 @@ from jax.core import Tracer
 from jax.experimental.sparse import BCOO
 
 from jopt import numerics
+from jopt._compat import own_inputs
 
 Schedule = Callable[[Array], Array]
 Hyperparameter = float | Array | Schedule  # a number, a 0-d array or tracer, or step -> value
@@ -286,7 +287,7 @@ def apart(f: Callable[..., Sequence[Array]], n: int, *inputs: Any) -> list[Array
     def repeat(inputs: Any) -> tuple[Any, ...]:
         return (inputs,) * n
 
-    copies = lax.platform_dependent(inputs, cpu=lambda x: lax.optimization_barrier(repeat(x)), default=repeat)
+    copies = lax.platform_dependent(inputs, cpu=lambda x: own_inputs(x, n), default=repeat)
     return [f(*copy)[k] for k, copy in enumerate(copies)]
 
 
