@@ -42,7 +42,7 @@ docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
 	$(BIN)/python -m examples.vanishing_gradients --out docs/vanishing_gradients.png
 	$(BIN)/python -m examples.notebooks
 
-choosing: $(VENV)/.dev  ## docs/choosing.md: what sweeps say to the usual advice, 2 minutes
+choosing: $(VENV)/.dev  ## docs/choosing.md: what sweeps say to the usual advice, 6 minutes
 	$(BIN)/python -m docs.choosing
 
 ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md and the memory of docs/many-devices.md: what is compiled for TPUs and a GPU that are not there, 20 minutes

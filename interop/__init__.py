@@ -11,17 +11,22 @@ interop.prefetch(loader)               # a DataLoader's batches as JAX arrays, a
 interop.enable_native_reader()         # steps that read their gradients in C++
 """
 
-from interop import _compat  # noqa: F401  first: it says which version of what is needed
-from interop.averages import average_to_jax, average_to_torch, scaler_to_jax, scaler_to_torch
-from interop.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from interop.data import prefetch
-from interop.modules import to_jax, to_torch
-from interop.moving import optimizer_to_jax, optimizer_to_torch
-from interop.optax_states import optimizer_from_optax, optimizer_to_optax
-from interop.reader import enable_native_reader
-from interop.schedulers import plateau_to_jax, plateau_to_torch, scheduler_to_jax
-from interop.sweeping import sweep
-from interop.wrapping import WrappedOptimizer, wrap
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from interop import _compat  # noqa: F401  it says which version of what is needed
+
+if TYPE_CHECKING:
+    from interop.averages import average_to_jax, average_to_torch, scaler_to_jax, scaler_to_torch
+    from interop.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+    from interop.data import prefetch
+    from interop.modules import to_jax, to_torch
+    from interop.moving import optimizer_to_jax, optimizer_to_torch
+    from interop.optax_states import optimizer_from_optax, optimizer_to_optax
+    from interop.reader import enable_native_reader
+    from interop.schedulers import plateau_to_jax, plateau_to_torch, scheduler_to_jax
+    from interop.sweeping import sweep
+    from interop.wrapping import WrappedOptimizer, wrap
 
 __all__ = [
     "Checkpoint",
@@ -47,3 +52,25 @@ __all__ = [
     "to_torch",
     "wrap",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module of the package, at its first use.
+
+        torch and JAX take seconds to import, for which `python -m interop --help` would wait. The first public name
+        imports all, so that what there is after it does not depend on which name it was.
+        """
+        if name in __all__:
+            public = importlib.import_module("interop._public")
+            globals().update({name: getattr(public, name) for name in __all__})
+            return globals()[name]
+        try:
+            return importlib.import_module(f"interop.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"interop.{name}":
+                raise
+            raise AttributeError(f"module 'interop' has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,16 +1,38 @@
-"""The versions of torch that are supported, and what differs between them: nothing else here asks for a version."""
+"""The versions of torch that are supported, and what differs between them: nothing else here asks for a version.
+
+This runs at `import interop`, so it imports neither torch nor JAX; jopt, which checks its own versions, imports JAX.
+"""
 
 from __future__ import annotations
 
-from jopt._compat import NEEDED, check_versions, numbers
+import re
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
-try:
-    import torch
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("interop needs PyTorch: pip install torch (or pip install 'jopt[torch]')") from error
+NEEDED = {"jax": "0.7.2", "jaxlib": "0.7.2", "optax": "0.2.6", "numpy": "2.0", "torch": "2.9"}  # as in pyproject.toml
 
-TORCH = numbers(torch.__version__)
-check_versions("interop", NEEDED | {"torch": "2.9"})
+
+def numbers(version: str) -> tuple[int, ...]:
+    """As `jopt._compat.numbers`."""
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))  # type: ignore[index]
+
+
+def check_versions() -> None:
+    """As `jopt._compat.check_versions`, and for torch."""
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError("interop needs PyTorch: pip install torch (or pip install 'jopt[torch]')")
+    for name, least in NEEDED.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "none"
+        if found == "none" or numbers(found) < numbers(least):
+            raise ImportError(f"interop needs {name}>={least}, found {found}: pip install -U '{name}>={least}'")
+
+
+check_versions()
+
+TORCH = numbers(version("torch"))
 
 SEARCH_EVALUATIONS = 25 if TORCH < (2, 10) else None
 """How many evaluations LBFGS's line search has, if not those that are left of max_eval."""

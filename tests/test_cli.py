@@ -1,8 +1,10 @@
 """`python -m interop`: what it prints, writes and returns."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +142,33 @@ def test_as_a_program(tmp_path):
     with pytest.raises(SystemExit) as exit_:
         main(["explode"])
     assert exit_.value.code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--help"], OK, "{inspect,convert,diff}"),
+        (["convert", "--help"], OK, "safetensors"),
+        ([], USAGE, "required"),
+        (["inspect", "none.pt"], BAD, "error: none.pt: is not there\n"),
+        (["inspect", "none.pt", "--from", "dcp"], BAD, "error: none.pt: is not there\n"),
+        (["convert", "none.pt", "out.pt"], BAD, "error: none.pt: is not there\n"),
+        (["diff", "some.pt", "none.pt"], BAD, "error: none.pt: is not there\n"),
+        (["inspect", "some.pt", "--names", "none.txt"], BAD, "error: none.txt: is not there\n"),
+    ],
+)
+def test_what_needs_no_tensors_does_not_wait_for_torch_and_jax(arguments, code, says, tmp_path):
+    (tmp_path / "some.pt").touch()
+    environment = os.environ | {"PYTHONPATH": str(Path(interop.__file__).parent.parent)}
+    command = [sys.executable, "-X", "importtime", "-m", "interop", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    imported = {
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time")
+    }
+    assert result.returncode == code
+    assert says in result.stdout + result.stderr
+    assert "interop" in imported
+    assert not imported & {"torch", "jax", "jopt", "numpy"}
 
 
 def test_the_bar(run, capsys):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 
 def run(code: str, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *flags, "-c", textwrap.dedent(code)], capture_output=True, text=True)
@@ -37,6 +39,52 @@ def test_interop_without_torch_says_what_to_install():
     )
     assert result.returncode == 1
     assert "interop needs PyTorch: pip install torch" in result.stderr.splitlines()[-1]
+
+
+def test_interop_imports_torch_and_jax_at_the_first_use():
+    """All at once: what there is after it does not depend on which name came first."""
+    pytest.importorskip("torch", reason="interop needs it")
+    result = run(
+        """
+        import sys
+        import interop
+        assert not {"torch", "jax", "jopt"} & sys.modules.keys()
+        assert set(interop.__all__) <= set(dir(interop))
+        assert not hasattr(interop, "nonsense")
+        assert not {"torch", "jax", "jopt"} & sys.modules.keys()
+        interop.to_jax
+        assert all(name in vars(interop) for name in interop.__all__)
+        assert "interop.optimizer" in sys.modules
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from interop import optim; optim.AdamW",
+        "import interop; interop.optim.AdamW; interop.amp.GradScaler; interop.checkpoint.FORMATS",
+        "import interop.optim; interop.optim.AdamW",
+        "from interop import *; assert wrap.__module__ == 'interop.wrapping'",
+        "from interop import WrappedOptimizer, to_jax",
+        "import interop.checkpoint.description, interop; interop.Checkpoint",
+    ],
+)
+def test_ways_to_interops_names(code):
+    pytest.importorskip("torch", reason="interop needs it")
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_name_that_interop_lacks():
+    pytest.importorskip("torch", reason="interop needs it")
+    import interop
+
+    with pytest.raises(AttributeError, match="module 'interop' has no attribute 'nonsense'"):
+        _ = interop.nonsense  # type: ignore[attr-defined]
+    with pytest.raises(ImportError, match="cannot import name 'nonsense' from 'interop'"):
+        from interop import nonsense  # type: ignore[attr-defined]  # noqa: F401
 
 
 def test_public_names_exist():

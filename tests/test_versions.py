@@ -144,6 +144,7 @@ def test_lbfgs_maximizes(search):
 torch = pytest.importorskip("torch", reason="what follows is about torch's versions")
 
 import interop  # noqa: E402
+from interop import _compat as interop_compat  # noqa: E402
 from interop import optim, options  # noqa: E402
 from interop._compat import TORCH  # noqa: E402
 
@@ -155,6 +156,23 @@ def test_an_old_torch_is_said():
         "ImportError: interop needs torch>=2.9, found 2.8.1: pip install -U 'torch>=2.9'"
     )
     assert run(pretending({"torch": "3.0.0"}, "interop")) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("jax", "0.7.1"), ("jaxlib", None), ("optax", "0.2.4"), ("numpy", "1.26.4")]
+)
+def test_what_jopt_needs_interop_says_too(name, found):
+    """Without importing it: jopt would import JAX."""
+    assert interop_compat.NEEDED == NEEDED | {"torch": "2.9"}
+    least = NEEDED[name]
+    assert run(pretending({name: found}, "interop")) == (
+        f"ImportError: interop needs {name}>={least}, found {found or 'none'}: pip install -U '{name}>={least}'"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.9.0+cpu", "0.12.1.dev20261101", "2.14.0a0+git1234"])
+def test_both_read_a_version_alike(version):
+    assert interop_compat.numbers(version) == numbers(version)
 
 
 def test_a_step_without_a_cpu_device():

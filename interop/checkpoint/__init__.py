@@ -6,8 +6,9 @@ interop.Checkpoint.from_jax(tx, params, state), checkpoint.to_jax()
 """
 
 from interop.checkpoint.errors import CheckpointError
-from interop.checkpoint.files import FORMATS, format_of, load_checkpoint, save_checkpoint
+from interop.checkpoint.files import format_of, load_checkpoint, save_checkpoint
 from interop.checkpoint.run import Checkpoint, OptimizerState
+from interop.formats import FORMATS
 
 __all__ = [
     "FORMATS",

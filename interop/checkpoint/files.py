@@ -14,17 +14,7 @@ from interop.checkpoint.difference import differences
 from interop.checkpoint.errors import CheckpointError, reading
 from interop.checkpoint.run import Checkpoint
 from interop.checkpoint.wrapped import unwrap
-
-FORMATS = ("torch", "safetensors", "orbax", "dcp", "trainer")
-SUFFIXES = {
-    ".pt": "torch",
-    ".pth": "torch",
-    ".bin": "torch",
-    ".ckpt": "torch",
-    ".safetensors": "safetensors",
-    ".orbax": "orbax",
-    ".dcp": "dcp",
-}
+from interop.formats import FORMATS, SUFFIXES
 
 
 def load_checkpoint(
