@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -68,6 +68,25 @@ else:
             return (jax.jit(f) if traced else f)(*args)
 
         return call
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The axes of the shard_map that is traced."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The axes of shard_map that an array varies over. JAX 0.11 gave them another name."""
+    kind = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def vary(x: Any, axes: Iterable[str]) -> Any:
+    """An array as one that varies over these axes too. JAX 0.9 gave the function another name."""
+    axes = tuple(axes)
+    if not axes:
+        return x
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
 
 
 if JAX >= (0, 11):

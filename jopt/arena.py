@@ -159,7 +159,7 @@ def pack(tree: Any, *, groups: Any = None) -> Packed:
             layout = dataclasses.replace(layout, padding=-layout.size % EVEN)
         group, dtype = kind
         layouts.append((str(dtype) if groups is None else f"{dtype} of group {group}", dtype, positions, layout))
-        buffers.append(layout.pack([leaves[i] for i in positions]))
+        buffers.append(numerics.laid_out(layout.pack, None, [leaves[i] for i in positions]))
     return Packed(tuple(buffers), _Tree(treedef, tuple(layouts)))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.core import Tracer
@@ -399,8 +400,7 @@ class LBFGS:
           TypeError: a parameter is no floating or complex array.
         """
         _compat.device()
-        flat, _ = _flatten(params)
-        return initial_state(self.settings, flat.size, flat.dtype)
+        return initial_state(self.settings, *_numbers(params))
 
     def step(
         self,
@@ -426,14 +426,20 @@ class LBFGS:
           TypeError: a parameter is no floating or complex array.
           ValueError: the state is of other parameters, or what value_and_grad returns does not fit them.
         """
-        flat, _ = _flatten(params)
-        if state.d.shape != flat.shape:
-            raise ValueError(f"state: expected one of {flat.size} numbers, as params have, found {state.d.size}")
+        size, dtype = _numbers(params)
+        if not isinstance(state, LBFGSState):
+            raise ValueError(f"state: expected an LBFGSState, from init or step, found {type(state).__name__}")
+        if state.d.shape != (size,):
+            raise ValueError(f"state: expected one of {size} numbers, as params have, found {state.d.size}")
         lr = self.lr
         if callable(schedule := lr):
-            lr = numerics.in_double(lambda _, count: schedule(count), (), state.count, dtype=flat.dtype)
-        lr = jnp.asarray(lr, flat.dtype)
-        return _step(self.settings, value_and_grad, lr, state, params, args, kwargs)
+            lr = numerics.in_double(lambda _, count: schedule(count), (), state.count, dtype=dtype)
+        lr = jnp.asarray(lr, dtype)
+
+        def step(lr: Array, state: LBFGSState, params: Tree, args: Any, kwargs: Any) -> Any:
+            return _step(self.settings, value_and_grad, lr, state, params, args, kwargs)
+
+        return numerics.laid_out(step, (params, state, lr), lr, state, params, args, kwargs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -465,7 +471,8 @@ def _step(
     run = initial_run(state.n_iter == 0, state.t, state.prev_loss)
     run = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if type(x) is int else None), run)
     bracket_g = (jnp.zeros_like(x),) * 2 if settings.line_search_fn else ()
-    carry = (state, run, bracket_g, x)
+    # In shard_map the loss may vary over the devices where the parameters do not, and all that comes of it.
+    carry = numerics.varying_alike((state, run, bracket_g, x), lambda: evaluate(x))
     state, run, _, x = lax.while_loop(lambda carry: carry[1].phase != DONE, body, carry)
     x = jnp.where(run.unseen, x + run.t * state.d, x)
     state = state._replace(
@@ -478,12 +485,20 @@ def _step(
     return unflatten(x), state, -run.first_loss if settings.maximize else run.first_loss
 
 
-def _flatten(params: Tree) -> tuple[Array, Callable[[Array], Tree]]:
-    """All real numbers of the parameters in one vector, of the widest type and at least float32; and back."""
-    with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
+def _numbers(params: Tree) -> tuple[int, Any]:
+    """How many real numbers the parameters have, and the type that they are stepped in."""
+    with_path, _ = jax.tree_util.tree_flatten_with_path(params)
     for path, leaf in with_path:
         check_array(f"params{jax.tree_util.keystr(path)}", leaf)
-    leaves = [jnp.asarray(leaf) for _, leaf in with_path]
+    kinds = [(np.size(x), jnp.result_type(x)) for _, x in with_path]
+    size = sum(n * (2 if jnp.issubdtype(dtype, jnp.complexfloating) else 1) for n, dtype in kinds)
+    return size, numerics.widest(dtype for _, dtype in kinds)
+
+
+def _flatten(params: Tree) -> tuple[Array, Callable[[Array], Tree]]:
+    """All real numbers of the parameters in one vector, of the widest type and at least float32; and back."""
+    leaves, treedef = jax.tree.flatten(params)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
     dtype = numerics.widest(x.dtype for x in leaves)
     parts = [jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x for x in leaves]
     flat = jnp.concatenate([jnp.zeros(0, dtype), *(x.reshape(-1).astype(dtype) for x in parts)])

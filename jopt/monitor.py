@@ -115,21 +115,33 @@ def monitor(tx: optax.GradientTransformation) -> Monitor:
 
 def _health(grads: Tree, updates: Tree, params: Tree) -> Health:
     leaves, treedef = jax.tree.flatten(params)
-    grads = [jnp.zeros_like(p) if g is None else g for g, p in zip(treedef.flatten_up_to(grads), leaves, strict=True)]
-    norms = [jnp.stack([_norm(x) for x in xs]) for xs in (grads, treedef.flatten_up_to(updates), leaves)]
+    if not leaves:
+        return Health(*(jnp.zeros(0, jnp.float32) for _ in Health._fields))
+    grads, updates, leaves = (
+        [_measured(x, p) for x, p in zip(xs, leaves, strict=True)]
+        for xs in (treedef.flatten_up_to(grads), treedef.flatten_up_to(updates), leaves)
+    )
+    norms = [jnp.stack([_norm(x) for x in xs]) for xs in (grads, updates, leaves)]
     sizes = jnp.asarray([max(x.size, 1) for x in leaves], jnp.float32)
 
     # XLA on CPU vectorizes sums of signs, not of integers or comparisons. They are enough unless something is not
     # finite.
     def finite(grads: list[Array]) -> list[Array]:
         nonzero = jnp.stack([jnp.sum(jnp.abs(jnp.sign(g)).astype(jnp.float32)) for g in grads])
-        return [1 - nonzero / sizes, jnp.zeros_like(sizes), jnp.zeros_like(sizes)]
+        return [1 - nonzero / sizes, 0 * nonzero, 0 * nonzero]
 
     def not_finite(grads: list[Array]) -> list[Array]:
         questions = (lambda g: g == 0, jnp.isnan, jnp.isinf)
         return [jnp.stack([jnp.sum(q(g), dtype=jnp.float32) for g in grads]) / sizes for q in questions]
 
     return Health(*norms, *lax.cond(jnp.isfinite(norms[0]).all(), finite, not_finite, grads))
+
+
+def _measured(x: Any, param: Any) -> Array:
+    """What is measured: zeros for what has no gradient, one 0 for a parameter that has no norm (integers, keys)."""
+    if not jnp.issubdtype(jnp.result_type(param), jnp.inexact):
+        return jnp.zeros(())
+    return jnp.zeros_like(param) if chaining.absent(x) else jnp.asarray(x)
 
 
 def _norm(x: Array) -> Array:

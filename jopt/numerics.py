@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jopt._compat import enable_x64, trace_state_clean, undivided
+from jopt._compat import enable_x64, manual_axes, trace_state_clean, undivided, vary, varying
 
 LOW_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -297,7 +297,7 @@ def constrain(x: Array, spec: PartitionSpec) -> Array:
 
 def laid_out(f: Callable[..., Any], like: Any, *args: Any) -> Any:
     """`f(*args)`. Where arguments lie on a mesh with explicit axes XLA chooses inside how arrays lie, and the results
-    come out as `like` does, a tree with their structure.
+    come out as `like` does, a tree with their structure, or with None whole on every device.
 
     A rule's formulas multiply what lies differently, a row's mean and its matrix, which explicit axes refuse.
     """
@@ -305,7 +305,7 @@ def laid_out(f: Callable[..., Any], like: Any, *args: Any) -> Any:
     explicit = [x for x in arrays if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types]
     if not explicit:
         return f(*args)
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+    specs = PartitionSpec() if like is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
     with _under(explicit[0]):
         return jax.sharding.auto_axes(f, out_sharding=specs)(*args)
 
@@ -318,6 +318,15 @@ def _under(x: Array) -> AbstractContextManager[Any]:
     if isinstance(x, Tracer) or not isinstance(x.sharding, NamedSharding):
         return jax.sharding.use_abstract_mesh(mesh)
     return jax.set_mesh(x.sharding.mesh)
+
+
+def varying_alike(tree: Any, outcome: Callable[[], Any]) -> Any:
+    """The arrays, in shard_map as values that vary over each axis that one of them, or of what comes of `outcome()`,
+    varies over: what a loop must agree in."""
+    if not manual_axes():
+        return tree
+    axes = frozenset().union(*map(varying, [*jax.tree.leaves(tree), *jax.make_jaxpr(outcome)().out_avals]))
+    return jax.tree.map(lambda x: vary(x, axes - varying(x)), tree)
 
 
 def lerp(start: Array, end: Array, weight: Array) -> Array:

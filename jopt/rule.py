@@ -38,7 +38,7 @@ from jax.core import Tracer
 from jax.experimental.sparse import BCOO
 
 from jopt import numerics
-from jopt._compat import own_inputs
+from jopt._compat import own_inputs, varying
 
 Schedule = Callable[[Array], Array]
 Hyperparameter = float | Array | Schedule  # a number, a 0-d array or tracer, or step -> value
@@ -391,7 +391,7 @@ def step_leaves(
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         flat, treedef = jax.tree.flatten(leaf)
-        groups.setdefault((treedef, tuple((x.shape, x.dtype) for x in flat)), []).append(i)
+        groups.setdefault((treedef, tuple((x.shape, x.dtype, varying(x)) for x in flat)), []).append(i)
     results: dict[int, tuple[Array, LeafState]] = {}
     for members in groups.values():
         alike = [leaves[i] for i in members]
