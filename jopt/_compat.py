@@ -77,8 +77,8 @@ def manual_axes() -> tuple[str, ...]:
 
 def varying(x: Any) -> frozenset[str]:
     """The axes of shard_map that an array varies over. JAX 0.11 gave them another name."""
-    kind = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    kind = x if isinstance(x, core.ShapedArray) else jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # type: ignore[attr-defined]
 
 
 def vary(x: Any, axes: Iterable[str]) -> Any:
@@ -86,7 +86,7 @@ def vary(x: Any, axes: Iterable[str]) -> Any:
     axes = tuple(axes)
     if not axes:
         return x
-    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # type: ignore[attr-defined]
 
 
 if JAX >= (0, 11):

@@ -45,6 +45,13 @@ class Average:
         treedef = jax.tree.structure(state.params)
         if jax.tree.structure(params) != treedef:
             raise ValueError(f"params: expected the structure {treedef}, found {jax.tree.structure(params)}")
+        averages = jax.tree_util.tree_leaves_with_path(state.params)
+        for (path, a), p in zip(averages, jax.tree.leaves(params), strict=True):
+            if a.shape != jnp.shape(p) or a.dtype != jnp.result_type(p):
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)}: expected {a.dtype} of shape {a.shape}, as its average is, "
+                    f"found {jnp.result_type(p)} of shape {jnp.shape(p)}; init begins an average anew"
+                )
         dtypes = [x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
         number = numerics.in_double(self._number, (), state.n_averaged, dtype=numerics.widest(dtypes))
         first = state.n_averaged == 0

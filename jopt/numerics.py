@@ -312,12 +312,13 @@ def laid_out(f: Callable[..., Any], like: Any, *args: Any) -> Any:
 
 def _under(x: Array) -> AbstractContextManager[Any]:
     """The mesh that an array lies on, in the context."""
-    mesh = jax.typeof(x).sharding.mesh
+    mesh: Any = jax.typeof(x).sharding.mesh
     if jax.sharding.get_abstract_mesh() == mesh:
         return contextlib.nullcontext()
     if isinstance(x, Tracer) or not isinstance(x.sharding, NamedSharding):
         return jax.sharding.use_abstract_mesh(mesh)
-    return jax.set_mesh(x.sharding.mesh)
+    concrete: Any = x.sharding.mesh
+    return jax.set_mesh(concrete)
 
 
 def varying_alike(tree: Any, outcome: Callable[[], Any]) -> Any:

@@ -21,7 +21,9 @@ and raises torch's ValueError for a number out of range, TypeError for what is n
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 from jax import Array
 
@@ -29,7 +31,37 @@ from jopt import rules
 from jopt.rule import Hyperparameter, is_number
 from jopt.transform import Transform, transform
 
+A = ParamSpec("A")
+OPTAX = {  # optax's names of arguments, and torch's
+    "learning_rate": "lr",
+    "b1": "betas=(b1, b2)",
+    "b2": "betas=(b1, b2)",
+    "b3": "betas",
+    "decay": "alpha",
+    "eps_root": "eps",
+    "mask": "jopt.param_groups",
+    "decay_rate": "beta2_decay",
+    "weight_decay_mask": "jopt.param_groups",
+}
 
+
+def _torchs_names(optimizer: Callable[A, Transform]) -> Callable[A, Transform]:
+    """An optimizer that says what optax's arguments are called here."""
+
+    @functools.wraps(optimizer)
+    def make(*args: A.args, **kwargs: A.kwargs) -> Transform:
+        try:
+            return optimizer(*args, **kwargs)
+        except TypeError as error:
+            for name in kwargs:
+                if name in OPTAX and f"unexpected keyword argument '{name}'" in str(error):
+                    raise TypeError(f"{optimizer.__name__}: {name} is optax's name; torch's is {OPTAX[name]}") from None
+            raise
+
+    return make
+
+
+@_torchs_names
 def sgd(
     lr: Hyperparameter = 1e-3,
     momentum: Hyperparameter = 0,
@@ -73,6 +105,7 @@ def sgd(
     )
 
 
+@_torchs_names
 def adam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -123,6 +156,7 @@ def adam(
     )
 
 
+@_torchs_names
 def adamw(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -164,6 +198,7 @@ def adamw(
     )
 
 
+@_torchs_names
 def rmsprop(
     lr: Hyperparameter = 1e-2,
     alpha: Hyperparameter = 0.99,
@@ -213,6 +248,7 @@ def rmsprop(
     )
 
 
+@_torchs_names
 def adamax(
     lr: Hyperparameter = 2e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -250,6 +286,7 @@ def adamax(
     )
 
 
+@_torchs_names
 def nadam(
     lr: Hyperparameter = 2e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -299,6 +336,7 @@ def nadam(
     )
 
 
+@_torchs_names
 def radam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -347,6 +385,7 @@ def radam(
     )
 
 
+@_torchs_names
 def adagrad(
     lr: Hyperparameter = 1e-2,
     lr_decay: Hyperparameter = 0,
@@ -392,6 +431,7 @@ def adagrad(
     )
 
 
+@_torchs_names
 def adadelta(
     lr: Hyperparameter = 1.0,
     rho: Hyperparameter = 0.9,
@@ -429,6 +469,7 @@ def adadelta(
     )
 
 
+@_torchs_names
 def rprop(
     lr: Hyperparameter = 1e-2,
     etas: tuple[Hyperparameter, Hyperparameter] = (0.5, 1.2),
@@ -465,6 +506,7 @@ def rprop(
     )
 
 
+@_torchs_names
 def asgd(
     lr: Hyperparameter = 1e-2,
     lambd: Hyperparameter = 1e-4,
@@ -505,6 +547,7 @@ def asgd(
     )
 
 
+@_torchs_names
 def adafactor(
     lr: Hyperparameter = 1e-2,
     beta2_decay: Hyperparameter = -0.8,
@@ -551,6 +594,7 @@ def adafactor(
     )
 
 
+@_torchs_names
 def muon(
     lr: Hyperparameter = 1e-3,
     weight_decay: Hyperparameter = 0.1,
@@ -605,6 +649,7 @@ def muon(
     )
 
 
+@_torchs_names
 def sparse_adam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -648,6 +693,7 @@ def sparse_adam(
     )
 
 
+@_torchs_names
 def mars(
     lr: Hyperparameter = 3e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.95, 0.99),
@@ -705,6 +751,7 @@ def mars(
     )
 
 
+@_torchs_names
 def gradient_descent(
     lr: Hyperparameter,
     *,
@@ -730,6 +777,7 @@ def gradient_descent(
     )
 
 
+@_torchs_names
 def momentum(
     lr: Hyperparameter,
     beta: Hyperparameter = 0.9,

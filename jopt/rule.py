@@ -396,7 +396,7 @@ def step_leaves(
     for members in groups.values():
         alike = [leaves[i] for i in members]
         few = at_once(alike[0][3].size)
-        out = _step_alike(rule, alike, few) if few < len(alike) else _step_alike(rule, alike)
+        out = _step_stacked(rule, alike, few if few < len(alike) else None)
         results.update(zip(members, out, strict=True))
     return [results[i] for i in range(len(leaves))]
 
@@ -406,7 +406,6 @@ def at_once(size: int) -> int:
     return max(1, STACKED // max(1, size))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
 def _step_alike(
     rule: Rule, leaves: Sequence[tuple[Any, ...]], at_once: int | None = None
 ) -> list[tuple[Array, LeafState]]:
@@ -422,6 +421,9 @@ def _step_alike(
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
     out = jax.vmap(functools.partial(step_leaf, rule))(*stacked)
     return [jax.tree.map(operator.itemgetter(k), out) for k in range(len(leaves))]
+
+
+_step_stacked = jax.jit(_step_alike, static_argnums=(0, 2))
 
 
 def _state_dtype(param_dtype: Any, state_dtype: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
@@ -226,12 +227,11 @@ class _Lift:
             (count, self._arrays(hyperparams)),
             dtype=numerics.widest(x.dtype for x in leaves),
         )
+        if self.master_copy and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            raise ValueError("params: expected arrays, which master_copy keeps a copy of, found ShapeDtypeStructs")
         states = [init_leaf(self.rule, h, leaf, self.state_dtype, master_copy=self.master_copy) for leaf in leaves]
         # Every slot that some shape has, so that the structure does not depend on which shapes there are.
-        probes = [
-            init_leaf(self.rule, h, jnp.zeros(shape, jnp.bfloat16), master_copy=self.master_copy)
-            for shape in ((0,), (0, 0))
-        ]
+        probes = _probed(self.rule, self.master_copy)
         names = dict.fromkeys(name for state in (*states, *probes) for name in state)
         return State(
             count=count,
@@ -267,6 +267,7 @@ class _Lift:
     ) -> tuple[Tree, State]:
         leaves, treedef = self._flatten(params)
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        self._check_state(state, paths, leaves, treedef)
         grads = [
             None if g is None or isinstance(g, optax.MaskedNode) else _check_grad(self.rule, path, g, leaf)
             for path, g, leaf in zip(paths, _match(treedef, "grads", grads), leaves, strict=True)
@@ -323,6 +324,37 @@ class _Lift:
         arguments |= {name: x for name, x in fields.items() if x is not None and x is not False}
         return valued.call(type(self.rule).__name__, (), arguments)
 
+    def _check_state(self, state: Any, paths: list[str], leaves: list[Array], treedef: Any) -> None:
+        """Raise ValueError for a state that is not of this transformation and these parameters."""
+        remedy = f"; init makes the state of {self!r}"
+        if not isinstance(state, State):
+            raise ValueError(f"state: expected a jopt.State, found {type(state).__name__}{remedy}")
+        kinds = [(x.shape, x.dtype) for x in leaves]
+        expected = [_slots(self.rule, shape, dtype, self.state_dtype, self.master_copy) for shape, dtype in kinds]
+        names = {name for slots in (*expected, *_probed(self.rule, self.master_copy)) for name in slots}
+        scalars = self.rule.init_scalars(dict.fromkeys(self.rule.hyperparameters, 0.0))
+        hyperparams = self.hyperparameters if self.hyperparams_in_state else ()
+        for field, wanted in (("slots", names), ("scalars", scalars), ("hyperparams", hyperparams)):
+            if set(found := getattr(state, field)) != set(wanted):
+                raise ValueError(
+                    f"state.{field}: expected {', '.join(sorted(wanted)) or 'none'}, found "
+                    f"{', '.join(sorted(found)) or 'none'}{remedy}"
+                )
+        numbers = {"count": ((), state.count)}
+        numbers |= {f"scalars[{name!r}]": ((len(leaves),), x) for name, x in state.scalars.items()}
+        numbers |= {f"hyperparams[{name!r}]": ((), x) for name, x in state.hyperparams.items()}
+        for name, (shape, x) in numbers.items():
+            if jnp.shape(x) != shape:
+                raise ValueError(f"state.{name}: expected shape {shape}, found {jnp.shape(x)}{remedy}")
+        for name, tree in state.slots.items():
+            for path, slots, x in zip(paths, expected, _match(treedef, f"state.slots[{name!r}]", tree), strict=True):
+                wanted = slots.get(name)
+                found = None if x is None else (jnp.shape(x), jnp.iscomplexobj(x))
+                if wanted != found:
+                    raise ValueError(
+                        f"state.slots[{name!r}]{path}: expected {_described(wanted)}, found {_described(found)}{remedy}"
+                    )
+
     # --- scalars
 
     def _scalars(self, state: State, dtype: np.dtype) -> tuple[dict, dict, dict]:
@@ -369,7 +401,7 @@ class _Lift:
             name = f"params{jax.tree_util.keystr(path)}"
             check_array(name, leaf)
             self.rule.check_param(name, jnp.shape(leaf), jnp.result_type(leaf))
-        return [jnp.asarray(leaf) for _, leaf in with_path], treedef
+        return [_array(leaf) for _, leaf in with_path], treedef
 
     def _active(self, grads: list[Array | None], active: list[Any] | None) -> Array | None:
         """Which leaves step: None for all, else a bool vector."""
@@ -379,6 +411,24 @@ class _Lift:
         if active is None:
             return jnp.array(flags, bool)
         return jnp.stack([jnp.logical_and(f, a) for f, a in zip(flags, active, strict=True)])
+
+
+@functools.lru_cache(4096)
+def _slots(rule: Rule, shape: tuple[int, ...], dtype: Any, state_dtype: Any, master_copy: bool) -> dict[str, Any]:
+    """For each slot of a leaf's state its shape, and whether it is complex."""
+    h = dict.fromkeys(rule.hyperparameters, 0.0)
+    make = lambda x: init_leaf(rule, h, x, state_dtype, master_copy=master_copy)  # noqa: E731
+    state = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, dtype))
+    return {name: (x.shape, jnp.issubdtype(x.dtype, jnp.complexfloating)) for name, x in state.items()}
+
+
+def _probed(rule: Rule, master_copy: bool) -> list[dict[str, Any]]:
+    """The slots of a vector and of a matrix: every slot that some shape has."""
+    return [_slots(rule, shape, jnp.dtype(jnp.bfloat16), None, master_copy) for shape in ((0,), (0, 0))]
+
+
+def _described(slot: tuple[tuple[int, ...], bool] | None) -> str:
+    return "None" if slot is None else f"{'complex numbers' if slot[1] else 'real numbers'} of shape {slot[0]}"
 
 
 def keep(skip: Array | None, old: Tree, new: Tree) -> Tree:
@@ -422,12 +472,22 @@ def _match(treedef: Any, name: str, tree: Tree) -> list[Any]:
 
 
 def _check_floating(name: str, dtype: np.dtype) -> np.dtype:
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{name}: expected a floating point type of at least 16 bits, found {dtype}; keep it in a wider type, and "
+            "cast it where the loss is computed"
+        )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{name}: expected a floating point or complex type, found {dtype}; put None in its place, or use "
             "optax.masked or optax.partition, to leave it out of the optimization"
         )
     return dtype
+
+
+def _array(x: Any) -> Array:
+    """A parameter, or zeros of the shape that is described."""
+    return jnp.zeros(x.shape, x.dtype, device=x.sharding) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
 
 
 def check_array(name: str, x: Any) -> None:

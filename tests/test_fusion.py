@@ -138,7 +138,7 @@ def loops(program, size):
 @cases.parametrize(ELEMENTWISE)
 def test_one_loop_a_buffer_in_place(case, monkeypatch, request):
     """With the option, of this compilation alone: no array but those that come and go, each read and written once."""
-    if JAX >= (0, 11) and case.name in ("radam-l2", "radam-decoupled"):
+    if JAX >= (0, 11) and case.id in ("radam-l2", "radam-decoupled"):
         reason = "XLA merges no loop of so many numbers: exp_avg has one of its own, and a copy"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     monkeypatch.setattr(jopt.transform, "fuses_outputs", fusion.fuses_outputs.__wrapped__)
