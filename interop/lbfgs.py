@@ -224,6 +224,9 @@ class _Numbers:
 
     @staticmethod
     def divide(x: Any, y: Any) -> Any:
+        """A loss, which is a number, by a length, which may come of a tensor: that torch inverts and multiplies by."""
+        if isinstance(y, np.floating):
+            return x * (1 / y)
         return x / y if y else float(np.divide(x, y))
 
 
