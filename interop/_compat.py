@@ -36,3 +36,10 @@ TORCH = numbers(version("torch"))
 
 SEARCH_EVALUATIONS = 25 if TORCH < (2, 10) else None
 """How many evaluations LBFGS's line search has, if not those that are left of max_eval."""
+
+
+def jax_has_started() -> bool:
+    """Whether JAX has threads in this process; where a JAX does not tell, that it has."""
+    from jax._src import xla_bridge
+
+    return getattr(xla_bridge, "backends_are_initialized", lambda: True)()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import math
 import mmap
 import operator
@@ -59,8 +60,22 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor in CPU memory, found {_where(x.device)}")
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether its memory is its own and torch's operations are: of torch.Tensor, or a subclass that leaves both be."""
+    return type(x) in (Tensor, torch.nn.Parameter) or _leaves_torch_be(type(x))
+
+
+@functools.cache
+def _leaves_torch_be(cls: type) -> bool:
+    return all(
+        inspect.getattr_static(cls, name)
+        in [inspect.getattr_static(base, name) for base in (Tensor, torch.nn.Parameter)]
+        for name in ("__torch_dispatch__", "__torch_function__")
+    )
+
+
 def _check_class(name: str, x: Tensor, remedy: str) -> None:
-    if type(x) not in (Tensor, torch.nn.Parameter):
+    if not is_plain(x):
         raise TypeError(f"{name}: expected a plain tensor, found {type(x).__module__}.{type(x).__qualname__}; {remedy}")
 
 
@@ -70,6 +85,16 @@ def check_parameter(name: str, x: Tensor) -> None:
     check_tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, found {x.dtype}")
+
+
+def in_type_of(name: str, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in its parameter's type; TypeError where that would round it (`grad_dtype`)."""
+    if torch.promote_types(grad.dtype, dtype) is not dtype:
+        raise TypeError(
+            f"{name}: expected the parameter's type {dtype} or a narrower one, found {grad.dtype}; convert the "
+            "gradient, or keep the parameter in that type"
+        )
+    return grad.to(dtype)
 
 
 def _where(device: torch.device) -> str:
@@ -262,16 +287,39 @@ def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memory, np.uint8, size * dtype.itemsize).view(dtype)
 
 
-def may_move(x: Tensor, *, ours: bool) -> bool:
+_OWNER = "_jopt_owner"  # an attribute of a storage, which torch keeps with it
+
+
+def owned(x: Tensor, owner: Any) -> Tensor:
+    """A view of a `Buffer`, marked as stepped in place by the owner, for as long as that lives."""
+    setattr(x.untyped_storage(), _OWNER, weakref.ref(owner))
+    return x
+
+
+def may_move(x: Tensor, owner: Any) -> bool:
     """Whether nothing but `x` refers to its memory and `x` covers it, so that it may live elsewhere.
 
     Memory that is not torch's own (NumPy's, a file's, a shared block) has other owners, which no count shows; its
-    storage cannot be resized. Neither can a `Buffer`'s: `ours` says that x lives in one.
+    storage cannot be resized. Neither can a `Buffer`'s: what lives in one may move if its owner is this one, or gone.
     """
     if not x.is_contiguous() or x.storage_offset() or x.is_shared():
         return False
     storage = x.untyped_storage()
-    if not storage.resizable() and not ours:
-        return False
+    if not storage.resizable():
+        before = getattr(storage, _OWNER, None)
+        if before is None or before() not in (None, owner):
+            return False
+    return storage.nbytes() == x.numel() * x.element_size() and is_alone(x)
+
+
+def is_alone(x: Tensor) -> bool:
+    """Whether no other tensor, array or view looks at its storage."""
     # One use is the tensor's, one the storage object's that was just made.
-    return storage.nbytes() == x.numel() * x.element_size() and torch._C._storage_Use_Count(storage._cdata) == 2
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) == 2
+
+
+def leave(view: Tensor) -> Tensor:
+    """A tensor in a view's place; the view, which others may hold, gets memory of its own, with its values."""
+    other = view.detach()
+    view.data = view.clone()
+    return other

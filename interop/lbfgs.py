@@ -21,7 +21,7 @@ from torch import Tensor
 import jopt
 from interop import _compat, dlpack, options
 from interop.modules import Leaf
-from interop.optimizer import OfTorch, parameter_name, undynamo
+from interop.optimizer import OfTorch, as_number, missing, parameter_name, undynamo
 from jopt.lbfgs import DONE, LEAST_CURVATURE, START, LBFGSState, Settings, begin, initial_run, judge
 
 
@@ -62,7 +62,14 @@ def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
     if len(optimizer.param_groups) != 1:
         raise AssertionError(f"Expected exactly one param_group, but got {len(optimizer.param_groups)}")
     options.check_groups(type(optimizer), optimizer.param_groups)
-    settings = _settings(optimizer.param_groups[0])
+    group, place = optimizer.param_groups[0], "param_groups[0]"
+    try:
+        settings, place = _settings(group), "param_groups[0]['lr']"
+        as_number(group["lr"])
+    except KeyError as error:
+        raise missing(optimizer, 0, error.args[0]) from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{place}: {error}") from error
     for p in optimizer._params:
         dlpack.check_parameter(parameter_name(optimizer, 0, p), p)
 
@@ -224,6 +231,9 @@ class _Numbers:
 
     @staticmethod
     def divide(x: Any, y: Any) -> Any:
+        """A loss, which is a number, by a length, which may come of a tensor: that torch inverts and multiplies by."""
+        if isinstance(y, np.floating):
+            return x * (1 / y)
         return x / y if y else float(np.divide(x, y))
 
 

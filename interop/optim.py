@@ -11,9 +11,11 @@ Same names, signatures, defaults, errors, state keys and state_dict, since each 
 >>> optimizer.step()
 """
 
+import sys
 from typing import Any
 
 import torch
+from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from interop import sparse
 from interop.lbfgs import LBFGS
@@ -32,11 +34,17 @@ __all__ = [
     "Adamax",
     "Muon",
     "NAdam",
+    "Optimizer",
     "RAdam",
     "RMSprop",
     "Rprop",
     "SparseAdam",
+    "lr_scheduler",
+    "swa_utils",
 ]
+
+# What torch.optim has beside its classes is torch's, `from interop.optim.lr_scheduler import StepLR` too.
+sys.modules |= {f"{__name__}.{module.__name__.rpartition('.')[2]}": module for module in (lr_scheduler, swa_utils)}
 
 
 def __getattr__(name: str) -> Any:
@@ -46,7 +54,9 @@ def __getattr__(name: str) -> Any:
             f"interop.optim has no {name}, which torch {torch.__version__} has and this version of jopt does not know; "
             f"take torch.optim.{name}, or upgrade jopt"
         )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("_") or found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found
 
 
 class SGD(CompiledStep, torch.optim.SGD):
@@ -54,6 +64,7 @@ class SGD(CompiledStep, torch.optim.SGD):
 
     rule = rules.SGD
     hidden_scalars = frozenset({"step"})
+    late_slots = frozenset({"momentum_buffer"})
 
     def sparse_error(self, group: dict[str, Any]) -> None:
         return None
@@ -139,6 +150,7 @@ class Muon(CompiledStep, torch.optim.Muon):
     """`torch.optim.Muon`, stepped by `jopt.rules.Muon` around torch's batched products."""
 
     rule = rules.Muon
+    late_slots = frozenset({"momentum_buffer"})
 
 
 class SparseAdam(Stepped, torch.optim.SparseAdam):

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from interop import dlpack, dtensor, options, program, reader
+from interop import _compat, dlpack, dtensor, options, program, reader
 from interop.program import EMA
 from jopt.arena import ROW, Layout
-from jopt.rule import Rule, at_once
+from jopt.rule import Rule, at_once, is_number
 
 L = TypeVar("L")  # a loss
 BIG = 2**15  # elements
@@ -109,7 +109,7 @@ class Stepped(OfTorch):
     def known_options(cls) -> frozenset[str]:
         return cls.rule.options()
 
-    def _quiet_step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _quiet_step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Perform a single optimization step.
 
         Args:
@@ -118,7 +118,10 @@ class Stepped(OfTorch):
         Raises:
             RuntimeError: a sparse gradient where torch's optimizer takes none, or a forked child process.
             TypeError: a parameter, gradient or state that cannot be stepped; said before anything changes.
+            KeyError: a number or a state that torch's step reads and that is not there; likewise.
         """
+        if args or kwargs:
+            _like_torchs(type(self))(self, closure, *args, **kwargs)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -161,6 +164,15 @@ def _is_watched(optimizer: Any) -> bool:
     )
 
 
+def _like_torchs(cls: type) -> Callable[..., None]:
+    """A function that takes what torch's step takes: for Python's own words about other arguments."""
+
+    def step(self: Any, closure: Any = None) -> None: ...
+
+    step.__qualname__ = options.torch_base(cls).step.__qualname__
+    return step
+
+
 def _guarded(optimizer: Stepped) -> None:
     check_process()
     options.check_groups(type(optimizer), optimizer.param_groups)
@@ -169,7 +181,7 @@ def _guarded(optimizer: Stepped) -> None:
         optimizer._step()
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
 class _Around:
     """What a step does around itself, and what it found.
 
@@ -203,6 +215,7 @@ class CompiledStep(Stepped):
     """
 
     hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
+    late_slots: ClassVar[frozenset[str]] = frozenset()  # what torch makes where it is missing from a state
 
     _plan: _Plan | None = None
     _around: _Around
@@ -228,16 +241,23 @@ class CompiledStep(Stepped):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "__init__" in cls.__dict__:
-            signature = inspect.signature(cls.__init__)
-            parameters = list(signature.parameters.values())[1:]
-        else:
-            signature = inspect.signature(options.torch_base(cls))
-            parameters = list(signature.parameters.values()) + [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
-                for name in ("max_norm", "ema")
-            ]
-        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        base = options.torch_base(cls)
+        if "__init__" in cls.__dict__ or base not in cls.__bases__:
+            return
+
+        @functools.wraps(base.__init__)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            super(cls, self).__init__(*args, **kwargs)
+
+        # Of its own, so that the signatures of the class and of its constructor tell the arguments.
+        signature = inspect.signature(base.__init__)
+        own = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
+            for name in ("max_norm", "ema")
+        ]
+        init.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
+        init.__qualname__ = f"{cls.__qualname__}.__init__"
+        cls.__init__ = init  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, max_norm: float | None = None, ema: float | None = None, **kwargs: Any):
         self._around = _Around()
@@ -315,7 +335,7 @@ _forked = False
 
 def _mark_forked() -> None:
     global _forked
-    _forked = True
+    _forked = _forked or _compat.jax_has_started()
 
 
 os.register_at_fork(after_in_child=_mark_forked)
@@ -328,30 +348,94 @@ def check_process() -> None:
     if _forked:
         raise RuntimeError(
             "step() in a forked child process: XLA's threads do not survive a fork; start the process by 'spawn' "
-            "or 'forkserver'"
+            "or 'forkserver', or before anything uses JAX"
         )
 
 
 def _step(optimizer: Any) -> None:
     program.pause_openmp()  # before all else: it slows Python too
-    hyperparameters = [_numbers(optimizer.rule.members(group)) for group in optimizer.param_groups]
-    rules = [
-        optimizer.rule.shaped_by(group, h) for group, h in zip(optimizer.param_groups, hyperparameters, strict=True)
-    ]
+    hyperparameters, rules = group_numbers(optimizer)
     plan = optimizer._plan
     if plan is None or (grads := plan.as_before(optimizer, rules)) is None:
         present = _gradients(optimizer)
         if not present and (plan is None or not plan.averages):
             optimizer._around.grad_norm, optimizer._around.skipped = None, False
             return
-        if plan is None or not plan.serves(optimizer, rules, present):
+        if plan is None or not plan.serves(optimizer, rules, hyperparameters, present):
             plan = optimizer._plan = _Plan(optimizer, rules, hyperparameters, present, plan)
         grads = plan.begin(optimizer, hyperparameters, present)
     plan.step(optimizer, hyperparameters, grads)
 
 
-def _numbers(h: dict[str, Any]) -> dict[str, float]:
-    return {name: float(x) for name, x in h.items()}
+def group_numbers(optimizer: Any) -> tuple[list[dict[str, float]], list[Rule]]:
+    """The numbers of each group, its tuples taken apart, and the rule that its flags make.
+
+    Raises:
+      KeyError, TypeError, ValueError: as torch's step, for what is not there, no number, or not as many.
+    """
+    rule = optimizer.rule
+    hyperparameters, rules = [], []
+    for index, group in enumerate(optimizer.param_groups):
+        try:
+            if not _names(rule) <= group.keys():
+                raise KeyError
+            h = {name: x if type(x) is float else as_number(x) for name, x in rule.members(group).items()}
+            rules.append(rule.shaped_by(group, h))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _group_error(optimizer, index, error) from error
+        hyperparameters.append(h)
+    return hyperparameters, rules
+
+
+@functools.cache
+def _owners(rule: type[Rule]) -> dict[str, str]:
+    """What the rule's numbers are called in a group, or the tuples that they are in."""
+    owners = {name: name for name in rule.hyperparameters}
+    return owners | {name: owner for owner, names in rule.tuples.items() for name in names}
+
+
+@functools.cache
+def _names(rule: type[Rule]) -> frozenset[str]:
+    return frozenset(_owners(rule).values())
+
+
+def as_number(x: Any) -> float:
+    """What a group holds for a number; TypeError for what is none."""
+    try:
+        if not isinstance(x, str | bytes):  # which Python would read
+            return float(x)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"expected a number, or a tensor of one, found {x!r}")
+
+
+def _group_error(optimizer: Any, index: int, error: Exception) -> Exception:
+    """What is wrong with a group, in the type of torch's error."""
+    group, rule = optimizer.param_groups[index], optimizer.rule
+    for name in dict.fromkeys(_owners(rule).values()):
+        if name not in group:
+            return missing(optimizer, index, name)
+        if (members := rule.tuples.get(name)) is not None:
+            n = len(group[name]) if isinstance(group[name], tuple | list) else None
+            if n != len(members):
+                text = f"expected {len(members)} numbers ({', '.join(members)}), found {group[name]!r}"
+                return (TypeError if n is None else ValueError)(f"param_groups[{index}][{name!r}]: {text}")
+    for name, x in rule.members(group).items():
+        try:
+            as_number(x)
+        except TypeError as wrong:
+            return TypeError(f"param_groups[{index}][{_owners(rule)[name]!r}]: {wrong}")
+    if isinstance(error, KeyError):
+        return missing(optimizer, index, error.args[0])
+    return type(error)(f"param_groups[{index}]: {error}")
+
+
+def missing(optimizer: Any, index: int, name: str) -> KeyError:
+    """The error for what a group does not have."""
+    return KeyError(
+        f"param_groups[{index}][{name!r}]: {type(optimizer).__name__} reads it, found "
+        f"{sorted(optimizer.param_groups[index])}; set it, or load the state_dict of an optimizer of this class"
+    )
 
 
 def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
@@ -372,7 +456,7 @@ def _gradients(optimizer: Any) -> dict[Tensor, Tensor]:
                         raise RuntimeError(error)
                     grad = grad.to_dense()
                 dlpack.check_tensor(f"the gradient of {parameter_name(optimizer, index, p)}", grad)
-                grad = grad.to(p.dtype)
+                grad = dlpack.in_type_of(f"the gradient of {parameter_name(optimizer, index, p)}", grad, p.dtype)
             grads[p] = grad
     return grads
 
@@ -407,8 +491,9 @@ class _Leaf:
     pointer: int = 0  # where the parameter's values are; another one means that its storage was exchanged
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
     stays: bool = False  # its storage was exchanged once: it is left where its user puts it
-    moved_before: bool = False  # it lives in a buffer already, of the plan before
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
+    # Where of it in the buffers belongs what does not live there: copied in and out, as a parameter with a home.
+    homes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class _Plan:
@@ -450,7 +535,9 @@ class _Plan:
                 dlpack.check_parameter(name, x)
                 rules[index].check_param(name, tuple(x.shape), dlpack.DTYPES[x.dtype])
                 shapes = self._slots(rules[index], tuple(x.shape))
-                dtypes = _state_dtypes(name, p, shapes, optimizer.state.get(p) or {})
+                state = optimizer.state.get(p) or {}
+                _check_state(optimizer, name, rules[index], hyperparameters[index], shapes, state)
+                dtypes = _state_dtypes(name, p, shapes, state)
                 size = x.numel() * (2 if x.is_complex() else 1)
                 leaf = self.leaves[p] = _Leaf(
                     param=p,
@@ -467,7 +554,6 @@ class _Plan:
                 )
                 if before := known.get(p):
                     leaf.stays = before.stays
-                    leaf.moved_before = before.home is None and before.pointer == x.data_ptr()
                 leaf.stays |= leaf.lazy or leaf.placement is not None  # FSDP gathers from memory that it holds
                 real = tuple((slot, _real(dtype)) for slot, dtype in dtypes.items())
                 members.setdefault((self.waves[p], rules[index], _real(p.dtype), real), []).append(leaf)
@@ -491,8 +577,11 @@ class _Plan:
             freed = program.Freed(sum(leaf.local.nbytes for leaf in self.leaves.values()))
             for bucket in self.buckets:
                 bucket.take(optimizer, hyperparameters, staging, begun, freed)
-        self.views = [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
+        self.views = self._state_views()
         self.addresses = list(map(_pointer_of, self.views))
+
+    def _state_views(self) -> list[Tensor]:
+        return [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
 
     def _slots(self, rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return program.slot_shapes(rule, shape) | ({EMA: shape} if self.averages else {})
@@ -541,7 +630,13 @@ class _Plan:
             list(map(_pointer_of, self.views)),
         )
 
-    def serves(self, optimizer: Any, rules: Sequence[Rule], grads: dict[Tensor, Tensor]) -> bool:
+    def serves(
+        self,
+        optimizer: Any,
+        rules: Sequence[Rule],
+        hyperparameters: Sequence[dict[str, float]],
+        grads: dict[Tensor, Tensor],
+    ) -> bool:
         """Whether this plan still fits the optimizer; takes note of parameters that moved."""
         if rules != self.rules or self.averages != (optimizer.ema is not None):
             return False
@@ -569,10 +664,14 @@ class _Plan:
                         fits = False
                     leaf.pointer = x.data_ptr()
                     moved = True
-                state = optimizer.state.get(p)
-                if state and any(state.get(slot) is not leaf.views[slot] for slot in leaf.state_dtypes):
+                state = optimizer.state.get(p) or {}
+                if exchanged := [slot for slot, view in leaf.views.items() if state.get(slot) is not view]:
                     name = parameter_name(optimizer, index, p)
-                    fits = fits and _state_dtypes(name, p, leaf.state_shapes, state) == leaf.state_dtypes
+                    _check_state(optimizer, name, rules[index], hyperparameters[index], leaf.state_shapes, state)
+                    fits = _state_dtypes(name, p, leaf.state_shapes, state) == leaf.state_dtypes and fits
+                    moves = leaf.placement is not None or leaf.homes or any(map(_is_shared, state.values()))
+                    # An array over the old state has to show the old values.
+                    fits = fits and not moves and all(dlpack.is_alone(leaf.views[slot]) for slot in exchanged)
         return fits and not (moved and _waves(list(self.leaves)) != self.waves)
 
     def begin(
@@ -588,6 +687,7 @@ class _Plan:
         begun = _averages_begun(optimizer)
         for bucket in self.buckets:
             bucket.begin(optimizer.state, hyperparameters, present, places, begun, self.averages)
+        self.views = self._state_views()
         plain = all(leaf.placement is None for leaf in self.leaves.values())
         grads = [p.grad for p in params]
         if plain and all(g is None or g is present.get(p) for p, g in zip(params, grads, strict=True)):
@@ -740,24 +840,61 @@ def is_big(rule: Rule, size: int) -> bool:
 
 def _waves(params: Sequence[Tensor]) -> dict[Tensor, int]:
     """torch steps parameters one after the other, which shows where two share memory: the turn of each."""
-    waves: dict[Tensor, int] = {}
-    by_storage: dict[int, list[tuple[int, int, int]]] = {}
-    for p in params:
-        x = dtensor.local(p)
-        # A tensor without storage of its own is refused later, by name.
-        others = (
-            by_storage.setdefault(x.untyped_storage().data_ptr(), []) if type(x) in (Tensor, torch.nn.Parameter) else []
-        )
-        begin, end = _extent(x)
-        waves[p] = 1 + max((wave for wave, first, last in others if begin < last and first < end), default=-1)
-        others.append((waves[p], begin, end))
-    return waves
+    extents = [_extent(dtensor.local(p)) for p in params]
+    overlapping: list[list[int]] = [[] for _ in params]  # the earlier parameters in the memory of each
+    still: list[int] = []
+    for i in sorted(range(len(params)), key=extents.__getitem__):
+        begin, end = extents[i]
+        still = [j for j in still if extents[j][1] > begin]
+        if end > begin:
+            for j in still:
+                overlapping[max(i, j)].append(min(i, j))
+            still.append(i)
+    waves: list[int] = []
+    for earlier in overlapping:
+        waves.append(1 + max((waves[j] for j in earlier), default=-1))
+    return dict(zip(params, waves, strict=True))
 
 
 def _extent(p: Tensor) -> tuple[int, int]:
-    """The addresses between which a tensor's elements lie."""
+    """The addresses between which a tensor's elements lie; one without memory of its own is refused later, by name."""
+    if not dlpack.is_plain(p):
+        return 0, 0
     last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) if p.numel() else -1
     return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
+
+
+def _check_state(
+    optimizer: Any,
+    name: str,
+    rule: Rule,
+    h: dict[str, float],
+    shapes: dict[str, tuple[int, ...]],
+    state: dict[str, Any],
+) -> None:
+    """Raise torch's KeyError for a state that lacks something, unless there is none yet; ValueError for no number."""
+    scalars = rule.init_scalars(h).keys() - optimizer.hidden_scalars
+    if not state.keys() - {EMA}:
+        return
+    for key in (*scalars, *(shapes.keys() - optimizer.late_slots - {EMA})):
+        if key not in state:
+            raise KeyError(
+                f"{name}: {type(optimizer).__name__} reads its state {key!r}, found {sorted(map(str, state))}; load "
+                "the state_dict of an optimizer of this class, or clear the state, which then begins anew"
+            )
+        value = state[key]
+        if value is None:
+            raise TypeError(f"{name}: expected its state {key!r}, found None; clear the state, which then begins anew")
+        if key in scalars and not (
+            (value.numel() == 1 and not value.is_complex()) if isinstance(value, Tensor) else is_number(value)
+        ):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: expected a number, or a tensor of one, for its state {key!r}, found {found}")
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether a state tensor stays where it is: in memory of other processes too."""
+    return isinstance(value, Tensor) and dtensor.placement(value) is None and value.is_shared()
 
 
 def _state_dtypes(
@@ -808,7 +945,7 @@ class _Staging:
 
     array: np.ndarray
     shared: bool = False  # by several buckets
-    holder: Any = None  # the bucket whose gradients lie there
+    holder: int | None = None  # the bucket whose gradients lie there; its number, for it refers to this
 
 
 class _Bucket:
@@ -861,7 +998,7 @@ class _Bucket:
         for leaves, offsets in shelves:
             owned.append({"param": self._buffer("param", leaves)})
             for leaf, offset in zip(leaves, offsets, strict=True):
-                self._take_param(leaf, owned[-1]["param"], offset)
+                self._take_param(leaf, owned[-1]["param"], offset, optimizer._around)
                 freed.add(0 if leaf.home is not None else leaf.local.nbytes)
         rows = iter(range(len(self.leaves)))
         for own, (leaves, offsets) in zip(owned, shelves, strict=True):
@@ -884,11 +1021,11 @@ class _Bucket:
             shape = leaf.size if name == "param" else math.prod(leaf.state_shapes[name]) * reals
         return dlpack.Buffer(shape, self.dtypes[name])
 
-    def _take_param(self, leaf: _Leaf, buffer: dlpack.Buffer, offset: int) -> None:
+    def _take_param(self, leaf: _Leaf, buffer: dlpack.Buffer, offset: int, owner: Any) -> None:
         """Move a parameter to its place `offset` elements into a buffer, if nothing else refers to its storage."""
         leaf.home = buffer.view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
-        if leaf.size and not leaf.stays and dlpack.may_move(leaf.param, ours=leaf.moved_before):
-            leaf.param.data = leaf.home.copy_(leaf.param)
+        if leaf.size and not leaf.stays and dlpack.may_move(leaf.param, owner):
+            leaf.param.data = dlpack.owned(leaf.home.copy_(leaf.param), owner)
             leaf.home = None
         leaf.pointer = leaf.local.data_ptr()
 
@@ -913,6 +1050,9 @@ class _Bucket:
             leaf.views[slot] = dtensor.like(view, leaf.param)
         if leaf.views:
             state = optimizer.state[leaf.param]
+            for name, value in state.items():
+                if name in leaf.views and _is_shared(value):
+                    leaf.homes[name], leaf.views[name] = leaf.views[name], value
             self._take_state(i, leaf, state, dict(state), h, begun)
 
     def _init_scalars(self, optimizer: Any, hyperparameters: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
@@ -947,9 +1087,10 @@ class _Bucket:
         self.new[i] = EMA in leaf.views and values.get(EMA) is None and not begun
         for name, view in leaf.views.items():
             value = first[name] if values.get(name) is None else values[name]
-            value, place = dtensor.local(value), dtensor.local(view)
+            value, place = dtensor.local(value), dtensor.local(leaf.homes.get(name, view))
             if isinstance(value, Tensor):
-                place.copy_(value.to_dense() if value.is_sparse else value)
+                value = value.to_dense() if value.is_sparse else value
+                place.copy_(value if place.dim() else value.reshape(()))
             else:
                 place.fill_(float(value))
             state[name] = view
@@ -978,9 +1119,26 @@ class _Bucket:
                     values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
                     foreign.append((i, leaf, state, values))
         for i, leaf, state, values in foreign:
+            for name, view in leaf.views.items():
+                if state.get(name) is not view:
+                    leaf.views[name] = dlpack.leave(view)  # to its user, who may have kept it
             self._take_state(i, leaf, state, values, hyperparameters[leaf.group], begun)
         self.copied_in = [leaf for leaf in (self.leaves if averages else stepped) if leaf.home is not None]
         self.copied_out = [leaf for leaf in stepped if leaf.home is not None]
+        shared = [
+            (leaf, name)
+            for leaf in self.leaves
+            for name in leaf.homes
+            if leaf.param in grads or (averages and name == EMA)
+        ]
+        self.shared_slots, self.shared_scalars = (
+            [
+                (leaf.homes[name], leaf.views[name].view(leaf.homes[name].shape))
+                for leaf, name in shared
+                if (name in self.scalars) is scalar
+            ]
+            for scalar in (False, True)
+        )
         # A DTensor's own counter does not see that its local tensor was written to.
         self.resident = [leaf.param for leaf in stepped if leaf.home is None or leaf.placement is not None]
         self.places = [places[leaf.param] if leaf.param in grads else None for leaf in self.big]
@@ -997,9 +1155,9 @@ class _Bucket:
             for leaf, grad in zip(self.big, grads.of_big(self), strict=True)
         ]
         if self.small:
-            if self.staging.holder is not self:
+            if self.staging.holder != self.index:
                 grads.gather(self)
-            self.staging.holder = self
+            self.staging.holder = self.index
             arrays.append(self.grads)
         return arrays
 
@@ -1022,6 +1180,8 @@ class _Bucket:
         """Step the leaves. Returns what the program found, and for `finish`, if that is to come, the scalar state."""
         for leaf in self.copied_in:
             leaf.home.copy_(leaf.local)  # type: ignore[union-attr]
+        for place, value in (*self.shared_slots, *self.shared_scalars):
+            place.copy_(value)
         scalars = self._coefficients(hyperparameters, ema)
         found = {
             name: x if isinstance(x, list) else _number_array(x, self.spec.compute_dtype) for name, x in found.items()
@@ -1035,6 +1195,8 @@ class _Bucket:
             jax.block_until_ready(out)
         for leaf in self.copied_out:
             leaf.local.copy_(leaf.home)  # type: ignore[arg-type]
+        for place, value in self.shared_slots:
+            value.copy_(place)
         if ema is not None:
             self.new[:] = False
         return out[len(self.buffers) :], scalars
@@ -1043,6 +1205,8 @@ class _Bucket:
         """After a step that was not skipped: the scalar state and torch's version counters."""
         for name, vector in self.scalars.items():
             np.copyto(vector, scalars[name], where=self.active, casting="same_kind")
+        for place, value in self.shared_scalars:
+            value.copy_(place)
         self.known = self._scalar_bytes()
         # As torch's own in-place operations do, so that a backward through old values raises.
         torch.autograd.graph.increment_version(self.resident)

@@ -16,7 +16,7 @@ from jax import Array
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import parameter_name
+from interop.optimizer import group_numbers, parameter_name
 from interop.program import own_settings, run
 from jopt import numerics
 from jopt._compat import device
@@ -29,9 +29,9 @@ SMALLEST = 1024  # elements
 def step(optimizer: Any) -> None:
     """Step every parameter that has a gradient, after all were checked."""
     stepped = []
+    hyperparameters, rules = group_numbers(optimizer)
     for index, group in enumerate(optimizer.param_groups):
-        h = {name: np.float64(x) for name, x in optimizer.rule.members(group).items()}
-        rule = optimizer.rule.shaped_by(group, h)
+        h, rule = {name: np.float64(x) for name, x in hyperparameters[index].items()}, rules[index]
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -40,6 +40,9 @@ def step(optimizer: Any) -> None:
             if not p.grad.is_sparse:
                 raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
             dlpack.check_tensor(f"the gradient of {name}", p.grad._values())
+            for key in ("step", *SLOTS):
+                if (state := optimizer.state.get(p)) and key not in state:
+                    raise KeyError(f"{name}: SparseAdam reads its state {key!r}, found {sorted(map(str, state))}")
             stepped.append((p, rule, h))
     work = optimizer._work = optimizer._work or _Work()
     for p, rule, h in stepped:

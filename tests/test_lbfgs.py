@@ -154,6 +154,33 @@ def test_drop_in_equals_torch_to_the_last_bit(f, search, dtype):
                 assert torch.equal(torch.as_tensor(x, dtype=runs[0].p.dtype), torch.as_tensor(y, dtype=runs[0].p.dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_network_is_torchs_to_the_last_bit(dtype):
+    """Kinks make the search zoom in on brackets whose both ends are tensors: torch divides by their distance as it
+    divides a number by a tensor, in two operations.
+    """
+    runs = []
+    for module in (torch.optim, optim):
+        torch.manual_seed(0)
+        x = torch.randn(64, 4, dtype=dtype)
+        layers = torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1)
+        model = torch.nn.Sequential(*layers).to(dtype)
+        optimizer = module.LBFGS(model.parameters(), max_iter=5, tolerance_change=0, line_search_fn="strong_wolfe")
+
+        def closure(model=model, optimizer=optimizer, x=x):
+            optimizer.zero_grad()
+            loss = (model(x) - torch.sin(x.sum(1, keepdim=True))).square().mean()
+            loss.backward()
+            return loss
+
+        points = []
+        for _ in range(15):
+            optimizer.step(closure)
+            points.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        runs.append(points)
+    assert all(map(torch.equal, *runs))
+
+
 def test_the_line_search_has_its_own_least_bracket(x64):
     """torch gives it 1e-9, whatever tolerance_change is: with the latter the search would end an evaluation early."""
     arguments = dict(lr=8, max_iter=8, tolerance_change=0.1, line_search_fn="strong_wolfe")

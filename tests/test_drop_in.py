@@ -1,0 +1,457 @@
+"""What scripts written for torch.optim rely on beside numbers: errors, kept state, freed models, names, processes."""
+
+import copy
+import gc
+import inspect
+import multiprocessing
+import weakref
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the drop-in is for torch")
+
+from interop import amp, optim, optimizer  # noqa: E402
+from tests.test_optimizer import network, subprocess_run, train  # noqa: E402
+
+NAMES = [name for name in optim.__all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils")]
+COMPILED = [name for name in NAMES if name not in ("LBFGS", "SparseAdam")]
+MOMENTUM = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
+
+
+def stepped(module, name, steps=1, **arguments):
+    """A parameter and its optimizer after some steps."""
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    opt = getattr(module, name)([p], **{"lr": 0.1} | MOMENTUM.get(name, {}) | arguments)
+
+    def closure():
+        p.grad = torch.full((3, 2), 0.5)
+        if name == "SparseAdam":
+            p.grad = p.grad.to_sparse(1)
+        return (p**2).sum()
+
+    for _ in range(steps):
+        opt.step(closure)
+    closure()
+    return p, opt, closure
+
+
+def raised(opt, closure):
+    try:
+        opt.step(closure)
+    except Exception as error:
+        return error
+    return None
+
+
+def snapshot(p, opt):
+    return copy.deepcopy((p.detach(), opt.state_dict()["state"]))
+
+
+def assert_unchanged(p, opt, before):
+    torch.testing.assert_close(snapshot(p, opt), before, rtol=0, atol=0, equal_nan=True)
+
+
+# --- numbers and state that are not there
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_or_flag_that_is_missing_is_torchs_error(name):
+    _, opt, _ = stepped(optim, name)
+    for key in set(opt.param_groups[0]) - {"params"}:
+        errors = []
+        for module in (torch.optim, optim):
+            p, opt, closure = stepped(module, name)
+            del opt.param_groups[0][key]
+            before = snapshot(p, opt)
+            errors.append(raised(opt, closure))
+            if errors[-1] is not None and module is optim:
+                assert_unchanged(p, opt, before)
+        if errors[1] is None:  # what chooses among torch's own paths means nothing here, and what it sets by itself
+            assert torch.isfinite(p).all()
+            assert key in optimizer.options.HOW or errors[0] is None or key == "initial_accumulator_value"
+        else:
+            assert type(errors[1]) is KeyError
+            assert f"param_groups[0][{key!r}]" in str(errors[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("lr", None, TypeError),
+        ("lr", "0.1", TypeError),
+        ("lr", [0.1], TypeError),
+        ("lr", torch.ones(3), TypeError),
+        ("eps", "1e-8", TypeError),
+        ("weight_decay", None, TypeError),
+        ("betas", None, TypeError),
+        ("betas", 0.9, TypeError),
+        ("betas", ("a", 0.9), TypeError),
+        ("betas", (0.9,), ValueError),
+        ("betas", (0.9, 0.9, 0.9), ValueError),
+    ],
+)
+def test_what_is_no_number_is_torchs_error_and_named(key, value, error):
+    for module in (torch.optim, optim):
+        p, opt, closure = stepped(module, "Adam")
+        opt.param_groups[0][key] = value
+        before = snapshot(p, opt)
+        found = raised(opt, closure)
+        assert type(found) is error
+    assert f"param_groups[0][{key!r}]" in str(found)
+    assert_unchanged(p, opt, before)
+
+
+def test_lbfgs_names_what_is_no_number():
+    _, opt, closure = stepped(optim, "LBFGS")
+    opt.param_groups[0]["lr"] = "0.1"
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['lr'\]"):
+        opt.step(closure)
+
+
+@pytest.mark.parametrize("values", [(0.1, 1), (np.float32(0.1), np.int64(1)), (torch.tensor([0.1]), True)], ids=str)
+def test_numbers_of_any_kind_are_taken(values):
+    ps = []
+    for module in (torch.optim, optim):
+        p, opt, closure = stepped(module, "SGD", momentum=0.9)
+        opt.param_groups[0].update(lr=float(values[0]) if module is torch.optim else values[0])
+        opt.param_groups[0].update(weight_decay=float(values[1]) if module is torch.optim else values[1])
+        opt.step(closure)
+        ps.append(p.detach())
+    assert torch.equal(*ps)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_state_that_lacks_something_is_torchs_error(name):
+    _, opt, _ = stepped(torch.optim, name)
+    for key in opt.state_dict()["state"][0]:
+        errors = []
+        for module in (torch.optim, optim):
+            p, opt, closure = stepped(module, name)
+            if key not in opt.state[p]:
+                continue
+            del opt.state[p][key]
+            before = snapshot(p, opt)
+            errors.append(raised(opt, closure))
+        assert (errors[0] is None) == (errors[1] is None)
+        if errors[1] is not None:
+            assert type(errors[1]) is KeyError
+            assert f"param_groups[0]['params'][0]: {name} reads its state {key!r}" in str(errors[1])
+            assert_unchanged(p, opt, before)
+
+
+@pytest.mark.parametrize(("first", "second"), [("SGD", "Adam"), ("Adam", "RMSprop"), ("Adam", "Adamax")])
+def test_another_optimizers_checkpoint(first, second):
+    saved = stepped(torch.optim, first, **{"momentum": 0} if first == "SGD" else {})[1].state_dict()
+    for module in (torch.optim, optim):
+        p, opt, closure = stepped(module, second, 0)
+        opt.load_state_dict(copy.deepcopy(saved))
+        assert type(raised(opt, closure)) is KeyError
+        assert torch.equal(p, torch.ones(3, 2))
+
+
+def test_a_step_count_of_one_axis():
+    """As some checkpoints have it."""
+    ps = []
+    for module in (torch.optim, optim):
+        p, opt, closure = stepped(module, "Adam")
+        opt.state[p]["step"] = torch.full((1,), 7.0)
+        opt.step(closure)
+        ps.append(p.detach())
+        assert opt.state[p]["step"].item() == 8
+    torch.testing.assert_close(*ps, rtol=1e-6, atol=0)
+    opt.state[p]["step"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"its state 'step', found shape \(2,\)"):
+        opt.step(closure)
+
+
+def test_other_arguments_of_step_are_torchs_error():
+    errors = []
+    for module in (torch.optim, optim):
+        for name in ("SGD", "AdamW", "SparseAdam", "LBFGS"):
+            _, opt, _ = stepped(module, name, 0)
+            for args, kwargs in [((), {"foo": 1}), ((None, 2), {}), ((None,), {"foo": 1, "bar": 2})]:
+                with pytest.raises(TypeError) as error:
+                    opt.step(*args, **kwargs)
+                errors.append(str(error.value))
+    assert errors[: len(errors) // 2] == errors[len(errors) // 2 :]
+
+
+# --- state that is kept, or shared
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("keep", [lambda x: x, lambda x: x.detach(), lambda x: x.numpy()], ids=["it", "view", "array"])
+@pytest.mark.parametrize("exchange", ["clear", "load", "assign"])
+def test_state_that_its_user_kept_stays_as_it_was(exchange, keep):
+    model = network()
+    opt = optim.AdamW(model.parameters(), lr=0.01, ema=0.9)
+    train(model, opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    train(model, opt, 2)
+    exchanged = ("exp_avg", "ema") if exchange == "assign" else ("step", "exp_avg", "exp_avg_sq", "ema")
+    kept = [(keep(state[name]), state[name].clone()) for state in opt.state.values() for name in exchanged]
+    if exchange == "clear":
+        opt.state.clear()
+    elif exchange == "load":
+        opt.load_state_dict(saved)
+    else:
+        for p in model.parameters():
+            opt.state[p].update({name: torch.zeros_like(p) for name in exchanged})
+    train(model, opt, 2)
+    for x, value in kept:
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(value))
+
+
+def test_two_states_in_turn_are_torchs():
+    """As for two tasks in turn: each keeps its own."""
+    found = []
+    for module in (torch.optim, optim):
+        p = torch.nn.Parameter(torch.ones(1))
+        opt = module.SGD([p], lr=0.0, momentum=0.9)
+        saved = []
+        for gradient in (1.0, 100.0):
+            opt.state.clear()
+            for _ in range(2):
+                p.grad = torch.full((1,), gradient)
+                opt.step()
+            saved.append(opt.state_dict())
+        for which in (0, 1, 0):
+            opt.load_state_dict(saved[which])
+            found.append(opt.state[p]["momentum_buffer"].item())
+    assert found[:3] == found[3:]
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("arguments", [{}, {"max_norm": 0.05, "ema": 0.9}], ids=["plain", "clipped and averaged"])
+def test_state_in_shared_memory_is_stepped_where_it_lies(arguments):
+    """Its numbers are those of state that is not shared; another process, or tensor, sees them."""
+    models = [network() for _ in range(2)]
+    opts = [optim.AdamW(model.parameters(), lr=0.01, **arguments) for model in models]
+    for model, opt in zip(models, opts, strict=True):
+        train(model, opt, 2)
+    shared = {}
+    for i, p in enumerate(models[1].parameters()):
+        state = opts[1].state[p]
+        if i % 2:
+            state.update({name: x.clone().share_memory_() for name, x in state.items()})
+        else:
+            for x in state.values():
+                x.share_memory_()
+        shared[p] = dict(state)
+    for model, opt in zip(models, opts, strict=True):
+        train(model, opt, 3)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+        for name, x in opts[0].state[p].items():
+            assert opts[1].state[q][name] is shared[q][name]
+            assert torch.equal(shared[q][name], x)
+
+
+def _work(name, model, state):
+    opt = (optim if name == "interop" else torch.optim).Adam(model.parameters(), lr=0.01)
+    opt.state.update(zip(model.parameters(), state, strict=True))
+    for _ in range(2):
+        opt.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        opt.step()
+
+
+def test_processes_in_turn_share_state():
+    context, found = multiprocessing.get_context("spawn"), []
+    for name in ("torch", "interop"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1).share_memory()
+        state = [
+            {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            for p in model.parameters()
+        ]
+        for values in state:
+            for x in values.values():
+                x.share_memory_()
+        for _ in range(2):
+            worker = context.Process(target=_work, args=(name, model, state))
+            worker.start()
+            worker.join()
+            assert worker.exitcode == 0
+        found.append((model.weight.detach(), state[0]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+    assert found[1][1]["step"] == 4
+
+
+# --- models that come and go
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_freed_with_its_optimizer(name):
+    """By reference count, whatever was done: the collector may be off."""
+    gc.collect()
+    gc.disable()
+    try:
+        p, opt, closure = stepped(optim, name, 3)
+        if name in COMPILED:
+            opt.max_norm, opt.ema = 1.0, 0.9
+            opt.step()
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            opt.step()
+            scaler = amp.GradScaler("cpu", init_scale=1.0)
+            scaler.scale(torch.ones(()))
+            scaler.step(opt)
+            del scaler
+        seen = weakref.ref(p), weakref.ref(opt), weakref.ref(next(iter(opt.state.values())).get("exp_avg", p))
+        del p, opt, closure
+        assert [x() for x in seen] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("reading")
+def test_a_second_optimizer_steps_in_place():
+    """Once the first one is gone; while it lives its parameters stay where it steps them."""
+    model = network()
+    first = optim.AdamW(model.parameters(), lr=0.01)
+    train(model, first, 2)
+    for expected in (True, False):
+        second = optim.AdamW(model.parameters(), lr=0.01)
+        train(model, second, 2)
+        copied = [leaf.home is not None for leaf in second._plan.leaves.values()]
+        assert copied == [expected] * 4
+        first = None
+    held = next(model.parameters()).detach()
+    second = optim.SGD(model.parameters(), lr=0.01)
+    train(model, second, 2)
+    assert torch.equal(held, next(model.parameters()))
+    assert [leaf.home is not None for leaf in second._plan.leaves.values()] == [True, False, False, False]
+
+
+# --- parameters of other kinds
+
+
+class Tagged(torch.nn.Parameter):
+    """As frameworks mark theirs."""
+
+
+class Plain(torch.Tensor):
+    """With torch's operations."""
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("make", [Tagged, lambda x: x.as_subclass(Plain).requires_grad_()], ids=["Parameter", "Tensor"])
+def test_a_subclass_with_plain_memory(make):
+    ps = []
+    for module in (torch.optim, optim):
+        p = make(torch.arange(6.0))
+        opt = module.SGD([p], lr=0.5, momentum=0.5)
+        for i in range(4):
+            p.grad = torch.full_like(p, 1.0 + i)
+            opt.step()
+        ps.append([x.detach().as_subclass(torch.Tensor) for x in (p, opt.state[p]["momentum_buffer"])])
+    assert all(map(torch.equal, *ps))
+
+
+@pytest.mark.usefixtures("reading")
+def test_parameters_that_overlap_through_different_storages():
+    """As over one array of NumPy's: torch steps one after the other."""
+    memories = []
+    for module in (torch.optim, optim):
+        memory = np.arange(8.0)
+        params = [
+            torch.nn.Parameter(torch.from_numpy(memory[part])) for part in (slice(3, 8), slice(0, 5), slice(4, 6))
+        ]
+        opt = module.AdamW(params, lr=0.1, weight_decay=0.5)
+        for i in range(3):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + i)
+            opt.step()
+        memories.append(memory)
+    np.testing.assert_allclose(*memories, rtol=1e-14)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has it from 2.10 on")
+def test_a_gradient_wider_than_its_parameter():
+    """It would be rounded where torch computes with it: said, and nothing changes. A narrower one is exact."""
+    results = []
+    for module in (torch.optim, optim):
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        p.grad_dtype = torch.float32
+        p.grad = torch.full((3,), 1.001)
+        opt = module.Adam([p], lr=0.1)
+        with pytest.raises((RuntimeError, TypeError), match=r"dtype|the gradient of param_groups"):
+            opt.step()
+        assert torch.equal(p, torch.ones(3, dtype=torch.bfloat16))
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad_dtype = torch.bfloat16
+        p.grad = torch.full((3,), 1.001, dtype=torch.bfloat16)
+        module.SGD([p], lr=0.1).step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+# --- names and signatures
+
+
+def test_every_public_name_of_torch_optim_is_there():
+    for name in [name for name in dir(torch.optim) if not name.startswith("_")]:
+        theirs, ours = getattr(torch.optim, name), getattr(optim, name)
+        if name in NAMES:
+            assert issubclass(ours, theirs)
+            assert ours.__module__.startswith("interop")
+        else:
+            assert ours is theirs
+    assert set(NAMES) == {
+        name
+        for name, x in vars(torch.optim).items()
+        if isinstance(x, type) and issubclass(x, torch.optim.Optimizer) and x is not torch.optim.Optimizer
+    }
+    from interop.optim.lr_scheduler import StepLR
+    from interop.optim.swa_utils import AveragedModel
+
+    assert (StepLR, AveragedModel) == (torch.optim.lr_scheduler.StepLR, torch.optim.swa_utils.AveragedModel)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_signatures_tell_the_arguments(name):
+    theirs, ours = getattr(torch.optim, name), getattr(optim, name)
+    own = ["max_norm", "ema"] if name in COMPILED else []
+    for a, b in ((theirs, ours), (theirs.__init__, ours.__init__)):
+        a, b = (inspect.signature(x).parameters for x in (a, b))
+        assert list(b) == [*a, *own]
+        assert all(b[key].default == x.default for key, x in a.items())
+
+
+def test_a_subclass_has_its_own_signature():
+    class Mine(optim.AdamW):
+        def __init__(self, params, warmup=3):
+            super().__init__(params, lr=0.5)
+
+    class Theirs(Mine):
+        pass
+
+    for cls in (Mine, Theirs):
+        assert list(inspect.signature(cls).parameters) == ["params", "warmup"]
+        assert cls([torch.zeros(1)]).defaults["lr"] == 0.5
+
+
+# --- processes
+
+
+def test_a_fork_before_any_step():
+    """From a process in which nothing has used JAX yet: a child steps as torch's does."""
+    code = """
+import os, torch
+from interop import optim
+
+model = torch.nn.Linear(2, 1)
+optimizer = optim.AdamW(model.parameters(), lr=0.1)
+model.weight.grad = torch.ones(1, 2)
+before = model.weight.detach().clone()
+pid = os.fork()
+optimizer.step()
+assert not torch.equal(model.weight, before)
+if pid == 0:
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+"""
+    done = subprocess_run(code)
+    assert done.returncode == 0, done.stderr
