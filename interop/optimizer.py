@@ -418,7 +418,9 @@ def _group_error(optimizer: Any, index: int, error: Exception) -> Exception:
         if (members := rule.tuples.get(name)) is not None:
             n = len(group[name]) if isinstance(group[name], tuple | list) else None
             if n != len(members):
-                text = f"expected {len(members)} numbers ({', '.join(members)}), found {group[name]!r}"
+                # Muon's rule has torch's own words.
+                own = f"expected {len(members)} numbers ({', '.join(members)}), found {group[name]!r}"
+                text = error if isinstance(error, ValueError) else own
                 return (TypeError if n is None else ValueError)(f"param_groups[{index}][{name!r}]: {text}")
     for name, x in rule.members(group).items():
         try:

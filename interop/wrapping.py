@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -31,7 +32,8 @@ from jopt.chaining import is_transformation
 
 NAMES = {"learning_rate": "lr"}  # optax's names of hyperparameters -> torch's
 PAIRS = [("b1", "b2"), ("beta1", "beta2")]  # shown as torch's "betas"
-UNREAD = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+# What is not for the transformation: torch's own, and what its schedulers keep in the groups.
+UNREAD = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 
 
 def wrap(
@@ -84,7 +86,10 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         return super().__repr__().replace(type(self).__name__, f"interop.wrap of {type(self.tx).__name__}", 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "tx": self.tx, "_groups": self._groups, "_training": self._training}
+        return {**super().__getstate__(), "tx": _Saved(self.tx), "_groups": self._groups, "_training": self._training}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | ({"tx": state["tx"].tx} if "tx" in state else {}))
 
     @staticmethod
     def keeps(state: torch.dtype, param: torch.dtype) -> bool:
@@ -107,13 +112,7 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
             work = _Group(tx, tuple(names))
             with _settings(group["params"]):
                 work.show(group)
-            unknown = [k for k in given if k not in (*work.shown, *UNREAD) and isinstance(given[k], float | Tensor)]
-            if unknown:
-                raise ValueError(
-                    f"param_groups[{index}][{unknown[0]!r}]: the transformation does not keep it in its state, so that "
-                    f"nothing would read it (it keeps {sorted(work.shown) or 'no hyperparameters'}); wrap it as "
-                    f"optax.inject_hyperparams(...)(...), or give the group a 'tx' of its own"
-                )
+            work.check(index, group)
         except BaseException:
             del self.param_groups[index]
             raise
@@ -134,7 +133,8 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         Raises:
           RuntimeError: a forked child process, or after `eval()`.
           TypeError: a gradient that is sparse or of a tensor subclass; said before anything changes.
-          ValueError: a state that does not fit the transformation; said before anything changes.
+          ValueError: a state that does not fit the transformation, or a number in a group that it does not keep; said
+            before anything changes.
         """
         loss = None
         if closure is not None:
@@ -239,10 +239,10 @@ class _Group:
         self._evaluate: Callable[..., Any] | None = None  # the loss and gradients elsewhere, while a step runs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tx": self.tx, "names": self.names, "shown": self.shown}
+        return {"tx": _Saved(self.tx), "names": self.names, "shown": self.shown}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state | {"tx": state["tx"].tx})
         self._start()
 
     # --- what the state looks like
@@ -309,6 +309,16 @@ class _Group:
                 group[name].fill_(value)
             else:
                 group[name] = value
+
+    def check(self, index: int, group: dict[str, Any]) -> None:
+        """Raise ValueError for a number that nothing would read."""
+        for name, value in group.items():
+            if name not in self.shown and name not in UNREAD and _is_numeric(value):
+                raise ValueError(
+                    f"param_groups[{index}][{name!r}]: found {value!r}, which the transformation does not keep in its "
+                    f"state, so that nothing would read it (it keeps {sorted(self.shown) or 'no hyperparameters'}); "
+                    f"wrap it as optax.inject_hyperparams(...)(...), or give the group a 'tx' of its own"
+                )
 
     def _given(self, group: dict[str, Any]) -> dict[str, float]:
         """The hyperparameters that the group sets, taken apart."""
@@ -469,6 +479,34 @@ class _Group:
             self._show(group, values)
 
 
+def _is_numeric(x: Any) -> bool:
+    """Whether it is a number, or some, as betas are."""
+    if isinstance(x, tuple | list):
+        return any(map(_is_numeric, x))
+    return isinstance(x, float | int | Tensor | jax.Array | np.ndarray | np.number) and not isinstance(x, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """A transformation on its way into a copy, where it may be the same, or a file, which takes few of them."""
+
+    tx: Any
+
+    def __deepcopy__(self, memo: Any) -> _Saved:
+        return self
+
+    def __reduce__(self) -> Any:
+        try:
+            pickle.dumps(self.tx)
+        except Exception as error:
+            raise TypeError(
+                f"an optimizer of interop.wrap cannot be saved whole: its transformation is made of functions that "
+                f"Python does not save ({error}). Save its state_dict(); to go on, wrap the same transformation around "
+                "the parameters and call load_state_dict()"
+            ) from error
+        return _Saved, (self.tx,)
+
+
 def _number(x: Any) -> float:
     """A hyperparameter as the shortest number that is the same in its type."""
     return float(str(np.asarray(x).astype(np.float32))) if x.dtype == jnp.float32 else np.asarray(x).item()
@@ -554,13 +592,14 @@ def _step(optimizer: WrappedOptimizer, closure: Any, loss: Any, extra: dict[str,
     check_process()
     optimizer._check_training()
     grads: list[list[Tensor | None]] = []
-    for index, group in enumerate(optimizer.param_groups):
+    for index, (group, work) in enumerate(zip(optimizer.param_groups, optimizer._groups, strict=True)):
+        work.check(index, group)
         grads.append([])
         for p in group["params"]:
             grad = p.grad
             if grad is not None:
                 dlpack.check_tensor(f"the gradient of {parameter_name(optimizer, index, p)}", grad)
-                grad = grad.to(p.dtype)
+                grad = dlpack.in_type_of(f"the gradient of {parameter_name(optimizer, index, p)}", grad, p.dtype)
             grads[-1].append(grad)
     with torch.inference_mode(False), torch.no_grad():
         for index, work in enumerate(optimizer._groups):

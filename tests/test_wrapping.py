@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,72 @@ def test_a_hyperparameter_that_nothing_reads_is_refused():
     with pytest.raises(ValueError, match=r"param_groups\[1\]\['lr'\]"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 1e-2})
     assert len(optimizer.param_groups) == 1
+    w.grad = torch.ones(3)
+    optimizer.step()
+    for name, value in [
+        ("lr", 0.1),
+        ("lr", 1),
+        ("lr", torch.tensor(0.1)),
+        ("betas", (0.9, 0.99)),
+        ("wd", np.float32(1)),
+    ]:
+        optimizer.param_groups[0][name] = value  # as a scheduler does
+        before = w.detach().clone()
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]\['{name}'\].*inject_hyperparams"):
+            optimizer.step()
+        assert torch.equal(w, before)
+        del optimizer.param_groups[0][name]
+    optimizer.param_groups[0].update(name="head", frozen=False)
+    optimizer.step()
+    assert w[0] < before[0]
+
+
+def test_what_schedulers_keep_in_a_group_is_theirs():
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = interop.wrap(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9), [w])
+    schedulers = torch.optim.lr_scheduler
+    for make in (
+        lambda: schedulers.OneCycleLR(optimizer, 0.1, total_steps=9),
+        lambda: schedulers.CyclicLR(optimizer, 0.01, 0.1),
+        lambda: schedulers.CosineAnnealingWarmRestarts(optimizer, 3),
+        lambda: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05),
+    ):
+        scheduler = make()
+        for _ in range(3):
+            w.grad = torch.ones(3)
+            optimizer.step()
+            scheduler.step()
+
+
+def test_saving_an_optimizer_whole_says_what_can_be_saved():
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = interop.wrap(optax.adam(0.1), [w])
+    w.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(TypeError, match=r"its transformation is made of functions.*state_dict\(\).*load_state_dict"):
+        torch.save(optimizer, io.BytesIO())
+    other = copy.deepcopy(optimizer)
+    assert other.tx is optimizer.tx
+    torch.save(optimizer.state_dict(), io.BytesIO())
+
+
+def test_a_transformation_of_module_functions_is_saved_whole():
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = interop.wrap(optax.GradientTransformation(_init, _negative), [w])
+    other = pickle.loads(pickle.dumps(optimizer))
+    for opt in (optimizer, other):
+        p = opt.param_groups[0]["params"][0]
+        p.grad = torch.ones(3)
+        opt.step()
+        assert p.tolist() == [0.0] * 3
+
+
+def _init(params):
+    return ()
+
+
+def _negative(updates, state, params=None):
+    return jax.tree.map(jnp.negative, updates), state
 
 
 def test_masks_see_the_names():
@@ -232,6 +299,14 @@ def test_first_step_with_a_frozen_parameter_can_be_saved_and_unfrozen():
     assert b[0] < 1
 
 
+class Overriding(torch.Tensor):
+    """With operations of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 @pytest.mark.parametrize("bad", ["sparse", "subclass"])
 def test_a_bad_gradient_changes_nothing(bad):
     a, b = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
@@ -240,7 +315,7 @@ def test_a_bad_gradient_changes_nothing(bad):
     if bad == "sparse":
         b.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (2, 2), check_invariants=True)
     else:
-        b.grad = torch.ones(2, 2).as_subclass(type("Other", (torch.Tensor,), {}))
+        b.grad = torch.ones(2, 2).as_subclass(Overriding)
     with pytest.raises(TypeError, match=r"the gradient of param_groups\[1\]\['params'\]\[0\]"):
         optimizer.step()
     assert a.tolist() == [[1.0, 1.0]] * 2
