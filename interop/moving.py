@@ -302,7 +302,7 @@ def torch_class(optimizer: Any) -> str:
       TypeError: of none.
     """
     for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim") and cls.__name__ in optim.__all__:
+        if cls.__module__.startswith("torch.optim") and cls.__name__ in optim.CLASSES:
             return cls.__name__
     raise TypeError(
         f"optimizer: expected one of torch.optim's, found {type(optimizer).__module__}.{type(optimizer).__qualname__}"

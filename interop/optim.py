@@ -43,6 +43,8 @@ __all__ = [
     "swa_utils",
 ]
 
+CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils"))
+
 # What torch.optim has beside its classes is torch's, `from interop.optim.lr_scheduler import StepLR` too.
 sys.modules |= {f"{__name__}.{module.__name__.rpartition('.')[2]}": module for module in (lr_scheduler, swa_utils)}
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -126,9 +127,11 @@ def named(given: Any) -> dict[str, Make]:
     return makes
 
 
-_BY_NAME = {name: x for name, x in vars(optimizers).items() if getattr(x, "__module__", "") == optimizers.__name__} | {
-    "lbfgs": lbfgs
-}
+_BY_NAME = {
+    name: x
+    for name, x in vars(optimizers).items()
+    if isinstance(x, FunctionType) and x.__module__ == optimizers.__name__ and not name.startswith("_")
+} | {"lbfgs": lbfgs}
 
 
 def _label(item: Any) -> str:

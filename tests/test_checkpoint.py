@@ -146,7 +146,7 @@ def test_sparse_adam(tmp_path):
 
 
 def test_every_class_and_its_state_is_known():
-    assert set(STATE_KEYS) == set(optim.__all__) - {"LBFGS"}
+    assert set(STATE_KEYS) == set(optim.CLASSES) - {"LBFGS"}
     for case in cases.TORCH_CASES:
         _, _, optimizer = run_of(case, steps=1)
         required, optional = STATE_KEYS[case.torch]

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 from interop import amp, optim, optimizer  # noqa: E402
 from tests.test_optimizer import network, subprocess_run, train  # noqa: E402
 
-NAMES = [name for name in optim.__all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils")]
+NAMES = optim.CLASSES
 COMPILED = [name for name in NAMES if name not in ("LBFGS", "SparseAdam")]
 MOMENTUM = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
 

@@ -120,7 +120,7 @@ def change_numbers(side):
 
 
 def set_flag(side):
-    side.optimizer.param_groups[0]["amsgrad"] = True
+    side.optimizer.param_groups[0]["maximize"] = True
 
 
 def average(side):

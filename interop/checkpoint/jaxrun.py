@@ -47,7 +47,7 @@ def torch_groups(
 
 def _options(tx: Transform, state: State) -> tuple[str, dict[str, Any]]:
     rule = tx.rule
-    candidates = [n for n in optim.__all__ if n != "LBFGS" and getattr(optim, n).rule is type(rule)]
+    candidates = [n for n in optim.CLASSES if n != "LBFGS" and getattr(optim, n).rule is type(rule)]
     if not candidates:
         raise CheckpointError(f"tx: torch.optim has no {type(rule).__name__}")
     decoupled = getattr(rule, "decoupled_weight_decay", False)
