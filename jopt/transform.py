@@ -259,8 +259,14 @@ class _Lift:
     ) -> tuple[Tree, State]:
         check_params(params)
         check_factors(factors)
+        numbers = {name: x for name, x in self.hyperparameters.items() if isinstance(x, Array)}
+
+        def step(numbers: Mapping[str, Array], key: Array | None, *args: Any) -> tuple[Tree, State]:
+            own = dataclasses.replace(self, hyperparameters={**self.hyperparameters, **numbers}, key=key)
+            return own._step(*args)
+
         args = grads, state, params, active, tuple(factors), skip
-        return numerics.laid_out(self._step, (params, state), *args)
+        return numerics.laid_out(step, (params, state), numbers, self.key, *args)
 
     def _step(
         self, grads: Tree, state: State, params: Tree, active: Tree | None, factors: Sequence[Array], skip: Array | None

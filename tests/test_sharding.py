@@ -5,13 +5,7 @@ test here.
 """
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jopt
-from tests import cases
+from tests import cases, child
 
 DEVICES = 8
 SHAPES = {"a": (64, 32), "b": (64, 32), "wide": (6, 96), "bias": (16,), "odd": (13, 7)}
@@ -389,41 +383,10 @@ CHECKS = STEPS | {name.removeprefix("check_"): f for name, f in list(globals().i
 del CHECKS["step"]
 
 
-@functools.cache
-def outcomes():
-    child = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.test_sharding"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_eight_devices(name):
-    error, skipped = outcomes()[name]
-    assert error is None, error
-    if skipped:
-        pytest.skip(skipped)
-
-
-def main():
-    import tests.conftest  # noqa: F401  its settings of JAX, and its cache
-
-    results = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            results[name] = None, None
-        except pytest.skip.Exception as skipped:
-            results[name] = None, str(skipped)
-        except Exception:
-            results[name] = traceback.format_exc(), None
-    print(json.dumps(results))
+    child.report("tests.test_sharding", DEVICES, name)
 
 
 if __name__ == "__main__":
-    main()
+    child.main(CHECKS)
