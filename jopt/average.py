@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jopt import numerics
+from jopt.valued import by_value
 
 Tree = Any
 
@@ -26,7 +27,8 @@ class AverageState(NamedTuple):
     params: Tree
 
 
-@dataclasses.dataclass(frozen=True)
+@by_value
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Average:
     """What `jopt.ema` and `jopt.swa` make: `init(params)` and `update(params, state)`, pure and jittable."""
 

@@ -24,6 +24,7 @@ from jax.core import Tracer
 from jopt import _compat, numerics
 from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
 from jopt.transform import P, check_array
+from jopt.valued import by_value
 
 Tree = Any
 Number = Any  # a traced one, NumPy's, or Python's
@@ -386,7 +387,8 @@ def _dot(x: Array, y: Array) -> Array:
 # --- in JAX ------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@by_value
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LBFGS:
     """L-BFGS over a tree of parameters. Made by `jopt.lbfgs`."""
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jopt import numerics
+from jopt.valued import by_value
 
 NAMES = ("lr", "learning_rate")  # jopt's and optax's name of it in a state's hyperparameters
 
@@ -27,7 +28,8 @@ class PlateauState(NamedTuple):
     cooldown_counter: Array
 
 
-@dataclasses.dataclass(frozen=True)
+@by_value
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Plateau:
     """What `jopt.reduce_lr_on_plateau` makes: pure, jittable `init` and `step`."""
 

@@ -20,6 +20,7 @@ from jopt.clip import ClipState, ClipValueState, scaled
 from jopt.groups import GroupsState
 from jopt.monitor import MonitorState
 from jopt.transform import Exact, P, S, State, keep
+from jopt.valued import by_value
 
 Tree = Any
 
@@ -40,7 +41,8 @@ class ScaleState(NamedTuple):
     found_inf: Array
 
 
-@dataclasses.dataclass(frozen=True)
+@by_value
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LossScale:
     """What `jopt.loss_scale` makes: pure functions of a `ScaleState`."""
 

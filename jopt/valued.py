@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from jax import Array
 from jax.core import Tracer
+
+T = TypeVar("T")
 
 
 class Valued(optax.GradientTransformationExtraArgs):
@@ -66,6 +68,24 @@ class _Itself:
 
     def __hash__(self) -> int:
         return id(self.x)
+
+
+def by_value(cls: type[T]) -> type[T]:
+    """A decorator for frozen dataclasses (`eq=False`) that are values as transformations are."""
+
+    def fields(self: Any) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    methods = {
+        "__eq__": lambda self, other: self is other or (type(self) is type(other) and value(self) == value(other)),
+        "__hash__": lambda self: hash(value(self)),
+        "__repr__": lambda self: call(cls.__name__, (), fields(self)),
+        "__copy__": lambda self: self,
+        "__deepcopy__": lambda self, memo: self,
+    }
+    for name, method in methods.items():
+        setattr(cls, name, method)
+    return jax.tree_util.register_static(cls)
 
 
 def value(x: Any) -> Hashable:
