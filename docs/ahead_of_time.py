@@ -254,8 +254,7 @@ gives, on each device.
 
 Colab's TPUs are a v5e-1 and a v6e-1, of one chip, and its packages are older: {{versions}}. Compiled by
 those, every step, as a tree, packed and by `jopt.shard_state` over the one device, has all its buffers in place and no
-array of float64 longer than its leaves are many. In brackets what the compiler of the tables above makes of the same,
-where it differs by more than 1 %.
+array of float64 longer than its leaves are many. {beside}
 
 {{colab}}
 
@@ -304,11 +303,18 @@ def page(found, colab, versions):
     rows = zip(*(list(colab_rows(colab[target], found[target])) for target in COLAB), strict=True)
     columns = [f"{what}, {target}" for target in COLAB for what in ("read and written", "temporary")]
     tables.append(table(["optimizer", "form", "least", *columns], [[*a, *b[3:]] for a, b in rows]))
+    worse = any("[" in cell for row in tables[2].splitlines() for cell in row)
+    beside = (
+        "In brackets the compiler of the tables above, " if worse else "The compiler of the tables above is nowhere "
+    )
+    beside += "where it differs by more than 1 %." if worse else "more than 1 % better or worse."
     notebook = "; ".join(
         f"{target} {x['in place']} of {x['outputs']} buffers in place, temporaries of {megabytes(x['temporary'])} MB"
         for target, x in ((target, colab[target][NOTEBOOK]) for target in COLAB)
     )
-    return TEXT.format(one=tables[0], four=tables[1], colab=tables[2], versions=versions, notebook=notebook)
+    return TEXT.format(
+        one=tables[0], four=tables[1], colab=tables[2], beside=beside, versions=versions, notebook=notebook
+    )
 
 
 def megabytes(n):
