@@ -254,7 +254,7 @@ gives, on each device.
 
 Colab's TPUs are a v5e-1 and a v6e-1, of one chip, and its packages are older: {{versions}}. Compiled by
 those, every step, as a tree, packed and by `jopt.shard_state` over the one device, has all its buffers in place and no
-array of float64 longer than its leaves are many. {beside}
+array of float64 longer than its leaves are many. {{beside}}
 
 {{colab}}
 
