@@ -303,18 +303,15 @@ def page(found, colab, versions):
     rows = zip(*(list(colab_rows(colab[target], found[target])) for target in COLAB), strict=True)
     columns = [f"{what}, {target}" for target in COLAB for what in ("read and written", "temporary")]
     tables.append(table(["optimizer", "form", "least", *columns], [[*a, *b[3:]] for a, b in rows]))
-    worse = any("[" in cell for row in tables[2].splitlines() for cell in row)
-    beside = (
-        "In brackets the compiler of the tables above, " if worse else "The compiler of the tables above is nowhere "
-    )
-    beside += "where it differs by more than 1 %." if worse else "more than 1 % better or worse."
+    beside = "The compiler of the tables above is nowhere more than 1 % better or worse."
+    if "[" in tables[2]:
+        beside = "In brackets the compiler of the tables above, where it differs by more than 1 %."
     notebook = "; ".join(
         f"{target} {x['in place']} of {x['outputs']} buffers in place, temporaries of {megabytes(x['temporary'])} MB"
         for target, x in ((target, colab[target][NOTEBOOK]) for target in COLAB)
     )
-    return TEXT.format(
-        one=tables[0], four=tables[1], colab=tables[2], beside=beside, versions=versions, notebook=notebook
-    )
+    texts = {"colab": tables[2], "beside": beside, "versions": versions, "notebook": notebook}
+    return TEXT.format(one=tables[0], four=tables[1], **texts)
 
 
 def megabytes(n):
