@@ -54,7 +54,8 @@ class Average:
                     f"params{jax.tree_util.keystr(path)}: expected {a.dtype} of shape {a.shape}, as its average is, "
                     f"found {jnp.result_type(p)} of shape {jnp.shape(p)}; init begins an average anew"
                 )
-        dtypes = [x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        params = jax.tree.map(jnp.asarray, params)
+        dtypes = [x.dtype for x in jax.tree.leaves(state.params) if jnp.issubdtype(x.dtype, jnp.inexact)]
         number = numerics.in_double(self._number, (), state.n_averaged, dtype=numerics.widest(dtypes))
         first = state.n_averaged == 0
         return AverageState(

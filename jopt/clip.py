@@ -135,7 +135,7 @@ class ClipGradNorm(Valued):
             return jnp.ones_like(state.total_norm), ClipState(jnp.zeros_like(state.total_norm), count)
         if p < 0 and any(is_packed(x) for x in jax.tree.leaves(updates, is_leaf=is_packed)):
             raise ValueError(f"norm_type: {p} would see the zeros that fill a packed buffer; unpack first")
-        norms = [vector_norm(x, p) for x in leaves]
+        norms = [vector_norm(jnp.asarray(x), p) for x in leaves]
         if p != 0:
             # The norm of the products is the product, rounding aside. The products would be arrays of their own.
             norms = scaled(norms, factors)
@@ -149,7 +149,7 @@ class ClipGradNorm(Valued):
 def scaled(grads: Tree, factors: Sequence[Array]) -> Tree:
     """The gradients times each factor, rounded after each."""
 
-    return jax.tree.map(lambda g: numerics.scale(g, factors), grads)
+    return jax.tree.map(lambda g: numerics.scale(jnp.asarray(g), factors), grads)
 
 
 def _check_finite(norm: Array, p: float) -> None:
@@ -193,8 +193,14 @@ class ClipGradValue(Valued):
         def update(updates: Tree, state: ClipValueState, params: Tree | None = None, **extra: Any) -> Any:
             del params, extra
             _dense("clip_grad_value", updates)
-            bound = _at("clip_value", clip_value, state.count, numerics.widest(x.dtype for x in _floating(updates)))
-            clamp = lambda g: jnp.clip(g, -jnp.asarray(bound, g.dtype), jnp.asarray(bound, g.dtype))  # noqa: E731
+            bound = _at(
+                "clip_value", clip_value, state.count, numerics.widest(map(jnp.result_type, _floating(updates)))
+            )
+
+            def clamp(g: Array) -> Array:
+                g = jnp.asarray(g)
+                return jnp.clip(g, -jnp.asarray(bound, g.dtype), jnp.asarray(bound, g.dtype))
+
             return jax.tree.map(clamp, updates), ClipValueState(jnp.asarray(optax.safe_increment(state.count)))
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
@@ -202,8 +208,9 @@ class ClipGradValue(Valued):
         return self
 
 
-def _floating(tree: Tree) -> list[Array]:
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+def _floating(tree: Tree) -> list[Any]:
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, float | complex) or hasattr(x, "dtype")]
+    return [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
 
 def _check_number(name: str, value: Any, at_least: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -121,6 +122,11 @@ def _health(grads: Tree, updates: Tree, params: Tree) -> Health:
         [_measured(x, p) for x, p in zip(xs, leaves, strict=True)]
         for xs in (treedef.flatten_up_to(grads), treedef.flatten_up_to(updates), leaves)
     )
+    return _figures(grads, updates, leaves)
+
+
+@functools.partial(jax.jit, inline=True)  # else an eager step would compile its branches anew each time
+def _figures(grads: list[Array], updates: list[Array], leaves: list[Array]) -> Health:
     norms = [jnp.stack([_norm(x) for x in xs]) for xs in (grads, updates, leaves)]
     sizes = jnp.asarray([max(x.size, 1) for x in leaves], jnp.float32)
 

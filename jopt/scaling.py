@@ -28,7 +28,8 @@ Tree = Any
 def all_finite(tree: Tree) -> Array:
     """Whether every element of every array is finite; in one pass, which XLA merges with others."""
     # x - x is 0 for what is finite, else nan: a sum, unlike a reduction by `and`, is vectorized on CPU.
-    checks = [jnp.isfinite(jnp.sum(x - x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    inexact = [x for x in map(jnp.asarray, jax.tree.leaves(tree)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    checks = [jnp.isfinite(jnp.sum(x - x)) for x in inexact]
     return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
 
 

@@ -517,11 +517,15 @@ def _check_grad(rule: Rule, path: str, grad: Any, param: Array) -> Array | BCOO:
             raise ValueError(
                 f"{name}: expected n_batch=0 and n_sparse>=1, found n_batch={grad.n_batch}, n_sparse={grad.n_sparse}"
             )
-    elif not isinstance(grad, Array | np.ndarray | np.generic):
-        raise TypeError(f"{name}: expected an array or None, found {type(grad).__name__}")
+    else:
+        if isinstance(grad, bool | int | str) or not isinstance(
+            grad, Array | np.ndarray | np.generic | float | complex
+        ):
+            raise TypeError(f"{name}: expected an array or None, found {type(grad).__name__}")
+        grad = jnp.asarray(grad)
     _check_floating(name, grad.dtype)
     if grad.shape != param.shape:
         raise ValueError(f"{name}: expected the parameter's shape {param.shape}, found {grad.shape}")
     if jnp.issubdtype(grad.dtype, jnp.complexfloating) and not jnp.iscomplexobj(param):
         raise TypeError(f"{name}: found {grad.dtype} for a parameter of {param.dtype}; take its real part")
-    return grad if isinstance(grad, BCOO) else jnp.asarray(grad)
+    return grad
