@@ -1,5 +1,6 @@
 """Checks that need several devices, which are asked for before JAX starts: a process of its own runs a module's."""
 
+import fcntl
 import functools
 import json
 import os
@@ -11,9 +12,30 @@ from pathlib import Path
 import pytest
 
 
+def report(tmp_path_factory, module: str, devices: int, name: str, *arguments: str) -> None:
+    """One check's outcome, of a process on so many simulated devices, as a test's."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which the workers share
+    error, skipped = _outcomes(folder / f"{'-'.join((module, *arguments))}.json", module, devices, *arguments)[name]
+    assert error is None, error
+    if skipped:
+        pytest.skip(skipped)
+
+
 @functools.cache
-def outcomes(module: str, devices: int, *arguments: str) -> dict[str, tuple[str | None, str | None]]:
-    """What a module's `main` printed on so many simulated devices: for each check its traceback, why it was skipped."""
+def _outcomes(path: Path, module: str, devices: int, *arguments: str) -> dict[str, tuple[str | None, str | None]]:
+    """What a module's `main` printed: for each check its traceback, why it was skipped. The first to ask runs it."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not (text := file.read()):
+            text = _run(module, devices, *arguments)
+            file.write(text)
+    return json.loads(text)
+
+
+def _run(module: str, devices: int, *arguments: str) -> str:
     child = subprocess.run(
         [sys.executable, "-W", "error", "-m", module, *arguments],
         cwd=Path(__file__).parent.parent,
@@ -22,15 +44,7 @@ def outcomes(module: str, devices: int, *arguments: str) -> dict[str, tuple[str 
         text=True,
     )
     assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
-
-
-def report(module: str, devices: int, name: str, *arguments: str) -> None:
-    """One check's outcome as a test's."""
-    error, skipped = outcomes(module, devices, *arguments)[name]
-    assert error is None, error
-    if skipped:
-        pytest.skip(skipped)
+    return child.stdout
 
 
 def main(checks) -> None:

@@ -384,8 +384,8 @@ del CHECKS["step"]
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_on_eight_devices(name):
-    child.report("tests.test_sharding", DEVICES, name)
+def test_on_eight_devices(name, tmp_path_factory):
+    child.report(tmp_path_factory, "tests.test_sharding", DEVICES, name)
 
 
 if __name__ == "__main__":

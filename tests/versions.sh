@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 colab=(jax==0.7.2 jaxlib==0.7.2 numpy==2.1.3 optax==0.2.8 flax==0.11.2 orbax-checkpoint==0.12.4 safetensors==0.8.0)
 # Of jopt alone: every part, and of the optimizers those that are unlike each other.
 alone=(tests/test_versions.py tests/test_import.py tests/test_numerics.py tests/test_arena.py tests/test_groups.py
-  tests/test_transform.py tests/test_sharding.py tests/test_export.py jopt)
-unlike="not test_transform and not test_on_eight_devices or adamw-amsgrad or adafactor-l2 or muon-no or rmsprop-centered or step and adamw or training"
+  tests/test_transform.py tests/test_sharding.py tests/test_meshes.py tests/test_eager.py tests/test_export.py jopt)
+unlike="not test_transform and not test_arena or adamw-amsgrad or adafactor-l2 or muon-no"
 
 python_of() { # a version, as 3.13: the interpreter's path
   local found
