@@ -117,9 +117,18 @@ def is_packed(x: Any) -> bool:
     return isinstance(x, Packed)
 
 
+_VALUE = jax.tree_util.GetAttrKey("value")
+
+
 def path_name(path: Any) -> str:
-    """A leaf's path as groups and reports call it: keys, indices and attribute names, joined by dots."""
+    """A leaf's path: keys, indices and attribute names, joined by dots."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def param_name(path: Any) -> str:
+    """A parameter's path as groups and reports call it: without the `value` at the end of a flax nnx variable's."""
+    variable = len(path) > 1 and isinstance(path[-2], jax.tree_util.DictKey) and path[-1] == _VALUE
+    return path_name(path[:-1] if variable else path)
 
 
 def pack(tree: Any, *, groups: Any = None) -> Packed:
@@ -149,7 +158,7 @@ def pack(tree: Any, *, groups: Any = None) -> Packed:
     leaves = [jnp.asarray(x) for _, x in with_path]
     kinds = [(0, x.dtype) for x in leaves]
     if groups is not None:
-        names = [path_name(path) for path, _ in with_path]
+        names = [param_name(path) for path, _ in with_path]
         kinds = [(groups.group_of(name, x), x.dtype) for name, x in zip(names, leaves, strict=True)]
     layouts, buffers = [], []
     for kind in dict.fromkeys(kinds):

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from jopt import chaining
-from jopt.arena import is_packed, path_name
+from jopt.arena import is_packed, param_name
 from jopt.transform import Exact, P, check_params, difference
 
 Tree = Any
@@ -139,7 +139,7 @@ class Groups(Exact[GroupsState]):
         labels: list[int] = []
         for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed):
             for inside in node.contents() if is_packed(node) else [[((), node)]]:
-                paths = [path_name((*path, *subpath)) for subpath, _ in inside]
+                paths = [param_name((*path, *subpath)) for subpath, _ in inside]
                 found = {self.group_of(name, leaf) for name, (_, leaf) in zip(paths, inside, strict=True)}
                 if len(found) > 1:
                     raise ValueError(

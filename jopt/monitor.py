@@ -15,7 +15,7 @@ import optax
 from jax import Array, lax
 
 from jopt import chaining, numerics
-from jopt.arena import path_name
+from jopt.arena import param_name
 from jopt.clip import scaled
 from jopt.transform import Exact, P, check_params, difference, keep
 
@@ -224,7 +224,7 @@ def health_report(health: Health, params: Tree, *, vanishing: float = 1e-4, expl
     for (path, leaf), grad, update, param, zeros, nans, infs in zip(leaves, *columns, strict=True):
         layers.append(
             Layer(
-                path_name(path) or "params",
+                param_name(path) or "params",
                 leaf.size,
                 float(grad / math.sqrt(max(leaf.size, 1))),
                 float(update / param) if param else math.inf if update else 0.0,

@@ -117,6 +117,15 @@ def test_flax_nnx():
 
     losses = [float(train_step(model, optimizer)) for _ in range(STEPS)]
     graph, params = nnx.split(again, nnx.Param)
+    patterns = {r"^hidden\.kernel$": {"lr": 0.1}, "bias$": {"weight_decay": 0.0}, r"norm\.scale": None}
+    assert jopt.param_groups(jopt.adamw, patterns).assignment(params) == {
+        "hidden.bias": "bias$",
+        "hidden.kernel": r"^hidden\.kernel$",
+        "norm.bias": "bias$",
+        "norm.scale": r"norm\.scale",
+        "out.bias": "bias$",
+        "out.kernel": "the rest",
+    }
     state = tx.init(params)
     for value in losses:
         found, grads = jax.value_and_grad(lambda p: loss(nnx.merge(graph, p)))(params)
