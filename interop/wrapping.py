@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,9 +28,11 @@ from torch import Tensor
 
 from interop import dlpack
 from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
+from jopt import chaining
 from jopt._compat import device, enable_x64
 from jopt.arena import path_name
 from jopt.chaining import is_transformation
+from jopt.transform import Exact
 
 NAMES = {"learning_rate": "lr"}  # optax's names of hyperparameters -> torch's
 PAIRS = [("b1", "b2"), ("beta1", "beta2")]  # shown as torch's "betas"
@@ -61,8 +65,9 @@ def wrap(
 
     Each group has a state of its own, and a norm over all parameters is one over the group.
 
-    A parameter without gradient is left as it is, and so is its part of the state; for the rest of the group its
-    gradient is zero. A group without any gradient is not stepped.
+    A parameter without gradient is left as it is, and so is its part of the state, its step count included where the
+    transformation is jopt's. To one of optax its gradient is zero, and the group's counts go on. A group without any
+    gradient is not stepped.
 
     Raises:
       TypeError: `tx` is none, or a parameter is not a plain floating point or complex tensor in CPU memory.
@@ -90,6 +95,8 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | ({"tx": state["tx"].tx} if "tx" in state else {}))
+        for work in self._groups:  # of a state_dict too, whose numbers are those of its schedules
+            work.scheduled = {}
 
     @staticmethod
     def keeps(state: torch.dtype, param: torch.dtype) -> bool:
@@ -208,6 +215,7 @@ class _Leaf:
     spec: jax.ShapeDtypeStruct
     impl: Any = None  # of a random key, of which torch sees the data
     hyperparameter: str | None = None
+    scheduled: bool = False  # a hyperparameter that a schedule sets
 
     @property
     def stored(self) -> tuple[tuple[int, ...], torch.dtype]:
@@ -230,6 +238,7 @@ class _Group:
         self.tx = tx
         self.names = names
         self.shown: set[str] = set()  # the group's entries that are hyperparameters
+        self.scheduled: dict[str, Any] = {}  # those that a schedule sets, as they were last shown; unknown after a load
         self._start()
 
     def _start(self) -> None:
@@ -242,7 +251,7 @@ class _Group:
         return {"tx": _Saved(self.tx), "names": self.names, "shown": self.shown}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"tx": state["tx"].tx})
+        self.__dict__.update(state | {"tx": state["tx"].tx, "scheduled": {}})
         self._start()
 
     # --- what the state looks like
@@ -276,13 +285,22 @@ class _Group:
         def by_parameter(x: Any) -> bool:
             return type(x) is dict and x.keys() == names
 
-        for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=by_parameter):
+        nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=by_parameter)
+        # jopt's states keep what a schedule sets apart; optax's keep a state of each schedule.
+        scheduled = {
+            str(name.key)
+            for path, _ in nodes
+            for field, name in itertools.pairwise(path)
+            if getattr(field, "name", None) in ("scheduled", "hyperparams_states")
+        }
+        for path, node in nodes:
             if not by_parameter(node):
                 key = path_name(path)
                 parents = [getattr(entry, "name", None) for entry in path[-2:-1]]
                 numeric = node.shape == () and jnp.issubdtype(node.dtype, jnp.number)
-                name = str(path[-1].key) if parents == ["hyperparams"] and numeric else ""
-                yield _Leaf(key, None, node, hyperparameter=NAMES.get(name, name) or None)
+                shown = numeric and parents in (["hyperparams"], ["scheduled"])
+                name = str(path[-1].key) if shown else ""
+                yield _Leaf(key, None, node, None, NAMES.get(name, name) or None, name in scheduled)
                 continue
             for owner in sorted(node):
                 for subpath, leaf in jax.tree_util.tree_leaves_with_path(node[owner]):
@@ -294,10 +312,11 @@ class _Group:
         leaves, _ = self.layout(params)
         wanted = [i for i, leaf in enumerate(leaves) if leaf.hyperparameter]
         values = jax.jit(lambda params: [jax.tree.leaves(self.tx.init(params))[i] for i in wanted])(params)
-        self._show(group, {leaves[i].hyperparameter: x for i, x in zip(wanted, values, strict=True)}, fresh=True)
+        self._show(group, [(leaves[i], x) for i, x in zip(wanted, values, strict=True)], fresh=True)
 
-    def _show(self, group: dict[str, Any], values: dict[Any, Any], *, fresh: bool = False) -> None:
-        shown: dict[str, Any] = {name: _number(x) for name, x in values.items()}
+    def _show(self, group: dict[str, Any], values: list[tuple[_Leaf, Any]], *, fresh: bool = False) -> None:
+        shown: dict[str, Any] = {str(leaf.hyperparameter): _number(x) for leaf, x in values}
+        self.scheduled = {str(leaf.hyperparameter): _number(x) for leaf, x in values if leaf.scheduled}
         for pair in PAIRS:
             if all(name in shown for name in pair):
                 shown["betas"] = tuple(shown.pop(name) for name in pair)
@@ -318,6 +337,14 @@ class _Group:
                     f"param_groups[{index}][{name!r}]: found {value!r}, which the transformation does not keep in its "
                     f"state, so that nothing would read it (it keeps {sorted(self.shown) or 'no hyperparameters'}); "
                     f"wrap it as optax.inject_hyperparams(...)(...), or give the group a 'tx' of its own"
+                )
+        given = self._given(group) if self.scheduled else {}
+        for name, value in self.scheduled.items():
+            if not math.isclose(given[name], value, rel_tol=1e-6):  # a tensor's type may be narrower
+                raise ValueError(
+                    f"param_groups[{index}]: found {name} of {given[name]}, which the transformation's own schedule "
+                    f"sets, to {value} now, so that nothing would read it; wrap a transformation made with a number, "
+                    "and let a torch scheduler set it, or give the group a 'tx' of its own"
                 )
 
     def _given(self, group: dict[str, Any]) -> dict[str, float]:
@@ -402,6 +429,8 @@ class _Group:
             name: jnp.zeros_like(params[name]) if grad is None else dlpack.to_jax(grad, copy=copy)
             for name, grad in zip(self.names, grads, strict=True)
         }
+        given = {name: grad is not None for name, grad in zip(self.names, grads, strict=True)}
+        active = None if all(given.values()) else given
         functions = {k: x for k, x in extra.items() if callable(x)}
         arrays = {
             k: jax.tree.map(lambda x: dlpack.to_jax(x) if isinstance(x, Tensor) else jnp.asarray(x), x)
@@ -414,7 +443,7 @@ class _Group:
         self._evaluate = elsewhere
         try:
             new_params, new_state = jax.block_until_ready(
-                self._update(closure is not None, tuple(functions.items()), gradients, state, params, arrays)
+                self._update(closure is not None, tuple(functions.items()), gradients, active, state, params, arrays)
             )
         except BaseException as error:
             elsewhere.restore()
@@ -426,11 +455,9 @@ class _Group:
         self._put(optimizer, group, grads, params, new_params, leaves, jax.tree.leaves(new_state))
 
     def _updated(
-        self, has_closure: bool, functions: Any, grads: Any, state: Any, params: Any, arrays: Any
+        self, has_closure: bool, functions: Any, grads: Any, active: Any, state: Any, params: Any, arrays: Any
     ) -> tuple[Any, Any]:
-        """One update, to be compiled."""
-        if hasattr(self.tx, "step"):  # jopt's, which is exact
-            return self.tx.step(grads, state, params)  # type: ignore[attr-defined]
+        """One update, to be compiled. `active` is None where every parameter has a gradient."""
         value = {"value": arrays.pop("value")} if "value" in arrays else {}
         offered = value
         if has_closure:
@@ -439,6 +466,9 @@ class _Group:
                 return _value(lambda x: self._evaluate(x), params)  # type: ignore[misc]
 
             offered = value | {"grad": grads, "value_fn": value_fn, "grad_fn": lambda x, _: jax.grad(value_fn)(x)}
+        if isinstance(self.tx, Exact):
+            extra = offered | dict(functions) | arrays
+            return chaining.step(self.tx, grads, state, params, active=active, **extra)
         update = optax.with_extra_args_support(self.tx).update
         taken = inspect.signature(update).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
@@ -462,10 +492,10 @@ class _Group:
         by_name = dict(zip(self.names, group["params"], strict=True))
         # XLA may give back an argument's memory, or the same for two results: then torch gets a copy.
         taken = {x.unsafe_buffer_pointer() for x in old_params.values()}
-        values = {}
+        values = []
         for leaf, x in zip(leaves, state, strict=True):
             if leaf.hyperparameter:
-                values[leaf.hyperparameter] = x
+                values.append((leaf, x))
             elif leaf.owner is None or leaf.owner in stepped or first_time:
                 tensor = leaf.tensor(x)
                 if tensor.data_ptr() in taken:

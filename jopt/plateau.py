@@ -50,8 +50,13 @@ class Plateau:
         """`scheduler.step(metric)`: the next counters, and the optimizer's state with its new learning rates.
 
         Raises:
-          ValueError: no learning rate in the state, or not one min_lr for each.
+          ValueError: no learning rate in the state, one that a schedule sets, or not one min_lr for each.
         """
+        if scheduled := [x for x in jax.tree.leaves(state, is_leaf=_schedules_lr) if _schedules_lr(x)]:
+            raise ValueError(
+                f"state: found a learning rate that a schedule sets in {type(scheduled[0]).__name__}, which would undo "
+                "each reduction; give a number as lr, and for a warm-up set state.hyperparams['lr']"
+            )
         nodes = [x for x in jax.tree.leaves(state, is_leaf=_keeps_lr) if _keeps_lr(x)]
         if not nodes:
             raise ValueError(
@@ -92,6 +97,11 @@ class Plateau:
 
 def _keeps_lr(x: Any) -> bool:
     return hasattr(x, "hyperparams") and any(name in x.hyperparams for name in NAMES)
+
+
+def _schedules_lr(x: Any) -> bool:
+    """Of jopt's states and of `optax.inject_hyperparams`."""
+    return any(name in getattr(x, field, ()) for name in NAMES for field in ("scheduled", "hyperparams_states"))
 
 
 def _lr(node: Any) -> Array:

@@ -78,13 +78,16 @@ class State(NamedTuple):
         of `jax.tree.leaves`: torch counts `step` by the parameter.
       slots: torch's tensor state by name (`exp_avg`, ...), each a tree like the parameters; None for a parameter
         that has no such state (Adafactor's `row_var` of a vector). With a master copy also `master`.
-      hyperparams: the hyperparameters by name, where the transformation keeps them in its state, else empty.
+      hyperparams: the hyperparameters by name, where the transformation keeps them in its state, to be read and set;
+        else empty.
+      scheduled: of those the ones that schedules set, as they were at the last step, to be read.
     """
 
     count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a state
     scalars: dict[str, Array]
     slots: dict[str, Tree]
     hyperparams: dict[str, Array]
+    scheduled: dict[str, Array]
 
 
 class Transform(Exact[State]):
@@ -185,7 +188,7 @@ def transform(
         random, up or down with the probability that keeps the mean, so that steps smaller than an ulp are not lost.
         The same seed, count and position in the tree give the same rounding: under vmap give each its own key.
       hyperparams_in_state: keep every hyperparameter in `State.hyperparams`, in JAX's default float type, to be
-        read, saved, and set without a new compilation. A scheduled one is shown there, and set by its schedule.
+        read, saved, and set without a new compilation. What a schedule sets is shown in `State.scheduled` instead.
 
     Raises:
       TypeError, ValueError: as torch's constructor does for the same arguments.
@@ -220,7 +223,9 @@ class _Lift:
         _compat.device()
         leaves, treedef = self._flatten(params)
         count = jnp.zeros((), jnp.int32)
-        hyperparams = self._initial_hyperparams(count) if self.hyperparams_in_state else {}
+        shown = self._initial_hyperparams(count) if self.hyperparams_in_state else {}
+        scheduled = {name: x for name, x in shown.items() if callable(self.hyperparameters[name])}
+        hyperparams = {name: x for name, x in shown.items() if name not in scheduled}
         h = numerics.in_double(
             lambda _, scalars: self._at(*scalars),
             (),
@@ -240,6 +245,7 @@ class _Lift:
             },
             slots={name: treedef.unflatten([s.get(name) for s in states]) for name in names},
             hyperparams=hyperparams,
+            scheduled=scheduled,
         )
 
     def update(self, updates: Tree, state: State, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, State]:
@@ -311,12 +317,13 @@ class _Lift:
                 new_slots[name][i] = x
         if mask is not None:
             scalars = {name: jnp.where(mask, x, state.scalars[name]) for name, x in scalars.items()}
-        count, hyperparams = jnp.asarray(optax.safe_increment(state.count)), state.hyperparams | scheduled
+        count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(new_leaves), State(
             count=keep(skip, state.count, count),
             scalars=scalars,
             slots={name: treedef.unflatten(xs) for name, xs in new_slots.items()},
-            hyperparams=keep(skip, state.hyperparams, hyperparams),
+            hyperparams=state.hyperparams,
+            scheduled=keep(skip, state.scheduled, scheduled),
         )
 
     def __repr__(self) -> str:
@@ -339,8 +346,10 @@ class _Lift:
         expected = [_slots(self.rule, shape, dtype, self.state_dtype, self.master_copy) for shape, dtype in kinds]
         names = {name for slots in (*expected, *_probed(self.rule, self.master_copy)) for name in slots}
         scalars = self.rule.init_scalars(dict.fromkeys(self.rule.hyperparameters, 0.0))
-        hyperparams = self.hyperparameters if self.hyperparams_in_state else ()
-        for field, wanted in (("slots", names), ("scalars", scalars), ("hyperparams", hyperparams)):
+        kept = self.hyperparameters if self.hyperparams_in_state else {}
+        scheduled = {name for name, value in kept.items() if callable(value)}
+        fields = {"slots": names, "scalars": scalars, "hyperparams": set(kept) - scheduled, "scheduled": scheduled}
+        for field, wanted in fields.items():
             if set(found := getattr(state, field)) != set(wanted):
                 raise ValueError(
                     f"state.{field}: expected {', '.join(sorted(wanted)) or 'none'}, found "
@@ -349,6 +358,7 @@ class _Lift:
         numbers = {"count": ((), state.count)}
         numbers |= {f"scalars[{name!r}]": ((len(leaves),), x) for name, x in state.scalars.items()}
         numbers |= {f"hyperparams[{name!r}]": ((), x) for name, x in state.hyperparams.items()}
+        numbers |= {f"scheduled[{name!r}]": ((), x) for name, x in state.scheduled.items()}
         for name, (shape, x) in numbers.items():
             if jnp.shape(x) != shape:
                 raise ValueError(f"state.{name}: expected shape {shape}, found {jnp.shape(x)}{remedy}")
@@ -369,12 +379,12 @@ class _Lift:
         def evaluate(s: Any, scalars: Any) -> Any:
             h = self._at(*scalars)
             c, s = self.rule.scalars(h, s, jnp, numerics.as_float32)
-            return c, s, {name: h[name] for name in state.hyperparams if callable(self.hyperparameters[name])}
+            return c, s, {name: h[name] for name in state.scheduled}
 
         arrays = self._arrays(state.hyperparams)
         c, s, scheduled = numerics.in_double(evaluate, state.scalars, (state.count, arrays), dtype=dtype)
         s = {name: x.astype(state.scalars[name].dtype) for name, x in s.items()}
-        return c, s, {name: x.astype(state.hyperparams[name].dtype) for name, x in scheduled.items()}
+        return c, s, {name: x.astype(state.scheduled[name].dtype) for name, x in scheduled.items()}
 
     def _at(self, count: Array, arrays: dict[str, Array]) -> dict[str, Any]:
         """The hyperparameters at `count`. Runs in the double scope, where Python numbers stay exact."""
@@ -386,7 +396,7 @@ class _Lift:
     def _arrays(self, hyperparams: Mapping[str, Array]) -> dict[str, Array]:
         """The hyperparameters that are arrays: they enter the double scope as arguments."""
         given = {k: v for k, v in self.hyperparameters.items() if isinstance(v, Array)}
-        return given | {k: v for k, v in hyperparams.items() if not callable(self.hyperparameters[k])}
+        return given | dict(hyperparams)
 
     def _initial_hyperparams(self, count: Array) -> dict[str, Array]:
         dtype = jnp.zeros(()).dtype

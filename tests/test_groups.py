@@ -233,3 +233,26 @@ def test_plateau_needs_a_learning_rate():
     scheduler = jopt.reduce_lr_on_plateau()
     with pytest.raises(ValueError, match="hyperparams_in_state=True"):
         scheduler.step(1.0, scheduler.init(), jopt.sgd(lr=0.1).init(jnp.ones(1)))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        jopt.sgd(lr=jopt.schedules.linear_lr(1.0, 0.25, 1.0, 3), hyperparams_in_state=True),
+        jopt.chain(jopt.clip_grad_norm(1.0), jopt.adam(lr=lambda count: 0.1, hyperparams_in_state=True)),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(0.25, 1.0, 3)),
+    ],
+    ids=["jopt", "chain", "optax"],
+)
+def test_plateau_of_a_scheduled_learning_rate(tx):
+    """The schedule would set it anew at the next step."""
+    scheduler = jopt.reduce_lr_on_plateau()
+    with pytest.raises(ValueError, match="state: found a learning rate that a schedule sets"):
+        scheduler.step(1.0, scheduler.init(), tx.init(jnp.ones(1)))
+
+
+def test_plateau_beside_another_number_that_is_scheduled():
+    tx = jopt.sgd(lr=1.0, momentum=jopt.schedules.constant_lr(0.9), hyperparams_in_state=True)
+    scheduler, state = jopt.reduce_lr_on_plateau(patience=0, factor=0.5), tx.init(jnp.ones(1))
+    _, state = scheduler.step(2.0, scheduler.step(1.0, scheduler.init(), state)[0], state)
+    assert state.hyperparams["lr"] == 0.5

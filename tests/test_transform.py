@@ -470,10 +470,13 @@ def test_scheduled_hyperparameters_show_in_the_state():
     tx = jopt.adam(lr=lambda step: 0.5 / (1 + step), hyperparams_in_state=True)
     params = tree()
     state = tx.init(params)
-    assert float(state.hyperparams["lr"]) == 0.5
+    assert float(state.scheduled["lr"]) == 0.5
     for i in range(3):
         params, state = tx.step(gradients(params), state, params)
-        assert float(state.hyperparams["lr"]) == np.float32(0.5 / (1 + i))
+        assert float(state.scheduled["lr"]) == np.float32(0.5 / (1 + i))
+    state.hyperparams["lr"] = jnp.float32(0.5)  # which nothing would read
+    with pytest.raises(ValueError, match=r"state.hyperparams: expected .*, found .*lr"):
+        tx.step(gradients(params), state, params)
 
 
 # --- errors

@@ -596,3 +596,85 @@ def test_the_demo_model_trains_as_in_jax(name, relaxed, x64):
         elif name == "sophia":
             break  # each step compiles its objective anew
     assert np.mean(losses[-5:]) < 0.9 * losses[0] or name in ("prodigy", "sophia")
+
+
+# --- what is torch's of jopt's own transformations
+
+
+def missing_sometimes(make):
+    """Two parameters, of which one has no gradient in the first steps."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    optimizer = make(params)
+    for i in range(8):
+        params[0].grad = torch.full_like(params[0], 0.1 * (i + 1))
+        params[1].grad = torch.full_like(params[1], 0.3 * (i - 5)) if i >= 5 else None
+        optimizer.step()
+    return torch.stack([p.detach() for p in params])
+
+
+@pytest.mark.parametrize("wrapped", [lambda tx: tx, lambda tx: jopt.chain(jopt.clip_grad_norm(1e9), tx), jopt.monitor])
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "RAdam", "ASGD", "Adamax", "Adagrad"])
+def test_a_missing_gradient_is_torchs(name, wrapped):
+    tx = wrapped(getattr(jopt, name.lower())(lr=0.1))
+    expected = missing_sometimes(lambda params: getattr(torch.optim, name)(params, lr=0.1))
+    found = missing_sometimes(lambda params: interop.wrap(tx, params))
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("chain", [optax.chain, jopt.chain])
+def test_further_arguments_reach_what_is_inside(chain, relaxed):
+    def update(updates, state, params=None, *, value, **_):
+        return jax.tree.map(lambda x: x * value, updates), state
+
+    scaled = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = interop.wrap(chain(scaled, jopt.sgd(lr=0.5)), [p])
+    p.grad = torch.ones(2)
+    optimizer.step(value=3.0)
+    assert p.tolist() == [-1.5, -1.5]
+
+    def closure():
+        p.grad = torch.ones(2)
+        return torch.tensor(2.0)
+
+    optimizer.step(closure)
+    assert p.tolist() == [-2.5, -2.5]
+
+
+SCHEDULED = {
+    "optax": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(0.25, 1.0, 3)),
+    "jopt": lambda: jopt.sgd(lr=jopt.schedules.linear_lr(1.0, 0.25, 1.0, 3), hyperparams_in_state=True),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_what_a_schedule_sets_is_shown_and_not_to_be_set(name, relaxed):
+    tx = SCHEDULED[name]()
+    text = r"param_groups\[\d\]: found lr of .* which the transformation's own schedule sets, to .* now"
+    p, other = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    with pytest.raises(ValueError, match=text):
+        interop.wrap(tx, [{"params": [p], "lr": 0.5}])
+    optimizer = interop.wrap(tx, [p])
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": [other], "lr": 0.5})
+    p.grad = torch.ones(2)
+    shown = []
+    for _ in range(3):
+        optimizer.step()
+        shown.append(optimizer.param_groups[0]["lr"])
+    assert shown == [0.25, 0.5, 0.75]
+
+    again = interop.wrap(tx, [torch.nn.Parameter(p.detach().clone())])
+    again.load_state_dict(optimizer.state_dict())
+    again.param_groups[0]["params"][0].grad = torch.ones(2)
+    for optimizer_ in (optimizer, again, copy.deepcopy(optimizer)):
+        optimizer_.param_groups[0]["params"][0].grad = torch.ones(2)
+        optimizer_.step()
+        assert optimizer_.param_groups[0]["lr"] == 1.0
+
+    before = p.detach().clone()
+    for value in (0.5, torch.tensor(0.5)):  # as a torch scheduler would
+        optimizer.param_groups[0]["lr"] = value
+        with pytest.raises(ValueError, match=text):
+            optimizer.step()
+    assert torch.equal(p, before)
