@@ -53,7 +53,7 @@ def scheduler_to_jax(scheduler: LRScheduler, *, every: int = 1) -> tuple[Argumen
         once an epoch.
 
     Raises:
-      TypeError: a scheduler of another class, whose formula is not known.
+      TypeError: a scheduler of another class, or composed as torch's own are not to be: the formula is not known.
       ValueError: the optimizer's number is not the scheduler's: something else has set it.
     """
     if every < 1:
@@ -71,14 +71,27 @@ def scheduler_to_jax(scheduler: LRScheduler, *, every: int = 1) -> tuple[Argumen
     def build(scheduler: Any, g: int) -> Arguments:
         cls = type(scheduler)
         if cls is lr_scheduler.SequentialLR:
-            parts = [build(s, g)["lr"] for s in scheduler._schedulers]
-            return {"lr": make(schedules.sequential_lr, {"schedules": parts, "milestones": scheduler._milestones})}
-        if cls is lr_scheduler.ChainedScheduler:
-            return {
-                "lr": make(
-                    schedules.chained_scheduler, {"schedules": [build(s, g)["lr"] for s in scheduler._schedulers]}
+            inside = [type(s) for s in scheduler._schedulers]
+            if composite := set(inside) & {lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler}:
+                raise TypeError(
+                    f"scheduler: found a {composite.pop().__name__} inside a SequentialLR, where torch runs it a step "
+                    "early; give its parts to the SequentialLR, or give lr= a function of the step"
                 )
-            }
+            parts, milestones = [build(s, g) for s in scheduler._schedulers], scheduler._milestones
+            held = {name: hold(name, parts, milestones) for name in ("momentum", "beta1")}
+            held["lr"] = [part["lr"] for part in parts]
+            given = {name: {"schedules": values, "milestones": milestones} for name, values in held.items() if values}
+            return {name: make(schedules.sequential_lr, arguments) for name, arguments in given.items()}
+        if cls is lr_scheduler.ChainedScheduler:
+            parts = [build(s, g) for s in scheduler._schedulers]
+            chained = make(schedules.chained_scheduler, {"schedules": [part["lr"] for part in parts]})
+            for name in ("momentum", "beta1"):
+                if sum(name in part for part in parts) > 1:
+                    raise TypeError(
+                        f"scheduler: found a ChainedScheduler of several that cycle {name}, which is no function of "
+                        "the step that is known; give cycle_momentum=False to all but one"
+                    )
+            return {name: schedule for part in parts for name, schedule in part.items()} | {"lr": chained}
         if cls not in _FORMULAS:
             remedy = "take plateau_to_jax" if cls is ReduceLROnPlateau else "give lr= a function of the step"
             raise TypeError(
@@ -86,6 +99,20 @@ def scheduler_to_jax(scheduler: LRScheduler, *, every: int = 1) -> tuple[Argumen
                 f"is known; {remedy}"
             )
         return {name: make(*formula) for name, formula in _FORMULAS[cls](scheduler, g).items()}
+
+    def hold(name: str, parts: list[Arguments], milestones: list[int]) -> list[Any]:
+        """Each part's momentum; one that does not cycle it leaves it where it is. None if no part does."""
+        cycled = [part[name] for part in parts if name in part]
+        if not cycled:
+            return []
+        now = cycled[-1](0)  # torch's schedulers set it when they are made
+        found = []
+        for part, start, end in zip(parts, [0, *milestones], [*milestones, None], strict=True):
+            held = make(schedules.constant_lr, {"lr": now, "factor": 1.0})
+            found.append(part.get(name, held))
+            if end is not None and end > start:
+                now = found[-1](end - start - 1)
+        return found
 
     result = []
     epoch = last_epoch(scheduler)

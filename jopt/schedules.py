@@ -635,7 +635,18 @@ def sequential_lr(schedules: Sequence[Schedule], milestones: Sequence[int]) -> S
             result = x if result is None else xp.where(step >= starts[i], x, result)
         return result
 
-    return Schedule("sequential_lr", value)
+    def recurse(lr: Any, step: Any, xp: Any) -> Any:
+        result: Any = None
+        for i, schedule in enumerate(schedules):
+            x = schedule.after(lr, schedule._held(xp.maximum(step - starts[i], 0), xp), xp)
+            if i and starts[i] > 0:  # where torch computes the next one's first value anew
+                first = schedule.value(0, xp) if schedule.resumed is None else schedule.resumed(lr, 0, xp)
+                x = xp.where(step == starts[i], first, x)
+            result = x if result is None else xp.where(step >= starts[i], x, result)
+        return result
+
+    relative = [s.base for s in schedules if s.base is not None]
+    return Schedule("sequential_lr", value, relative[0] if relative else None, recurse if relative else None)
 
 
 @_schedule
@@ -678,7 +689,9 @@ def chained_scheduler(schedules: Sequence[Schedule]) -> Schedule:
             return lr
         return lax.fori_loop(0, _last(step) + 1, lambda i, lr: jnp.where(i <= step, through(lr, i, jnp), lr), lr)
 
-    return Schedule("chained_scheduler", value)
+    if absolute:
+        return Schedule("chained_scheduler", value)
+    return Schedule("chained_scheduler", value, base=schedules[0].base, recurse=through)
 
 
 def _check_schedules(function: str, schedules: list[Any]) -> None:

@@ -224,11 +224,9 @@ def test_absent_gradients_skip_the_parameter(case):
         assert state_none.scalars["step"].tolist() == [1, 2, 2]  # leaves in order: b, s, w
     # From here the parameter goes on as if it had taken one step fewer.
     alone = {"b": first["b"]}
-    alone_state = jopt.State(
-        state.count,
-        {k: v[:1] for k, v in state.scalars.items()},
-        {k: {"b": v["b"]} for k, v in state.slots.items()},
-        {},
+    alone_state = state._replace(
+        scalars={k: v[:1] for k, v in state.scalars.items()},
+        slots={k: {"b": v["b"]} for k, v in state.slots.items()},
     )
     then, _ = tx.step(gradients(by_none), state_none, by_none)
     expected, _ = tx.step(gradients(alone), alone_state, alone)
