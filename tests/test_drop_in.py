@@ -102,6 +102,48 @@ def test_what_is_no_number_is_torchs_error_and_named(key, value, error):
     assert_unchanged(p, opt, before)
 
 
+NO_NUMBERS = {
+    "SGD": {"momentum": None, "dampening": "0", "nesterov": torch.ones(3), "maximize": torch.zeros(2)},
+    "RMSprop": {"alpha": [0.9], "eps": torch.ones(2), "centered": torch.ones(2)},
+    "Adagrad": {"lr_decay": {}, "eps": 1j},
+    "Muon": {"ns_coefficients": (1.0, 2.0), "ns_steps": torch.ones(2), "momentum": "0.9"},
+    "Adafactor": {"eps": 1e-3, "d": None, "beta2_decay": (0.8,)},
+    "ASGD": {"lambd": "1e-4", "t0": None, "alpha": torch.ones(2)},
+    "SparseAdam": {"betas": (0.9,), "eps": None, "maximize": torch.ones(2)},
+    "LBFGS": {"max_iter": "20", "tolerance_grad": torch.ones(2), "history_size": None, "line_search_fn": "armijo"},
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number_or_flag_is_named_in_any_group(name, steps):
+    """Also in a later group; nothing changes, and with the number put back the run goes on."""
+    q, opt, closure = stepped(optim, name, 0)
+    if name != "LBFGS":
+        p = torch.nn.Parameter(torch.ones(3, 2))
+        opt.add_param_group({"params": [p]})
+
+    def both():
+        loss = closure()
+        if name != "LBFGS":
+            p.grad = q.grad.clone()
+        return loss
+
+    for _ in range(steps):
+        opt.step(both)
+    both()
+    index = len(opt.param_groups) - 1
+    for key, value in NO_NUMBERS[name].items():
+        kept, opt.param_groups[index][key] = opt.param_groups[index][key], value
+        before = snapshot(q, opt)
+        assert f"param_groups[{index}]" in str(error := raised(opt, both))
+        assert key in str(error)
+        assert isinstance(error, TypeError | ValueError | RuntimeError)
+        assert_unchanged(q, opt, before)
+        opt.param_groups[index][key] = kept
+    assert raised(opt, both) is None
+
+
 def test_lbfgs_names_what_is_no_number():
     _, opt, closure = stepped(optim, "LBFGS")
     opt.param_groups[0]["lr"] = "0.1"
@@ -138,6 +180,57 @@ def test_a_state_that_lacks_something_is_torchs_error(name):
             assert type(errors[1]) is KeyError
             assert f"param_groups[0]['params'][0]: {name} reads its state {key!r}" in str(errors[1])
             assert_unchanged(p, opt, before)
+
+
+@pytest.mark.parametrize("value", [None, "x", torch.ones(5), torch.ones(3, 2, dtype=torch.complex64)], ids=repr)
+@pytest.mark.parametrize("name", ["SparseAdam", "LBFGS"])
+def test_a_state_that_does_not_fit_is_named_by_those_that_keep_torchs(name, value):
+    """Of another shape or type its memory would be read and written past its end."""
+    _, opt, _ = stepped(torch.optim, name, 2)
+    for key in opt.state_dict()["state"][0].keys() - ({"al", "prev_loss"} if value is None else {"al"}):
+        p, opt, closure = stepped(optim, name, 2)
+        opt.state[p][key] = value
+        before, calls = p.detach().clone(), []
+
+        def counted(calls=calls, closure=closure):
+            calls.append(0)
+            return closure()
+
+        with pytest.raises((TypeError, ValueError), match=rf"param_groups\[0\]\['params'\]\[0\].*{key}|old_dirs"):
+            opt.step(counted) if name == "LBFGS" else opt.step()
+        assert not calls
+        assert torch.equal(p, before)
+
+
+def test_lbfgs_names_what_its_state_lacks():
+    for key in ("d", "t", "old_dirs", "H_diag", "prev_flat_grad"):
+        errors = []
+        for module in (torch.optim, optim):
+            p, opt, closure = stepped(module, "LBFGS", 2, max_iter=2)
+            del opt.state[p][key]
+            errors.append(raised(opt, closure))
+        assert type(errors[0]) in (TypeError, AttributeError)
+        assert type(errors[1]) is TypeError
+        assert f"LBFGS reads its state {key!r}" in str(errors[1])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
+def test_a_sparse_state_is_made_dense_and_one_without_values_is_named(name):
+    """torch's SGD keeps a sparse momentum after sparse gradients."""
+    ps = []
+    for sparse in (False, True):
+        p, opt, closure = stepped(optim, name)
+        for key, x in opt.state[p].items():
+            if x.dim() and sparse:
+                opt.state[p][key] = x.to_sparse()
+        opt.step(closure)
+        ps.append(p.detach())
+    assert torch.equal(*ps)
+    key = next(key for key, x in opt.state[p].items() if x.dim())
+    opt.state[p][key] = torch.ones(3, 2, device="meta")
+    with pytest.raises(TypeError, match=rf"the state '{key}' of param_groups\[0\]\['params'\]\[0\].*holds no values"):
+        opt.step(closure)
+    assert torch.equal(p, ps[1])
 
 
 @pytest.mark.parametrize(("first", "second"), [("SGD", "Adam"), ("Adam", "RMSprop"), ("Adam", "Adamax")])
