@@ -568,6 +568,7 @@ class _Plan:
         self.buckets = [_Bucket(i, *part) for i, part in enumerate(parts)]
         self.programs: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
         self._programs(optimizer)
+        hidden = optimizer.hidden_scalars
         with program.SignalsWait():
             staging: dict[np.dtype, _Staging] = {}
             for dtype in {bucket.dtype for bucket in self.buckets}:
@@ -575,6 +576,9 @@ class _Plan:
                 staging[dtype] = _Staging(dlpack.aligned_zeros(max(sizes), dtype), shared=len(sizes) > 1)
             self.staging = list(staging.values())
             begun = _averages_begun(optimizer)
+            for leaf in self.leaves.values():
+                if leaf.state_dtypes or rules[leaf.group].init_scalars(hyperparameters[leaf.group]).keys() - hidden:
+                    optimizer.state[leaf.param]  # in the order in which torch makes them
             freed = program.Freed(sum(leaf.local.nbytes for leaf in self.leaves.values()))
             for bucket in self.buckets:
                 bucket.take(optimizer, hyperparameters, staging, begun, freed)
