@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import weakref
 
+import jax
 import numpy as np
 import pytest
 
@@ -341,6 +342,49 @@ def test_state_in_shared_memory_is_stepped_where_it_lies(arguments):
             assert torch.equal(shared[q][name], x)
 
 
+SIBLINGS = ["SGD", "Adam", "RMSprop", "Adagrad", "Adafactor", "Muon", "ASGD", "SparseAdam"]
+
+
+def stepped_together(opt, params, steps, gradient=0.3):
+    """By gradients that depend on the step alone."""
+    for i in range(steps):
+        for j, p in enumerate(params):
+            grad = torch.linspace(-1, 2 + i, p.numel(), dtype=p.dtype).reshape(p.shape) * (gradient + j)
+            p.grad = grad.to_sparse(1) if "Sparse" in type(opt).__name__ else grad
+        opt.step()
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_shared_state_of_any_optimizer_is_torchs(name):
+    """Which stays where it lies, in whichever group and buffer its parameter is."""
+    found = []
+    for module in (torch.optim, optim):
+        params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(200, 200))]
+        opt = getattr(module, name)([{"params": [p]} for p in params], lr=0.05, **MOMENTUM.get(name, {}))
+        stepped_together(opt, params, 2)
+        shared = [
+            (p, key, x.share_memory_())
+            for p in params
+            for key, x in opt.state[p].items()
+            if isinstance(x, torch.Tensor)
+        ]
+        stepped_together(opt, params, 2)
+        assert all(opt.state[p][key] is x for p, key, x in shared if x.dim())
+        found.append([*(p.detach() for p in params), *(opt.state[p][key] for p, key, _ in shared)])
+    torch.testing.assert_close(*found, rtol=5e-3 if name == "Muon" else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_state_comes_in_torchs_order(name):
+    orders = []
+    for module in (torch.optim, optim):
+        params = [torch.nn.Parameter(torch.ones(n, 2)) for n in (3, 40_000, 2, 30_000)]
+        opt = getattr(module, name)(params, lr=0.05, **MOMENTUM.get(name, {}))
+        stepped_together(opt, params, 1)
+        orders.append([p.shape for p in opt.state])
+    assert orders[0] == orders[1]
+
+
 def _work(name, model, state):
     opt = (optim if name == "interop" else torch.optim).Adam(model.parameters(), lr=0.01)
     opt.state.update(zip(model.parameters(), state, strict=True))
@@ -399,6 +443,36 @@ def test_a_model_is_freed_with_its_optimizer(name):
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Adafactor", "Muon", "LBFGS"])
+def test_trainings_in_a_loop_leave_nothing(name):
+    """With the collector off: no array of JAX, no tensor, and no cycle for the collector to find."""
+
+    def training():
+        params = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(3, 2))]
+        groups = params if name == "LBFGS" else [{"params": [p]} for p in params]
+        opt = getattr(optim, name)(groups, lr=0.05, **MOMENTUM.get(name, {}))
+
+        def closure():
+            for p in params:
+                p.grad = torch.full_like(p, 0.5)
+            return sum(p.detach().sum() for p in params)
+
+        for _ in range(2):
+            opt.step(closure)
+
+    training()
+    gc.collect()
+    gc.disable()
+    try:
+        arrays = len(jax.live_arrays())
+        for _ in range(10):
+            training()
+        assert len(jax.live_arrays()) == arrays
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 @pytest.mark.usefixtures("reading")
 def test_a_second_optimizer_steps_in_place():
     """Once the first one is gone; while it lives its parameters stay where it steps them."""
@@ -441,6 +515,23 @@ def test_a_subclass_with_plain_memory(make):
             opt.step()
         ps.append([x.detach().as_subclass(torch.Tensor) for x in (p, opt.state[p]["momentum_buffer"])])
     assert all(map(torch.equal, *ps))
+
+
+@pytest.mark.parametrize("name", [name for name in SIBLINGS if name != "Muon"])
+def test_what_overlaps_and_subclasses_of_any_optimizer(name):
+    """Parameters that overlap in NumPy's memory, and one of a class of its own."""
+    found = []
+    for module in (torch.optim, optim):
+        memory = np.linspace(-1, 1, 40)
+        params = [
+            torch.nn.Parameter(torch.from_numpy(memory[a:b]).view(-1, 2)) for a, b in ((0, 20), (10, 30), (28, 40))
+        ]
+        params.append(Tagged(torch.ones(3, 2)))
+        opt = getattr(module, name)(params, lr=0.05, **MOMENTUM.get(name, {}))
+        stepped_together(opt, params, 3)
+        assert type(params[-1]) is Tagged
+        found.append([torch.from_numpy(memory), params[-1].detach().as_subclass(torch.Tensor)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("reading")
