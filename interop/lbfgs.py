@@ -21,8 +21,18 @@ from torch import Tensor
 import jopt
 from interop import _compat, dlpack, options
 from interop.modules import Leaf
-from interop.optimizer import OfTorch, as_number, missing, parameter_name, undynamo
+from interop.optimizer import OfTorch, as_number, check_number, check_slot, missing, parameter_name, undynamo
 from jopt.lbfgs import DONE, LEAST_CURVATURE, START, LBFGSState, Settings, begin, initial_run, judge
+
+ITERATED = (
+    "d",
+    "t",
+    "old_dirs",
+    "old_stps",
+    "ro",
+    "H_diag",
+    "prev_flat_grad",
+)  # what an iteration leaves and the next reads
 
 
 class LBFGS(OfTorch, torch.optim.LBFGS):
@@ -52,8 +62,9 @@ class LBFGS(OfTorch, torch.optim.LBFGS):
 
         Raises:
             RuntimeError: another line_search_fn than None and 'strong_wolfe'.
-            TypeError: a parameter that cannot be stepped; said before anything changes.
-            ValueError: old_dirs, old_stps and ro of the state have different lengths.
+            TypeError, ValueError: a parameter that cannot be stepped, a state that cannot be gone on with; said before
+                the closure is called.
+            KeyError: an argument that the group lacks.
         """
         return undynamo(_step)(self, torch.enable_grad()(closure))
 
@@ -68,10 +79,11 @@ def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
         as_number(group["lr"])
     except KeyError as error:
         raise missing(optimizer, 0, error.args[0]) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"{place}: {error}") from error
     for p in optimizer._params:
         dlpack.check_parameter(parameter_name(optimizer, 0, p), p)
+    _check_state(optimizer, settings)
 
     first = closure()
     if not optimizer._params:
@@ -88,6 +100,40 @@ def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
     finally:
         step.write()
     return first
+
+
+def _check_state(optimizer: LBFGS, settings: Settings) -> None:
+    """Raise for a state that cannot be gone on with, before the closure is called."""
+    params = optimizer._params
+    if not params or not (state := optimizer.state.get(params[0])):
+        return
+    name, n = parameter_name(optimizer, 0, params[0]), sum(p.numel() * (2 if p.is_complex() else 1) for p in params)
+    for key in ("n_iter", "func_evals"):
+        check_number(name, key, state.get(key, 0))
+    if state.get("n_iter", 0):
+        for key in ITERATED:
+            if state.get(key) is None:
+                found = sorted(name for name, x in state.items() if x is not None)
+                raise TypeError(
+                    f"{name}: LBFGS reads its state {key!r}, found {found}; load the state_dict of an LBFGS, or clear "
+                    "the state, which then begins anew"
+                )
+    for key, value in state.items():
+        if value is None:
+            continue
+        if key in ("t", "H_diag", "prev_loss"):
+            check_number(name, key, value)
+        elif key in ("d", "prev_flat_grad"):
+            check_slot(name, key, value, (n,))
+        elif key in ("old_dirs", "old_stps", "ro"):
+            if not isinstance(value, list | tuple):
+                raise TypeError(f"{name}: expected a list for its state {key!r}, found {type(value).__name__}")
+            for i, x in enumerate(value):
+                if key == "ro":
+                    check_number(name, f"ro[{i}]", x)
+                else:
+                    check_slot(name, f"{key}[{i}]", x, (n,))
+    _stored_pairs(settings, state)
 
 
 def _settings(group: Mapping[str, Any]) -> Settings:

@@ -104,6 +104,8 @@ class Stepped(OfTorch):
     """Gives a class of torch.optim another step: `_step`, which sees gradients and parameters and changes them."""
 
     rule: ClassVar[type[Rule]]
+    hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
+    late_slots: ClassVar[frozenset[str]] = frozenset()  # what torch makes where it is missing from a state
 
     @classmethod
     def known_options(cls) -> frozenset[str]:
@@ -213,9 +215,6 @@ class CompiledStep(Stepped):
 
     Both are attributes too, and may be changed at any time. With `interop.amp.GradScaler` the step also unscales.
     """
-
-    hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
-    late_slots: ClassVar[frozenset[str]] = frozenset()  # what torch makes where it is missing from a state
 
     _plan: _Plan | None = None
     _around: _Around
@@ -538,7 +537,7 @@ class _Plan:
                 rules[index].check_param(name, tuple(x.shape), dlpack.DTYPES[x.dtype])
                 shapes = self._slots(rules[index], tuple(x.shape))
                 state = optimizer.state.get(p) or {}
-                _check_state(optimizer, name, rules[index], hyperparameters[index], shapes, state)
+                check_state(optimizer, name, rules[index], hyperparameters[index], shapes, state)
                 dtypes = _state_dtypes(name, p, shapes, state)
                 size = x.numel() * (2 if x.is_complex() else 1)
                 leaf = self.leaves[p] = _Leaf(
@@ -569,6 +568,7 @@ class _Plan:
         self.buckets = [_Bucket(i, *part) for i, part in enumerate(parts)]
         self.programs: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
         self._programs(optimizer)
+        hidden = optimizer.hidden_scalars
         with program.SignalsWait():
             staging: dict[np.dtype, _Staging] = {}
             for dtype in {bucket.dtype for bucket in self.buckets}:
@@ -576,6 +576,9 @@ class _Plan:
                 staging[dtype] = _Staging(dlpack.aligned_zeros(max(sizes), dtype), shared=len(sizes) > 1)
             self.staging = list(staging.values())
             begun = _averages_begun(optimizer)
+            for leaf in self.leaves.values():
+                if leaf.state_dtypes or rules[leaf.group].init_scalars(hyperparameters[leaf.group]).keys() - hidden:
+                    optimizer.state[leaf.param]  # in the order in which torch makes them
             freed = program.Freed(sum(leaf.local.nbytes for leaf in self.leaves.values()))
             for bucket in self.buckets:
                 bucket.take(optimizer, hyperparameters, staging, begun, freed)
@@ -669,7 +672,7 @@ class _Plan:
                 state = optimizer.state.get(p) or {}
                 if exchanged := [slot for slot, view in leaf.views.items() if state.get(slot) is not view]:
                     name = parameter_name(optimizer, index, p)
-                    _check_state(optimizer, name, rules[index], hyperparameters[index], leaf.state_shapes, state)
+                    check_state(optimizer, name, rules[index], hyperparameters[index], leaf.state_shapes, state)
                     fits = _state_dtypes(name, p, leaf.state_shapes, state) == leaf.state_dtypes and fits
                     moves = leaf.placement is not None or leaf.homes or any(map(_is_shared, state.values()))
                     # An array over the old state has to show the old values.
@@ -866,7 +869,7 @@ def _extent(p: Tensor) -> tuple[int, int]:
     return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
 
 
-def _check_state(
+def check_state(
     optimizer: Any,
     name: str,
     rule: Rule,
@@ -887,16 +890,35 @@ def _check_state(
         value = state[key]
         if value is None:
             raise TypeError(f"{name}: expected its state {key!r}, found None; clear the state, which then begins anew")
-        if key in scalars and not (
-            (value.numel() == 1 and not value.is_complex()) if isinstance(value, Tensor) else is_number(value)
-        ):
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        if key in scalars:
+            check_number(name, key, value)
+
+
+def check_number(name: str, key: str, value: Any) -> None:
+    """Raise ValueError unless a value of a parameter's state is a number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.is_meta:
+            found = f"shape {tuple(value.shape)}" if value.numel() != 1 else f"a {value.dtype} on {value.device}"
             raise ValueError(f"{name}: expected a number, or a tensor of one, for its state {key!r}, found {found}")
+    elif not is_number(value):
+        raise ValueError(f"{name}: expected a number, or a tensor of one, for its state {key!r}, found {value!r}")
+
+
+def check_slot(name: str, key: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError or TypeError unless a value of a parameter's state is a tensor of the shape, with values."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+        raise ValueError(f"{name}: expected its state {key!r} of shape {shape}, found {found}")
+    dlpack.check_tensor(f"the state {key!r} of {name}", value)
+    if value.dtype.is_complex or value.dtype not in dlpack.DTYPES:
+        raise TypeError(f"{name}: expected its state {key!r} in a real floating type, found {value.dtype}")
 
 
 def _is_shared(value: Any) -> bool:
     """Whether a state tensor stays where it is: in memory of other processes too."""
-    return isinstance(value, Tensor) and dtensor.placement(value) is None and value.is_shared()
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:  # a sparse one has no storage to ask
+        return False
+    return dtensor.placement(value) is None and value.is_shared()
 
 
 def _state_dtypes(
@@ -916,6 +938,8 @@ def _state_dtypes(
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
             whose = "the parameter's shape" if shape == tuple(dtensor.local(p).shape) else "shape"
             raise ValueError(f"{name}: expected its state {slot!r} of {whose} {shape}, found {found}")
+        if value is not None and not value.is_sparse and (value.layout is not torch.strided or value.is_meta):
+            dlpack.check_tensor(f"the state {slot!r} of {name}", value)
         dtype = p.dtype if value is None else value.dtype
         if dtype is not p.dtype and not KeepsWideState.keeps(dtype, p.dtype):
             raise TypeError(

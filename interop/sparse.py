@@ -16,7 +16,7 @@ from jax import Array
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import group_numbers, parameter_name
+from interop.optimizer import check_slot, check_state, group_numbers, parameter_name
 from interop.program import own_settings, run
 from jopt import numerics
 from jopt._compat import device
@@ -40,9 +40,11 @@ def step(optimizer: Any) -> None:
             if not p.grad.is_sparse:
                 raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
             dlpack.check_tensor(f"the gradient of {name}", p.grad._values())
-            for key in ("step", *SLOTS):
-                if (state := optimizer.state.get(p)) and key not in state:
-                    raise KeyError(f"{name}: SparseAdam reads its state {key!r}, found {sorted(map(str, state))}")
+            if state := optimizer.state.get(p):
+                shape = tuple(p.shape)
+                check_state(optimizer, name, rule, hyperparameters[index], dict.fromkeys(SLOTS, shape), state)
+                for slot in SLOTS:
+                    check_slot(name, slot, state[slot], shape)
             stepped.append((p, rule, h))
     work = optimizer._work = optimizer._work or _Work()
     for p, rule, h in stepped:

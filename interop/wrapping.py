@@ -27,7 +27,7 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from torch import Tensor
 
 from interop import dlpack
-from interop.optimizer import KeepsWideState, check_process, parameter_name, undynamo
+from interop.optimizer import KeepsWideState, as_number, check_process, parameter_name, undynamo
 from jopt import chaining
 from jopt._compat import device, enable_x64
 from jopt.arena import path_name
@@ -94,7 +94,8 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         return {**super().__getstate__(), "tx": _Saved(self.tx), "_groups": self._groups, "_training": self._training}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | ({"tx": state["tx"].tx} if "tx" in state else {}))
+        groups = [_ParamGroup(group) for group in state["param_groups"]]
+        super().__setstate__(state | {"param_groups": groups} | ({"tx": state["tx"].tx} if "tx" in state else {}))
         for work in self._groups:  # of a state_dict too, whose numbers are those of its schedules
             work.scheduled = {}
 
@@ -111,7 +112,7 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         tx = _check(given.pop("tx", self.tx))
         super().add_param_group(given)
         index = len(self.param_groups) - 1
-        group = self.param_groups[index]
+        group = self.param_groups[index] = _ParamGroup(self.param_groups[index])
         try:
             for p in group["params"]:
                 dlpack.check_parameter(parameter_name(self, index, p), p)
@@ -177,6 +178,17 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
     def _check_training(self) -> None:
         if self._training:
             raise RuntimeError("the parameters hold the weights for evaluation since eval(); call train() first")
+
+
+class _ParamGroup(dict[str, Any]):
+    """A group that says, to torch's schedulers too, how it comes to have a number."""
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(
+            f"{name!r}: the group has no such entry (it has {sorted(self)}); wrap the transformation as "
+            "optax.inject_hyperparams(...)(...), which keeps its numbers where a group shows them and a scheduler sets "
+            "them"
+        )
 
 
 def _check(tx: Any) -> optax.GradientTransformation:
@@ -330,7 +342,7 @@ class _Group:
                 group[name] = value
 
     def check(self, index: int, group: dict[str, Any]) -> None:
-        """Raise ValueError for a number that nothing would read."""
+        """Raise ValueError for a number that nothing would read, or that is missing; TypeError for what is none."""
         for name, value in group.items():
             if name not in self.shown and name not in UNREAD and _is_numeric(value):
                 raise ValueError(
@@ -338,7 +350,7 @@ class _Group:
                     f"state, so that nothing would read it (it keeps {sorted(self.shown) or 'no hyperparameters'}); "
                     f"wrap it as optax.inject_hyperparams(...)(...), or give the group a 'tx' of its own"
                 )
-        given = self._given(group) if self.scheduled else {}
+        given = self._given(group, f"param_groups[{index}]")
         for name, value in self.scheduled.items():
             if not math.isclose(given[name], value, rel_tol=1e-6):  # a tensor's type may be narrower
                 raise ValueError(
@@ -347,18 +359,23 @@ class _Group:
                     "and let a torch scheduler set it, or give the group a 'tx' of its own"
                 )
 
-    def _given(self, group: dict[str, Any]) -> dict[str, float]:
+    def _given(self, group: dict[str, Any], place: str = "param_groups") -> dict[str, float]:
         """The hyperparameters that the group sets, taken apart."""
-        given = {}
+        given: dict[str, float] = {}
         for name in self.shown:
             if name not in group:
-                raise ValueError(
-                    f"param_groups: expected {name!r}, which the transformation keeps, found {sorted(group)}"
-                )
-            given[name] = group[name]
-        for pair in PAIRS if "betas" in given else ():
-            given.update(zip(pair, given["betas"], strict=True))
-        return {name: float(x) for name, x in given.items() if name != "betas"}
+                raise ValueError(f"{place}: expected {name!r}, which the transformation keeps, found {sorted(group)}")
+            value, parts = group[name], [(name,)]
+            if name == "betas":
+                parts = PAIRS
+                if not isinstance(value, tuple | list) or len(value) != 2:
+                    raise ValueError(f"{place}['betas']: expected 2 numbers, found {value!r}")
+            try:
+                for part in parts:
+                    given |= zip(part, map(as_number, value if name == "betas" else [value]), strict=True)
+            except TypeError as error:
+                raise TypeError(f"{place}[{name!r}]: {error}") from error
+        return given
 
     # --- values
 

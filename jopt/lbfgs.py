@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from jopt import _compat, numerics
-from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter
+from jopt.rule import Hyperparameter, at_least_zero, check_hyperparameter, single
 from jopt.transform import P, check_array
 from jopt.valued import by_value
 
@@ -137,19 +137,21 @@ class Settings:
             object.__setattr__(self, name, _number(name, getattr(self, name), int))
         for name in ("tolerance_grad", "tolerance_change"):
             object.__setattr__(self, name, _number(name, getattr(self, name), float))
+        object.__setattr__(self, "maximize", single("maximize", self.maximize))
         if self.maximize not in (False, True):
             raise ValueError(f"maximize: expected True or False, found {self.maximize!r}")
         if self.line_search_fn not in (None, "strong_wolfe"):
-            raise RuntimeError("only 'strong_wolfe' is supported")
+            raise RuntimeError(f"line_search_fn: only 'strong_wolfe' is supported, found {self.line_search_fn!r}")
         if self.history_size < 1:
             raise ValueError(f"history_size: expected at least 1, found {self.history_size}")
 
 
 def _number(name: str, value: Any, kind: type) -> Any:
-    value = value.item() if hasattr(value, "item") and not isinstance(value, Tracer) else value
+    value = single(name, value)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         expected = "an integer" if kind is int else "a number"
-        raise TypeError(f"{name}: expected {expected}, found {value!r}; it is part of the compiled program")
+        why = "; it is part of the compiled program" if isinstance(value, Tracer) or callable(value) else ""
+        raise TypeError(f"{name}: expected {expected}, found {value!r}{why}")
     return kind(value)
 
 

@@ -119,8 +119,7 @@ class Rule(ABC):
             if name in h:
                 flags.append(dynamic or not is_number(h[name]) or h[name] != 0)
             else:
-                value = arguments[name]
-                value = value.item() if hasattr(value, "item") else value
+                value = single(name, arguments[name])
                 if is_bool and value not in (None, False, True):
                     raise ValueError(f"{name}: expected True or False, found {value!r}")
                 flags.append(bool(value) if is_bool else value)
@@ -151,6 +150,16 @@ def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]
     if not isinstance(value, tuple | list) or len(value) != len(members):
         raise TypeError(f"{name}: expected {len(members)} values ({', '.join(members)}), found {value!r}")
     return tuple(value)
+
+
+def single(name: str, value: Any) -> Any:
+    """An argument that is given as an array or a tensor of one value, as that value."""
+    if isinstance(value, Tracer) or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except (TypeError, ValueError, RuntimeError) as error:  # NumPy's, JAX's and torch's, none of which names it
+        raise ValueError(f"{name}: expected one value, found {value!r}") from error
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import weakref
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,6 +103,48 @@ def test_what_is_no_number_is_torchs_error_and_named(key, value, error):
     assert_unchanged(p, opt, before)
 
 
+NO_NUMBERS = {
+    "SGD": {"momentum": None, "dampening": "0", "nesterov": torch.ones(3), "maximize": torch.zeros(2)},
+    "RMSprop": {"alpha": [0.9], "eps": torch.ones(2), "centered": torch.ones(2)},
+    "Adagrad": {"lr_decay": {}, "eps": 1j},
+    "Muon": {"ns_coefficients": (1.0, 2.0), "ns_steps": torch.ones(2), "momentum": "0.9"},
+    "Adafactor": {"eps": 1e-3, "d": None, "beta2_decay": (0.8,)},
+    "ASGD": {"lambd": "1e-4", "t0": None, "alpha": torch.ones(2)},
+    "SparseAdam": {"betas": (0.9,), "eps": None, "maximize": torch.ones(2)},
+    "LBFGS": {"max_iter": "20", "tolerance_grad": torch.ones(2), "history_size": None, "line_search_fn": "armijo"},
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number_or_flag_is_named_in_any_group(name, steps):
+    """Also in a later group; nothing changes, and with the number put back the run goes on."""
+    q, opt, closure = stepped(optim, name, 0)
+    if name != "LBFGS":
+        p = torch.nn.Parameter(torch.ones(3, 2))
+        opt.add_param_group({"params": [p]})
+
+    def both():
+        loss = closure()
+        if name != "LBFGS":
+            p.grad = q.grad.clone()
+        return loss
+
+    for _ in range(steps):
+        opt.step(both)
+    both()
+    index = len(opt.param_groups) - 1
+    for key, value in NO_NUMBERS[name].items():
+        kept, opt.param_groups[index][key] = opt.param_groups[index][key], value
+        before = snapshot(q, opt)
+        assert f"param_groups[{index}]" in str(error := raised(opt, both))
+        assert key in str(error)
+        assert isinstance(error, TypeError | ValueError | RuntimeError)
+        assert_unchanged(q, opt, before)
+        opt.param_groups[index][key] = kept
+    assert raised(opt, both) is None
+
+
 def test_lbfgs_names_what_is_no_number():
     _, opt, closure = stepped(optim, "LBFGS")
     opt.param_groups[0]["lr"] = "0.1"
@@ -138,6 +181,57 @@ def test_a_state_that_lacks_something_is_torchs_error(name):
             assert type(errors[1]) is KeyError
             assert f"param_groups[0]['params'][0]: {name} reads its state {key!r}" in str(errors[1])
             assert_unchanged(p, opt, before)
+
+
+@pytest.mark.parametrize("value", [None, "x", torch.ones(5), torch.ones(3, 2, dtype=torch.complex64)], ids=repr)
+@pytest.mark.parametrize("name", ["SparseAdam", "LBFGS"])
+def test_a_state_that_does_not_fit_is_named_by_those_that_keep_torchs(name, value):
+    """Of another shape or type its memory would be read and written past its end."""
+    _, opt, _ = stepped(torch.optim, name, 2)
+    for key in opt.state_dict()["state"][0].keys() - ({"al", "prev_loss"} if value is None else {"al"}):
+        p, opt, closure = stepped(optim, name, 2)
+        opt.state[p][key] = value
+        before, calls = p.detach().clone(), []
+
+        def counted(calls=calls, closure=closure):
+            calls.append(0)
+            return closure()
+
+        with pytest.raises((TypeError, ValueError), match=rf"param_groups\[0\]\['params'\]\[0\].*{key}|old_dirs"):
+            opt.step(counted) if name == "LBFGS" else opt.step()
+        assert not calls
+        assert torch.equal(p, before)
+
+
+def test_lbfgs_names_what_its_state_lacks():
+    for key in ("d", "t", "old_dirs", "H_diag", "prev_flat_grad"):
+        errors = []
+        for module in (torch.optim, optim):
+            p, opt, closure = stepped(module, "LBFGS", 2, max_iter=2)
+            del opt.state[p][key]
+            errors.append(raised(opt, closure))
+        assert type(errors[0]) in (TypeError, AttributeError)
+        assert type(errors[1]) is TypeError
+        assert f"LBFGS reads its state {key!r}" in str(errors[1])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
+def test_a_sparse_state_is_made_dense_and_one_without_values_is_named(name):
+    """torch's SGD keeps a sparse momentum after sparse gradients."""
+    ps = []
+    for sparse in (False, True):
+        p, opt, closure = stepped(optim, name)
+        for key, x in opt.state[p].items():
+            if x.dim() and sparse:
+                opt.state[p][key] = x.to_sparse()
+        opt.step(closure)
+        ps.append(p.detach())
+    assert torch.equal(*ps)
+    key = next(key for key, x in opt.state[p].items() if x.dim())
+    opt.state[p][key] = torch.ones(3, 2, device="meta")
+    with pytest.raises(TypeError, match=rf"the state '{key}' of param_groups\[0\]\['params'\]\[0\].*holds no values"):
+        opt.step(closure)
+    assert torch.equal(p, ps[1])
 
 
 @pytest.mark.parametrize(("first", "second"), [("SGD", "Adam"), ("Adam", "RMSprop"), ("Adam", "Adamax")])
@@ -248,6 +342,49 @@ def test_state_in_shared_memory_is_stepped_where_it_lies(arguments):
             assert torch.equal(shared[q][name], x)
 
 
+SIBLINGS = ["SGD", "Adam", "RMSprop", "Adagrad", "Adafactor", "Muon", "ASGD", "SparseAdam"]
+
+
+def stepped_together(opt, params, steps, gradient=0.3):
+    """By gradients that depend on the step alone."""
+    for i in range(steps):
+        for j, p in enumerate(params):
+            grad = torch.linspace(-1, 2 + i, p.numel(), dtype=p.dtype).reshape(p.shape) * (gradient + j)
+            p.grad = grad.to_sparse(1) if "Sparse" in type(opt).__name__ else grad
+        opt.step()
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_shared_state_of_any_optimizer_is_torchs(name):
+    """Which stays where it lies, in whichever group and buffer its parameter is."""
+    found = []
+    for module in (torch.optim, optim):
+        params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(200, 200))]
+        opt = getattr(module, name)([{"params": [p]} for p in params], lr=0.05, **MOMENTUM.get(name, {}))
+        stepped_together(opt, params, 2)
+        shared = [
+            (p, key, x.share_memory_())
+            for p in params
+            for key, x in opt.state[p].items()
+            if isinstance(x, torch.Tensor)
+        ]
+        stepped_together(opt, params, 2)
+        assert all(opt.state[p][key] is x for p, key, x in shared if x.dim())
+        found.append([*(p.detach() for p in params), *(opt.state[p][key] for p, key, _ in shared)])
+    torch.testing.assert_close(*found, rtol=5e-3 if name == "Muon" else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_state_comes_in_torchs_order(name):
+    orders = []
+    for module in (torch.optim, optim):
+        params = [torch.nn.Parameter(torch.ones(n, 2)) for n in (3, 40_000, 2, 30_000)]
+        opt = getattr(module, name)(params, lr=0.05, **MOMENTUM.get(name, {}))
+        stepped_together(opt, params, 1)
+        orders.append([p.shape for p in opt.state])
+    assert orders[0] == orders[1]
+
+
 def _work(name, model, state):
     opt = (optim if name == "interop" else torch.optim).Adam(model.parameters(), lr=0.01)
     opt.state.update(zip(model.parameters(), state, strict=True))
@@ -306,6 +443,36 @@ def test_a_model_is_freed_with_its_optimizer(name):
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Adafactor", "Muon", "LBFGS"])
+def test_trainings_in_a_loop_leave_nothing(name):
+    """With the collector off: no array of JAX, no tensor, and no cycle for the collector to find."""
+
+    def training():
+        params = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(3, 2))]
+        groups = params if name == "LBFGS" else [{"params": [p]} for p in params]
+        opt = getattr(optim, name)(groups, lr=0.05, **MOMENTUM.get(name, {}))
+
+        def closure():
+            for p in params:
+                p.grad = torch.full_like(p, 0.5)
+            return sum(p.detach().sum() for p in params)
+
+        for _ in range(2):
+            opt.step(closure)
+
+    training()
+    gc.collect()
+    gc.disable()
+    try:
+        arrays = len(jax.live_arrays())
+        for _ in range(10):
+            training()
+        assert len(jax.live_arrays()) == arrays
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 @pytest.mark.usefixtures("reading")
 def test_a_second_optimizer_steps_in_place():
     """Once the first one is gone; while it lives its parameters stay where it steps them."""
@@ -348,6 +515,23 @@ def test_a_subclass_with_plain_memory(make):
             opt.step()
         ps.append([x.detach().as_subclass(torch.Tensor) for x in (p, opt.state[p]["momentum_buffer"])])
     assert all(map(torch.equal, *ps))
+
+
+@pytest.mark.parametrize("name", [name for name in SIBLINGS if name != "Muon"])
+def test_what_overlaps_and_subclasses_of_any_optimizer(name):
+    """Parameters that overlap in NumPy's memory, and one of a class of its own."""
+    found = []
+    for module in (torch.optim, optim):
+        memory = np.linspace(-1, 1, 40)
+        params = [
+            torch.nn.Parameter(torch.from_numpy(memory[a:b]).view(-1, 2)) for a, b in ((0, 20), (10, 30), (28, 40))
+        ]
+        params.append(Tagged(torch.ones(3, 2)))
+        opt = getattr(module, name)(params, lr=0.05, **MOMENTUM.get(name, {}))
+        stepped_together(opt, params, 3)
+        assert type(params[-1]) is Tagged
+        found.append([torch.from_numpy(memory), params[-1].detach().as_subclass(torch.Tensor)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("reading")

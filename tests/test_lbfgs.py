@@ -181,6 +181,19 @@ def test_a_network_is_torchs_to_the_last_bit(dtype):
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_a_learning_rate_that_is_a_tensor_is_torchs_to_the_last_bit(search, dtype):
+    """Of the parameters' type: steps go by torch's tensors, and so do the search's numbers."""
+    lr = torch.tensor(0.7, dtype=getattr(torch, dtype))
+    arguments = dict(lr=lr, max_iter=5, history_size=5, tolerance_change=0, line_search_fn=search)
+    runs = [TorchRun(module, rosenbrock, 0.3 * start(dtype), **arguments) for module in (torch.optim, optim)]
+    for _ in range(12):
+        losses = [run.step() for run in runs]
+        assert losses[0] == losses[1]
+        assert torch.equal(runs[0].p, runs[1].p)
+
+
 def test_the_line_search_has_its_own_least_bracket(x64):
     """torch gives it 1e-9, whatever tolerance_change is: with the latter the search would end an evaluation early."""
     arguments = dict(lr=8, max_iter=8, tolerance_change=0.1, line_search_fn="strong_wolfe")

@@ -207,6 +207,57 @@ def test_a_hyperparameter_that_nothing_reads_is_refused():
     assert w[0] < before[0]
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda s, optimizer: s.StepLR(optimizer, 1),
+        lambda s, optimizer: s.LambdaLR(optimizer, lambda epoch: 0.5),
+        lambda s, optimizer: s.ReduceLROnPlateau(optimizer),
+        lambda s, optimizer: s.CosineAnnealingLR(optimizer, 3),
+        lambda s, optimizer: s.CyclicLR(optimizer, 0.1, 1.0, cycle_momentum=False),
+    ],
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_scheduler_of_a_number_that_nothing_reads_is_told_the_remedy(schedule, loaded):
+    optimizer = interop.wrap(optax.adam(0.1), [torch.nn.Parameter(torch.ones(3))])
+    if loaded:
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer = copy.deepcopy(optimizer)
+    with pytest.raises(KeyError, match=r"lr.*inject_hyperparams"):
+        schedule(torch.optim.lr_scheduler, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("lr", "0.1", TypeError),
+        ("lr", None, TypeError),
+        ("lr", [0.1], TypeError),
+        ("lr", torch.ones(2), TypeError),
+        ("betas", 0.9, ValueError),
+        ("betas", (0.9,), ValueError),
+        ("betas", (0.9, "0.99"), TypeError),
+    ],
+)
+def test_a_hyperparameter_that_is_no_number_is_named(name, value, error):
+    """Also in a later group; the groups before it are not stepped."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = interop.wrap(optax.inject_hyperparams(optax.adam)(0.1), [{"params": [p]} for p in params])
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones(3)
+        kept, optimizer.param_groups[1][name] = optimizer.param_groups[1][name], value
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(error, match=rf"param_groups\[1\]\['{name}'\]: expected"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        optimizer.param_groups[1][name] = kept
+        optimizer.step()
+    del optimizer.param_groups[1][name]
+    with pytest.raises(ValueError, match=rf"param_groups\[1\]: expected '{name}', which the transformation keeps"):
+        optimizer.step()
+
+
 def test_what_schedulers_keep_in_a_group_is_theirs():
     w = torch.nn.Parameter(torch.ones(3))
     optimizer = interop.wrap(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9), [w])
