@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, dtypes, lax
 
 from jopt import numerics
 
@@ -74,6 +74,14 @@ class Layout:
             flat = [lax.dynamic_slice(buffer, (x,), (size,)) for x, size in zip(starts, self.sizes, strict=True)]
         return [x.reshape(shape) for x, shape in zip(flat, self.shapes, strict=True)]
 
+    def split(self, tangent: Array) -> list[Any]:
+        """`unpack` of a tangent: compiles longer, but transposes into one concatenation."""
+        assert self.row == 1
+        if tangent.dtype == dtypes.float0:  # an integer's
+            return [np.zeros(shape, dtypes.float0) for shape in self.shapes]
+        parts = lax.split(tangent, (*self.sizes, self.padding))
+        return [x.reshape(shape) for x, shape in zip(parts, self.shapes, strict=False)]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Tree:
@@ -81,6 +89,14 @@ class _Tree:
 
     treedef: Any
     layouts: tuple[tuple[str, np.dtype, tuple[int, ...], Layout], ...]  # name, type, the leaves' positions
+
+    def of(self, parts: Iterable[Sequence[Any]]) -> Any:
+        """The tree whose leaves these are, buffer by buffer."""
+        leaves: list[Any] = [None] * self.treedef.num_leaves
+        for part, (_, _, positions, _) in zip(parts, self.layouts, strict=True):
+            for i, leaf in zip(positions, part, strict=True):
+                leaves[i] = leaf
+        return self.treedef.unflatten(leaves)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -173,31 +189,22 @@ def pack(tree: Any, *, groups: Any = None) -> Packed:
 
 
 def unpack(packed: Packed) -> Any:
-    """The tree that was packed. Its derivative is one concatenation, whatever the number of leaves.
+    """The tree that was packed. Its gradient is one concatenation, whatever the number of leaves.
 
-    Slices differentiate into one padded buffer each; hence the custom rule, which is for reverse mode.
+    Slices differentiate into one padded buffer each; hence a rule of its own, in forward and reverse mode.
     """
     if not isinstance(packed, Packed):
         raise TypeError(f"packed: expected a jopt.arena.Packed (see jopt.pack), found {type(packed).__name__}")
     return _unpack(packed.tree, packed.buffers)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _unpack(tree: _Tree, buffers: tuple[Array, ...]) -> Any:
-    leaves: list[Any] = [None] * tree.treedef.num_leaves
-    for buffer, (_, _, positions, layout) in zip(buffers, tree.layouts, strict=True):
-        for i, leaf in zip(positions, layout.unpack(buffer), strict=True):
-            leaves[i] = leaf
-    return tree.treedef.unflatten(leaves)
+    return tree.of(layout.unpack(buffer) for buffer, (_, _, _, layout) in zip(buffers, tree.layouts, strict=True))
 
 
-def _unpack_forward(tree: _Tree, buffers: tuple[Array, ...]) -> Any:
-    return _unpack(tree, buffers), None
-
-
-def _unpack_backward(tree: _Tree, _: None, cotangents: Any) -> Any:
-    leaves = jax.tree.leaves(cotangents)
-    return (tuple(layout.pack([leaves[i] for i in positions]) for _, _, positions, layout in tree.layouts),)
-
-
-_unpack.defvjp(_unpack_forward, _unpack_backward)
+@_unpack.defjvp
+def _(tree: _Tree, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return _unpack(tree, *primals), tree.of(
+        layout.split(tangent) for tangent, (_, _, _, layout) in zip(tangents[0], tree.layouts, strict=True)
+    )
