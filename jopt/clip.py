@@ -31,7 +31,7 @@ def vector_norm(x: Array, p: float) -> Array:
     """torch.linalg.vector_norm over all elements, in the type of x."""
     if p == 2:
         return numerics.norm(x)
-    magnitude = jnp.abs(x).astype(numerics.compute_dtype(x.dtype))
+    magnitude = (jnp.abs if jnp.iscomplexobj(x) else numerics.absolute)(x).astype(numerics.compute_dtype(x.dtype))
     if math.isinf(p):
         norm = jnp.max(magnitude, initial=0) if p > 0 else jnp.min(magnitude, initial=math.inf)
     elif p == 0:
@@ -39,8 +39,14 @@ def vector_norm(x: Array, p: float) -> Array:
     elif p == 1:
         norm = jnp.sum(magnitude)
     else:
-        norm = jnp.sum(magnitude**p) ** (1 / p)
+        norm = _power(jnp.sum(_power(magnitude, p)), 1 / p)
     return numerics.cast(norm, jnp.zeros((), jnp.real(x).dtype))
+
+
+def _power(x: Array, p: float) -> Array:
+    """x**p of an x that is not negative; a 0 that stays 0 has no derivative, which may be infinite."""
+    zero = (x == 0) & (p > 0)
+    return jnp.where(zero, jnp.zeros_like(x), jnp.where(zero, jnp.ones_like(x), x) ** p)
 
 
 def total_norm(norms: Sequence[Array], p: float = 2.0) -> Array:

@@ -214,16 +214,28 @@ def scale(x: Array, factors: Iterable[Array]) -> Array:
     return x
 
 
+@jax.custom_jvp
+def _quotient(x: Array, y: Array) -> Array:
+    """x / y. JAX's own derivative divides by y^2, which underflows beside an eps of 1e-20: 0 / 0 where x is 0."""
+    return x / y
+
+
+@_quotient.defjvp
+def _quotient_jvp(primals: Any, tangents: Any) -> Any:
+    quotient = _quotient(*primals)
+    return quotient, (tangents[0] - quotient * tangents[1]) / primals[1]
+
+
 def div(x: Array, y: Array) -> Array:
     """torch.div: x / y."""
     a, b = _up(x, y)
-    return _round(a / b, x.dtype)
+    return _round(_quotient(a, b), x.dtype)
 
 
 def reciprocal(x: Array) -> Array:
     """torch.reciprocal: 1 / x, which is also what torch makes of a number divided by a tensor."""
     (a,) = _up(x)
-    return _round(1 / a, x.dtype)
+    return _round(_quotient(jnp.ones((), a.dtype), a), x.dtype)
 
 
 def cast(scalar: Array, like: Array) -> Array:
@@ -245,6 +257,17 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
     return y, tangents[0] * jnp.where(positive, 0.5 / jnp.where(positive, y, 1), 0)
 
 
+@jax.custom_jvp
+def absolute(x: Array) -> Array:
+    """torch.abs. Its derivative at 0 is 0 as torch's is, the mean of both sides'; JAX's own is 1."""
+    return jnp.abs(x)
+
+
+@absolute.defjvp
+def _absolute_jvp(primals: Any, tangents: Any) -> Any:
+    return absolute(*primals), tangents[0] * jnp.sign(primals[0])
+
+
 def sqrt(x: Array) -> Array:
     """torch.sqrt."""
     (a,) = _up(x)
@@ -254,7 +277,7 @@ def sqrt(x: Array) -> Array:
 def rsqrt(x: Array) -> Array:
     """torch.rsqrt: 1 / sqrt(x)."""
     (a,) = _up(x)
-    return _round(1 / _root(a), x.dtype)
+    return _round(_quotient(jnp.ones((), a.dtype), _root(a)), x.dtype)
 
 
 def norm(x: Array, axis: int | None = None) -> Array:
@@ -347,7 +370,7 @@ def addcmul(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
 def addcdiv(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
     """torch.addcdiv: x + (value * t1) / t2."""
     a, b, c = _up(x, t1, t2)
-    return _round(a + value * b / c, x.dtype)
+    return _round(a + _quotient(value * b, c), x.dtype)
 
 
 def at_once(*outputs: Array) -> tuple[Array, ...]:

@@ -232,3 +232,10 @@ def active(step: int) -> list[bool]:
 # A mean of torch's `get_swa_avg_fn` and `get_swa_multi_avg_fn`: they weigh with 1 / (n + 1) of an integer tensor, which
 # torch computes in float32 whatever the parameters are; AveragedModel's own mean, and jopt's, divide in their type.
 MEAN_WEIGHT = 6e-8
+
+# Derivatives, over the largest in that number or tensor. Both modes add the same terms in another order. Differences
+# have an error of truncation, and of rounding over their width; torch's autograd rounds where it multiplies. Muon's is
+# of an iteration in bfloat16, compared with the same in float64.
+DERIVATIVES = {"modes": 1e-11, "differences": 1e-5, "torch": 1e-9, "limit": 1e-6, "float32": 1e-3, "muon": 0.05}
+# Scalars that torch keeps in float32 make steps of this size in a loss, and round their derivatives.
+STORED = {"nadam": 2e-7, "asgd": 2e-7}

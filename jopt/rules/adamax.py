@@ -38,5 +38,5 @@ class Adamax(Rule):
     def update(self, c, grad, state, param):
         grad, param = regularize(self, c, grad, param)
         exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
-        exp_inf = jnp.maximum(t.mul(state["exp_inf"], c["beta2"]), t.add(jnp.abs(grad), c["eps"]))
+        exp_inf = jnp.maximum(t.mul(state["exp_inf"], c["beta2"]), t.add(t.absolute(grad), c["eps"]))
         return t.addcdiv(param, exp_avg, exp_inf, c["-clr"]), {"exp_avg": exp_avg, "exp_inf": exp_inf}

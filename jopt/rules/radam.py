@@ -59,7 +59,9 @@ class RAdam(Rule):
         grad, param = regularize(self, c, grad, param)
         exp_avg, exp_avg_sq = moments(c, grad, state)
         plain = t.mul(t.mul(exp_avg, c["1/bias_correction1"]), c["lr"])
-        adaptive = t.mul(t.reciprocal(t.add(t.sqrt(exp_avg_sq), c["eps"])), c["sqrt(bias_correction2)"])
+        denom = t.add(t.sqrt(exp_avg_sq), c["eps"])
+        denom = jnp.where(c["rectified"] != 0, denom, jnp.ones_like(denom))  # 0 with an eps of 0: its derivative is nan
+        adaptive = t.mul(t.reciprocal(denom), c["sqrt(bias_correction2)"])
         rectified = t.mul(t.mul(plain, adaptive), c["rect"])
         param = t.add(param, -jnp.where(c["rectified"] != 0, rectified, plain))
         return param, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax import Array
 
 from jopt import numerics as t
 from jopt.rule import Limit, Rule, at_least_zero
@@ -47,14 +48,19 @@ class SGD(Rule):
         # A momentum of 0 is possible here only where it may change later.
         has_momentum = xp.where(h["momentum"] == 0, 0.0, 1.0)
         has_buffer = (s["step"] > 0) * has_momentum
-        c["buffer weight"] = h["momentum"] * has_buffer
+        # 0 times 1 rather than 0, for the derivative: with a little momentum the last gradient would count.
+        c["buffer weight"] = h["momentum"] * xp.where(h["momentum"] == 0, 1.0, has_buffer)
         c["grad weight"] = 1 - h["dampening"] * has_buffer
+        if isinstance(h["momentum"], Array):  # which may change to 0 and back; a number, as the host gives, does not
+            c["buffer kept"] = (s["step"] > 0) * (1 - has_momentum)
         return c, {"step": s["step"] + has_momentum}
 
     def update(self, c, grad, state, param):
         grad, param = regularize(self, c, grad, param)
         if self.momentum:
             buf = t.add(t.mul(state["momentum_buffer"], c["buffer weight"]), grad, alpha=c["grad weight"])
-            state = {"momentum_buffer": buf}
+            # A step without momentum leaves torch's buffer as it is.
+            kept = jnp.where(c["buffer kept"] != 0, state["momentum_buffer"], buf) if "buffer kept" in c else buf
+            state = {"momentum_buffer": kept}
             grad = t.add(grad, buf, alpha=c["momentum"]) if self.nesterov else buf
         return t.add(param, grad, alpha=c["-lr"]), state
