@@ -237,7 +237,9 @@ def torch_derivatives(name, given, wanted, grads):
     torch.set_default_dtype(torch.float64)  # else torch's own step count makes the bias corrections float32
     try:
         start, grads = (torch.tensor(x, requires_grad=True) for x in (np.array([0.5, 0.7, 0.3]), grads))
-        tensors = {k: torch.tensor(x, requires_grad=True) for k, x in members(given).items() if k.split("/")[0] in wanted}
+        tensors = {
+            k: torch.tensor(x, requires_grad=True) for k, x in members(given).items() if k.split("/")[0] in wanted
+        }
         params = start.clone()
         arguments = grouped(members(given) | tensors)
         optimizer = getattr(torch.optim, name)([params], **arguments, differentiable=True)
@@ -306,9 +308,7 @@ def test_torchs_differentiable(name, x64):
     assert finite == (name not in NAN_AT_0)
     start, of_grads, h = found(zero, given)
     h.pop("weight_decay", None)
-    alike(
-        (start, of_grads, h), torch_derivatives(name, given, wanted, tiny), cases.DERIVATIVES["limit"], slack=1e-7
-    )
+    alike((start, of_grads, h), torch_derivatives(name, given, wanted, tiny), cases.DERIVATIVES["limit"], slack=1e-7)
 
 
 @pytest.mark.parametrize("name", ["Adamax", "Rprop"])
@@ -335,12 +335,13 @@ def test_a_tiny_eps_in_float32(name):
         return jnp.sum(params)
 
     lr, eps = derivatives(jnp.float32(0.01), jnp.float32(1e-30))
-    assert np.isfinite(lr) and np.isfinite(eps)
+    assert np.isfinite(lr)
+    assert np.isfinite(eps)
     assert float(lr) == pytest.approx(float(derivatives(jnp.float32(0.01), jnp.float32(1e-8))[0]), rel=1e-5)
 
 
 def test_an_eps_of_0_beside_what_is_not_used():
-    """RAdam divides by no root in its first steps; the quotient that is not used, 0 / 0, has no part in a derivative."""
+    """RAdam divides by no root in its first steps; the quotient that is not used, 0 / 0, is in no derivative."""
 
     def loss(lr):
         tx = jopt.radam(lr=lr, eps=0)
@@ -377,7 +378,8 @@ def test_norms_of_zeros(p, x64):
 
     zeros = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
     of_norm, of_lr, of_grads = jax.grad(loss, argnums=(0, 1, 2))(jnp.float64(1), jnp.float64(0.1), zeros)
-    assert of_norm == 0 and of_lr == 0
+    assert of_norm == 0
+    assert of_lr == 0
     alike(of_grads, jax.tree.map(lambda g: jnp.full_like(g, -0.1), zeros), 1e-12)
     # A leaf of zeros beside one that is clipped.
     some = zeros | {"b": jnp.array([3.0, -4.0, 0.0])}
