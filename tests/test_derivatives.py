@@ -15,6 +15,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jopt
+from jopt.rules.muon import Muon
 from jopt.transform import transform
 from tests import cases
 
@@ -56,11 +57,13 @@ def arguments(case):
     takes = case.jopt().hyperparameters
     given = {"eps": (1e-2, 1e-2)} if case.name == "adafactor" else {"eps": 1e-1} if "eps" in takes else {}
     # of those that are multiplied by a count the default is next to 0
-    given |= {name: x for name, x in dict(d=1.5, momentum_decay=0.3, lambd=0.05, t0=1.5).items() if name in takes}
+    plain = dict(d=1.5, momentum_decay=0.3, lambd=0.05, t0=1.5, initial_accumulator_value=0.5)
+    given |= {name: x for name, x in plain.items() if name in takes}
     if case.name == "adamax":
         # beta2 * u and |g| + eps are not next to each other; |weight_decay * p| has two derivatives at 0, as |g| has
         given |= {"betas": (0.9, 0.9), "weight_decay": 0.1}
-    given |= {"step_sizes": (0.012, 0.03)} if "step_sizes" in case.arguments else {}
+    if case.name == "rprop":
+        given["step_sizes"] = (0.012, 0.03) if "step_sizes" in case.arguments else (1e-3, 50.0)
     return {"lr": case.lr} | given | {k: x for k, x in case.arguments.items() if k not in given}
 
 
@@ -79,10 +82,11 @@ def made(tx, h, **options):
 
 def final(tx, params, grads, wrap=lambda tree: tree):
     """A loss of the parameters and the state after the steps."""
+    pull = 1e-3 if isinstance(tx.rule, Muon) else 1.0  # whose iteration multiplies what is small by 485
 
     def gradient(params, g):
         g = {name: g[name] * jnp.cos(params[name]) for name in g}
-        return g | {"minimum": g["minimum"] + params["minimum"], "frozen": None}
+        return g | {"minimum": g["minimum"] + pull * params["minimum"], "frozen": None}
 
     def body(carry, g):
         params, state = carry
@@ -93,13 +97,13 @@ def final(tx, params, grads, wrap=lambda tree: tree):
     return sum(jnp.sum(x**2 + 0.3 * x) for x in jax.tree.leaves((params, slots)))
 
 
-def stencil(x, count):
+def stencil(x, count, relative=2e-3):
     """Entries, shifts and weights of the losses whose sum is the derivative in each entry of x, first `count` numbers.
 
     In numbers a loss is smooth: of fourth order, to one side of 0. In the others it may have no second derivative.
     """
     number, a = np.arange(x.size) < count, np.abs(np.asarray(x))
-    width = np.where(number, np.where(a == 0, 1e-4, 2e-3 * np.where(a < 1, np.minimum(a, 1 - a), a)), 1e-5)
+    width = np.where(number, np.where(a == 0, 1e-4, relative * np.where(a < 1, np.minimum(a, 1 - a), a)), 1e-5)
     weights = np.zeros((x.size, 9))  # at -4, ... 4 widths
     weights[:] = np.array([-1, 0, 12, -32, 0, 32, -12, 0, 1]) / 24
     weights[number] = np.array([0, 0, 1, -8, 0, 8, -1, 0, 0]) / 12
@@ -144,9 +148,10 @@ def test_modes_and_differences(case, x64):
     reverse, forward, losses = compute(x)
     by_difference = np.bincount(i, weight * losses)
     stored = cases.STORED.get(case.name, 0)
-    slack = np.where(np.arange(x.size) < len(h), 4 * stored * np.bincount(i, np.abs(weight)), 0)
+    rounding = np.where(np.arange(x.size) < len(h), 4 * stored, 0) + np.finfo(float).eps * np.abs(losses).max()
+    slack = rounding * np.bincount(i, np.abs(weight))
     if case.name == "rprop":  # it jumps where a gradient changes its sign: see `test_jumps`
-        jumps = ravel_pytree((h, jax.tree.map(lambda p: p == 0, params), jax.tree.map(lambda g: g == 0, grads)))[0]
+        jumps = ravel_pytree((h, *jax.tree.map(lambda x: (x == 0).astype(float), (params, grads))))[0]
         by_difference = np.where((np.arange(x.size) >= len(h)) & (np.asarray(jumps) == 1), reverse, by_difference)
     alike(unravel(forward), unravel(reverse), max(cases.DERIVATIVES["modes"], 10 * stored))
     close = np.abs(by_difference - reverse) <= slack
@@ -436,16 +441,22 @@ def test_muon(case, x64, monkeypatch):
     derivatives = jax.jit(lambda x: (jax.grad(loss)(x), jax.jacfwd(loss)(x)), compiler_options=QUICK)
     reverse, forward = derivatives(x)
     assert np.isfinite(reverse).all()
-    alike(unravel(forward), unravel(reverse), cases.DERIVATIVES["muon"])
+
+    def together(x):
+        return [ravel_pytree(part)[0] for part in unravel(x)]  # eps has next to no influence beside lr
+
+    alike(together(forward), together(reverse), cases.DERIVATIVES["muon"])
 
     monkeypatch.setattr(jnp, "bfloat16", jnp.float64)
     monkeypatch.setattr(jnp, "float32", jnp.float64)
-    i, shift, weight = stencil(x, len(h))
+    jax.clear_caches()
+    i, shift, weight = stencil(x, len(h), 1e-4)
 
     def exact(x):
         losses = jax.lax.map(lambda at: loss(x.at[at[0]].add(at[1])), (i, shift))
         return jax.grad(loss)(x), losses
 
     smooth, losses = jax.jit(exact, compiler_options=QUICK)(x)
+    jax.clear_caches()
     alike(unravel(smooth), unravel(jnp.asarray(np.bincount(i, weight * losses))), cases.DERIVATIVES["differences"])
-    alike(unravel(reverse), unravel(smooth), cases.DERIVATIVES["muon"])
+    alike(together(reverse), together(smooth), cases.DERIVATIVES["muon"])
