@@ -17,8 +17,8 @@ from interop.modules import Leaf, check_arrays, to_jax
 from interop.moving import names_of
 from interop.optimizer import CompiledStep
 from interop.program import EMA
-from jopt.average import Average, AverageState
-from jopt.scaling import LossScale, ScaleState
+from jopt.around.averages import Average, AverageState
+from jopt.around.scaling import LossScale, ScaleState
 
 
 def average_to_jax(

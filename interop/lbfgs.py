@@ -22,7 +22,8 @@ import jopt
 from interop import _compat, dlpack, options
 from interop.modules import Leaf
 from interop.optimizer import OfTorch, as_number, check_number, check_slot, missing, parameter_name, undynamo
-from jopt.lbfgs import DONE, LEAST_CURVATURE, START, LBFGSState, Settings, begin, initial_run, judge
+from jopt.lbfgs import LEAST_CURVATURE, LBFGSState
+from jopt.line_search import DONE, START, Settings, begin, initial_run, judge
 
 ITERATED = (
     "d",

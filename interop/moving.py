@@ -22,7 +22,7 @@ from interop.options import HOW, check_groups
 from interop.program import EMA
 from jopt import State, Transform
 from jopt._compat import enable_x64
-from jopt.groups import Groups, GroupsState
+from jopt.around.groups import Groups, GroupsState
 from jopt.lbfgs import LBFGS
 
 # What of an optimizer's group is no argument of its mathematics.

@@ -20,7 +20,7 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 from interop import sparse
 from interop.lbfgs import LBFGS
 from interop.optimizer import CompiledStep, Stepped
-from jopt import rules
+from jopt import optimizers
 
 __all__ = [
     "ASGD",
@@ -62,9 +62,9 @@ def __getattr__(name: str) -> Any:
 
 
 class SGD(CompiledStep, torch.optim.SGD):
-    """`torch.optim.SGD`, stepped by `jopt.rules.SGD`. A sparse gradient is made dense."""
+    """`torch.optim.SGD`, stepped by `jopt.optimizers.SGD`. A sparse gradient is made dense."""
 
-    rule = rules.SGD
+    rule = optimizers.SGD
     hidden_scalars = frozenset({"step"})
     late_slots = frozenset({"momentum_buffer"})
 
@@ -73,92 +73,92 @@ class SGD(CompiledStep, torch.optim.SGD):
 
 
 class Adam(CompiledStep, torch.optim.Adam):
-    """`torch.optim.Adam`, stepped by `jopt.rules.Adam`."""
+    """`torch.optim.Adam`, stepped by `jopt.optimizers.Adam`."""
 
-    rule = rules.Adam
+    rule = optimizers.Adam
 
     def sparse_error(self, group: dict[str, Any]) -> str:
         return "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
 class AdamW(CompiledStep, torch.optim.AdamW):
-    """`torch.optim.AdamW`, stepped by `jopt.rules.Adam`."""
+    """`torch.optim.AdamW`, stepped by `jopt.optimizers.Adam`."""
 
-    rule = rules.Adam
+    rule = optimizers.Adam
     sparse_error = Adam.sparse_error
 
 
 class Adamax(CompiledStep, torch.optim.Adamax):
-    """`torch.optim.Adamax`, stepped by `jopt.rules.Adamax`."""
+    """`torch.optim.Adamax`, stepped by `jopt.optimizers.Adamax`."""
 
-    rule = rules.Adamax
+    rule = optimizers.Adamax
 
 
 class NAdam(CompiledStep, torch.optim.NAdam):
-    """`torch.optim.NAdam`, stepped by `jopt.rules.NAdam`."""
+    """`torch.optim.NAdam`, stepped by `jopt.optimizers.NAdam`."""
 
-    rule = rules.NAdam
+    rule = optimizers.NAdam
 
 
 class RAdam(CompiledStep, torch.optim.RAdam):
-    """`torch.optim.RAdam`, stepped by `jopt.rules.RAdam`."""
+    """`torch.optim.RAdam`, stepped by `jopt.optimizers.RAdam`."""
 
-    rule = rules.RAdam
+    rule = optimizers.RAdam
 
 
 class Adagrad(CompiledStep, torch.optim.Adagrad):
-    """`torch.optim.Adagrad`, stepped by `jopt.rules.Adagrad`.
+    """`torch.optim.Adagrad`, stepped by `jopt.optimizers.Adagrad`.
 
     A sparse gradient is made dense: a row without gradient stays as it is either way.
     """
 
-    rule = rules.Adagrad
+    rule = optimizers.Adagrad
 
     def sparse_error(self, group: dict[str, Any]) -> str | None:
         return "weight_decay option is not compatible with sparse gradients" if group["weight_decay"] != 0 else None
 
 
 class Adadelta(CompiledStep, torch.optim.Adadelta):
-    """`torch.optim.Adadelta`, stepped by `jopt.rules.Adadelta`."""
+    """`torch.optim.Adadelta`, stepped by `jopt.optimizers.Adadelta`."""
 
-    rule = rules.Adadelta
+    rule = optimizers.Adadelta
 
 
 class RMSprop(CompiledStep, torch.optim.RMSprop):
-    """`torch.optim.RMSprop`, stepped by `jopt.rules.RMSprop`."""
+    """`torch.optim.RMSprop`, stepped by `jopt.optimizers.RMSprop`."""
 
-    rule = rules.RMSprop
+    rule = optimizers.RMSprop
 
 
 class Rprop(CompiledStep, torch.optim.Rprop):
-    """`torch.optim.Rprop`, stepped by `jopt.rules.Rprop`."""
+    """`torch.optim.Rprop`, stepped by `jopt.optimizers.Rprop`."""
 
-    rule = rules.Rprop
+    rule = optimizers.Rprop
 
 
 class ASGD(CompiledStep, torch.optim.ASGD):
-    """`torch.optim.ASGD`, stepped by `jopt.rules.ASGD`."""
+    """`torch.optim.ASGD`, stepped by `jopt.optimizers.ASGD`."""
 
-    rule = rules.ASGD
+    rule = optimizers.ASGD
 
 
 class Adafactor(CompiledStep, torch.optim.Adafactor):
-    """`torch.optim.Adafactor`, stepped by `jopt.rules.Adafactor`."""
+    """`torch.optim.Adafactor`, stepped by `jopt.optimizers.Adafactor`."""
 
-    rule = rules.Adafactor
+    rule = optimizers.Adafactor
 
 
 class Muon(CompiledStep, torch.optim.Muon):
-    """`torch.optim.Muon`, stepped by `jopt.rules.Muon` around torch's batched products."""
+    """`torch.optim.Muon`, stepped by `jopt.optimizers.Muon` around torch's batched products."""
 
-    rule = rules.Muon
+    rule = optimizers.Muon
     late_slots = frozenset({"momentum_buffer"})
 
 
 class SparseAdam(Stepped, torch.optim.SparseAdam):
-    """`torch.optim.SparseAdam`, whose rows are stepped by `jopt.rules.SparseAdam`; its state is torch's own."""
+    """`torch.optim.SparseAdam`, whose rows are stepped by `jopt.optimizers.SparseAdam`; its state is torch's own."""
 
-    rule = rules.SparseAdam
+    rule = optimizers.SparseAdam
     _work: Any = None
 
     def _step(self) -> None:

@@ -36,7 +36,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from interop import _compat, dlpack, dtensor, options, program, reader
 from interop.program import EMA
 from jopt.arena import ROW, Layout
-from jopt.rule import Rule, at_once, is_number
+from jopt.leaf import stack_size
+from jopt.rule import Rule, is_number
 
 L = TypeVar("L")  # a loss
 BIG = 2**15  # elements
@@ -823,7 +824,7 @@ def _shelves(rule: Rule, leaves: list[_Leaf]) -> list[list[_Leaf]]:
         alike: dict[Any, list[list[_Leaf]]] = {}
         for leaf in leaves:
             found = alike.setdefault((leaf.shape, leaf.group), [[]])
-            if len(found[-1]) == at_once(leaf.size):
+            if len(found[-1]) == stack_size(leaf.size):
                 found.append([])
             found[-1].append(leaf)
         return [part for found in alike.values() for part in found]

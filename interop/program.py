@@ -33,10 +33,11 @@ from interop import dlpack
 from jopt import numerics as t
 from jopt._compat import device, enable_x64
 from jopt.arena import ROW
-from jopt.clip import clip_factor, total_norm
+from jopt.around.clip import clip_factor, total_norm
 from jopt.fusion import fuses_outputs, multi_output_fusion
-from jopt.rule import Rule, apart, as_rules_see, init_leaf, step_leaf, step_leaves
-from jopt.rules import Muon
+from jopt.leaf import in_step_type, init_leaf, separately, step_leaf, step_leaves
+from jopt.optimizers import Muon
+from jopt.rule import Rule
 
 EMA = "ema"  # the slot of the parameter's exponential moving average
 
@@ -148,11 +149,13 @@ def compile_update(
         """`step_leaf`'s arguments, and the leaf's average with the weight of its news."""
         c = {name: row[..., j] for j, name in enumerate(columns)} | given
         active = c.pop("active") != 0
+        factors = []
         if unscale:
-            grad = t.mul(grad, c.pop("inverse_scale"))
+            factors.append(c.pop("inverse_scale"))
             active = active & (c.pop("found_inf") == 0)
         if clip:
-            grad = t.mul(grad, c.pop("factor"))
+            factors.append(c.pop("factor"))
+        grad = t.scale(grad, factors)
         state = dict(zip(names[1:], buffers[1:], strict=True))
         average = (state.pop(EMA), c.pop(EMA)) if EMA in state else None
         return (c, grad, state, buffers[0], active), average
@@ -168,7 +171,7 @@ def compile_update(
         return after(step_leaf(rule, *leaf), average)
 
     def step_elements(leaves: list[Any]) -> list[Array]:
-        return [x for leaf in leaves for x in (apart(step_one, len(names), *leaf) if fuses else step_one(*leaf))]
+        return [x for leaf in leaves for x in (separately(step_one, len(names), *leaf) if fuses else step_one(*leaf))]
 
     def step_tensors(leaves: list[Any]) -> list[Array]:
         inputs, averages = [], []
@@ -207,7 +210,7 @@ def compile_update(
     def direct(*arguments: Any) -> Array:
         """What Muon makes orthogonal."""
         leaves = [before(*leaf)[0] for leaf in inputs(*arguments)[0]]
-        matrices = [rule.direct(*as_rules_see(*leaf[:4])[:3])[0] for leaf in leaves]
+        matrices = [rule.direct(*in_step_type(*leaf[:4])[:3])[0] for leaf in leaves]
         # XLA on CPU would stack them in float32.
         return jnp.stack([lax.bitcast_convert_type(x, jnp.uint16) for x in matrices])
 
@@ -283,7 +286,7 @@ class Orthogonalizing:
         return self.move(*arguments, [*x.view(torch.uint16).flatten(1).numpy().view(jnp.bfloat16)])
 
     def _iterate(self, x: torch.Tensor, c: dict[str, float]) -> torch.Tensor:
-        """The iteration of `jopt.rules.muon.orthogonalize` for a matrix or many."""
+        """The iteration of `jopt.optimizers.muon.orthogonalize` for a matrix or many."""
         addmm = torch.addmm if x.dim() == 2 else torch.baddbmm
         gram, polynomial = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))
         results = itertools.cycle(x.new_empty(x.shape) for _ in range(2))  # not x, which may be a transpose

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import jopt
 from jopt import schedules
-from jopt.plateau import Plateau, PlateauState
+from jopt.around.plateau import Plateau, PlateauState
 
 Arguments = dict[str, Any]
 RELATIVE = 1e-6  # how far torch's recursions may have drifted from the closed form

@@ -20,7 +20,8 @@ from interop.optimizer import check_slot, check_state, group_numbers, parameter_
 from interop.program import own_settings, run
 from jopt import numerics
 from jopt._compat import device
-from jopt.rule import Rule, step_leaf
+from jopt.leaf import step_leaf
+from jopt.rule import Rule
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 SMALLEST = 1024  # elements

@@ -14,9 +14,9 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from interop.dlpack import check_parameter, to_jax, to_torch
 from jopt._compat import device, enable_x64
-from jopt.sweep import Program, run_all
-from jopt.sweep_inputs import Batches, Make, check_function, make_plan
-from jopt.sweep_result import Sweep
+from jopt.sweeps.inputs import Batches, Make, check_function, make_plan
+from jopt.sweeps.result import Sweep
+from jopt.sweeps.sweep import Program, run_all
 
 Params = dict[str, Tensor]
 

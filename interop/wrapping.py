@@ -28,10 +28,10 @@ from torch import Tensor
 
 from interop import dlpack
 from interop.optimizer import KeepsWideState, as_number, check_process, parameter_name, undynamo
-from jopt import chaining
 from jopt._compat import device, enable_x64
 from jopt.arena import path_name
-from jopt.chaining import is_transformation
+from jopt.around import chaining
+from jopt.around.chaining import is_transformation
 from jopt.transform import Exact
 
 NAMES = {"learning_rate": "lr"}  # optax's names of hyperparameters -> torch's

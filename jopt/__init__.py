@@ -6,14 +6,16 @@ from jopt import (
     states,  # noqa: F401  for jax.export
 )
 from jopt.arena import Packed, pack, unpack
-from jopt.average import Average, AverageState, ema, swa, update_bn
-from jopt.chaining import Chain, chain
-from jopt.clip import clip_grad_norm, clip_grad_value
+from jopt.around.averages import Average, AverageState, ema, swa, update_bn
+from jopt.around.chaining import Chain, chain
+from jopt.around.clip import clip_grad_norm, clip_grad_value
+from jopt.around.groups import Groups, norms_and_biases, param_groups
+from jopt.around.monitor import Health, HealthReport, Monitor, health_report, monitor
+from jopt.around.plateau import Plateau, PlateauState, reduce_lr_on_plateau
+from jopt.around.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
 from jopt.explain import Explanation, explain
 from jopt.fusion import enable_multi_output_fusion
-from jopt.groups import Groups, norms_and_biases, param_groups
 from jopt.lbfgs import lbfgs
-from jopt.monitor import Health, HealthReport, Monitor, health_report, monitor
 from jopt.optimizers import (
     adadelta,
     adafactor,
@@ -33,12 +35,10 @@ from jopt.optimizers import (
     sgd,
     sparse_adam,
 )
-from jopt.plateau import Plateau, PlateauState, reduce_lr_on_plateau
-from jopt.range_test import RangeTest, lr_range_test
-from jopt.scaling import LossScale, ScaleState, loss_scale, skip_nonfinite
 from jopt.sharding import Sharded, shard_state
-from jopt.sweep import sweep
-from jopt.sweep_result import Sweep
+from jopt.sweeps.range_test import RangeTest, lr_range_test
+from jopt.sweeps.result import Sweep
+from jopt.sweeps.sweep import sweep
 from jopt.transform import State, Transform
 
 __all__ = [

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import compiler, xla_bridge
 
-from jopt.rule import apart
+from jopt.leaf import separately
 
 FLAG = "xla_cpu_use_multi_output_fusion"
 _EXTRA_OPTIONS = "--xla_backend_extra_options="
@@ -129,7 +129,7 @@ def fuses_outputs(*, own: bool) -> bool:
         return False
 
     def program(x: Any, y: Any) -> list[Any]:
-        return apart(lambda x, y: [x * y + x, x * y - y, jnp.sqrt(x * y)], 3, x, y)
+        return separately(lambda x, y: [x * y + x, x * y - y, jnp.sqrt(x * y)], 3, x, y)
 
     x = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     # In a thread of its own, which is under no mesh, trace or other context of the caller's.

@@ -305,8 +305,8 @@ def matmul(t1: Array, t2: Array) -> Array:
     return _round(jnp.matmul(t1, t2, preferred_element_type=compute_dtype(t1.dtype)), t1.dtype)
 
 
-def whole(x: Array) -> Array:
-    """x, whose every element what follows needs: on a mesh, gathered once, here. Inside loops XLA would do it again."""
+def gathered(x: Array) -> Array:
+    """x, on a mesh gathered here: what follows needs every element, and in a loop XLA would gather it each time."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
         return x
@@ -373,8 +373,11 @@ def addcdiv(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
     return _round(a + _quotient(value * b, c), x.dtype)
 
 
-def at_once(*outputs: Array) -> tuple[Array, ...]:
-    """The arrays as they are. XLA on TPU makes one loop of outputs that share what is none only if they are tied."""
+def tied(*outputs: Array) -> tuple[Array, ...]:
+    """The arrays as they are, tied together on TPU.
+
+    There XLA makes one loop of several outputs only if they share something, or are tied.
+    """
     return lax.platform_dependent(*outputs, tpu=lambda *x: lax.optimization_barrier(x), default=lambda *x: x)
 
 

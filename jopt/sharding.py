@@ -21,9 +21,10 @@ from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from jopt import chaining, numerics
-from jopt.chaining import Chain
-from jopt.groups import Groups
+from jopt import numerics
+from jopt.around import chaining
+from jopt.around.chaining import Chain
+from jopt.around.groups import Groups
 from jopt.transform import Exact, P, Transform, check_array, check_params
 
 Tree = Any

@@ -5,12 +5,12 @@ Not those of groups: in them are `optax.MaskedNode`s, which are optax's to name.
 
 from jax import export
 
-from jopt.average import AverageState
-from jopt.clip import ClipState, ClipValueState
+from jopt.around.averages import AverageState
+from jopt.around.clip import ClipState, ClipValueState
+from jopt.around.monitor import Health, MonitorState
+from jopt.around.plateau import PlateauState
+from jopt.around.scaling import ScaleState, SkipState
 from jopt.lbfgs import LBFGSState
-from jopt.monitor import Health, MonitorState
-from jopt.plateau import PlateauState
-from jopt.scaling import ScaleState, SkipState
 from jopt.transform import State
 
 for state in (

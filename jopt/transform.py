@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Self, TypedDict, TypeVar, Unpack, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,12 @@ from jax.experimental.sparse import BCOO
 from jopt import _compat, numerics, valued
 from jopt.arena import is_packed
 from jopt.fusion import fuses_outputs
-from jopt.rule import FACTOR, Hyperparameter, Rule, at_count, init_leaf, step_leaves
+from jopt.leaf import init_leaf, step_leaves
+from jopt.rule import Hyperparameter, Rule, at_count
 from jopt.valued import Valued
 
 Tree = Any
+A = ParamSpec("A")
 P = TypeVar("P")  # a tree of parameters
 S = TypeVar("S")  # a state
 
@@ -28,7 +31,7 @@ S = TypeVar("S")  # a state
 class Exact(Valued, Generic[S]):
     """An `optax.GradientTransformationExtraArgs` that also has an exact `step`: the base of all that jopt makes.
 
-    What a `step` owes its callers, whatever it wraps (`jopt.chaining.step` sees to it for what has no `step`):
+    What a `step` owes its callers, whatever it wraps (`jopt.around.chaining.step` sees to it for what has no `step`):
 
     - Parameters and state come back with the structure, shapes and types that they came in.
     - A leaf without gradient, or not `active`, is kept with its state, and counts in no norm.
@@ -117,7 +120,7 @@ class Transform(Exact[State]):
         """What was given: numbers, 0-d arrays and schedules by name."""
         return self._lift.hyperparameters
 
-    def step(  # type: ignore[override]  # it takes no further arguments: see `jopt.chaining.step`
+    def step(  # type: ignore[override]  # it takes no further arguments: see `jopt.around.chaining.step`
         self,
         grads: Tree,
         state: State,
@@ -166,46 +169,95 @@ class Transform(Exact[State]):
         return self._lift.step(grads, state, params, active, factors, skip)
 
 
-def transform(
-    rule: type[Rule],
-    arguments: Mapping[str, Any],
-    *,
-    state_dtype: Any = None,
-    master_copy: bool = False,
-    stochastic_rounding: int | Array | None = None,
-    hyperparams_in_state: bool = False,
-) -> Transform:
+class Options(TypedDict, total=False):
+    """What every optimizer takes beside its own arguments.
+
+    Attributes:
+      state_dtype: the type of the state's tensors where wider than the parameter's. With float32 a bfloat16
+        leaf is stepped in float32 and rounded once, instead of after each operation as torch does.
+      master_copy: keep a float32 copy of each bfloat16 and float16 parameter in the state, `state.slots["master"]`.
+        That copy is stepped, in float32; the parameter is its rounded value and is not read. To change a parameter
+        from outside, change both, or call `init` again.
+      stochastic_rounding: a seed or a key of `jax.random`. bfloat16 parameters are stepped in float32 and rounded at
+        random, up or down with the probabilities that keep the mean: steps of less than an ulp add up instead of being
+        lost. The same seed, count and position in the tree give the same rounding: under vmap give each its own key.
+        Use `step`; the difference that `update` returns is rounded once more.
+      hyperparams_in_state: keep every hyperparameter in `State.hyperparams`, to be read, saved, and set without
+        compiling again. They have JAX's default float type there: in float32 a beta2 of 0.999 is 0.99900001. What a
+        schedule sets is shown in `State.scheduled` instead.
+    """
+
+    state_dtype: Any
+    master_copy: bool
+    stochastic_rounding: int | Array | None
+    hyperparams_in_state: bool
+
+
+DEFAULTS = Options(state_dtype=None, master_copy=False, stochastic_rounding=None, hyperparams_in_state=False)
+OPTAX = {  # optax's names of arguments, and torch's
+    "learning_rate": "lr",
+    "b1": "betas=(b1, b2)",
+    "b2": "betas=(b1, b2)",
+    "b3": "betas",
+    "decay": "alpha",
+    "eps_root": "eps",
+    "mask": "jopt.param_groups",
+    "decay_rate": "beta2_decay",
+    "weight_decay_mask": "jopt.param_groups",
+}
+
+
+def optimizer(make: Callable[A, Transform]) -> Callable[A, Transform]:
+    """An optimizer's function, whose signature shows its options, for documentation and `optax.inject_hyperparams`.
+
+    It says what optax's arguments are called here.
+    """
+    signature = inspect.signature(make)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    types = get_type_hints(Options)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=types[name])
+        for name, value in DEFAULTS.items()
+    ]
+    signature = signature.replace(parameters=[*own, *options])
+
+    @functools.wraps(make)
+    def made(*args: A.args, **kwargs: A.kwargs) -> Transform:
+        for name in kwargs.keys() - signature.parameters.keys():
+            if name in OPTAX:
+                raise TypeError(f"{made.__name__}: {name} is optax's name; torch's is {OPTAX[name]}")
+            raise TypeError(f"{made.__name__}() got an unexpected keyword argument {name!r}")
+        return make(*args, **kwargs)
+
+    made.__signature__ = signature  # type: ignore[attr-defined]
+    return made
+
+
+def transform(rule: type[Rule], arguments: Mapping[str, Any], **options: Unpack[Options]) -> Transform:
     """The transformation that a rule class and torch's arguments for it make.
 
     Args:
       rule: a subclass of `jopt.rule.Rule`.
       arguments: torch's names -> numbers, 0-d arrays or schedules; flags -> bools.
-      state_dtype: the type of the state's tensors where wider than the parameter's. With float32 a bfloat16
-        leaf is stepped in float32 and rounded once, instead of after each operation as torch does.
-      master_copy: keep a float32 copy of each bfloat16 and float16 parameter in the state (`master`): that is what is
-        stepped, in float32, and the parameter is it, rounded.
-      stochastic_rounding: a seed or a key of `jax.random`: bfloat16 parameters are stepped in float32 and rounded at
-        random, up or down with the probability that keeps the mean, so that steps smaller than an ulp are not lost.
-        The same seed, count and position in the tree give the same rounding: under vmap give each its own key.
-      hyperparams_in_state: keep every hyperparameter in `State.hyperparams`, in JAX's default float type, to be
-        read, saved, and set without a new compilation. What a schedule sets is shown in `State.scheduled` instead.
+      options: see `Options`.
 
     Raises:
       TypeError, ValueError: as torch's constructor does for the same arguments.
     """
+    given: Any = DEFAULTS | options
+    state_dtype, key = given["state_dtype"], given["stochastic_rounding"]
     h = rule.members(arguments)
     rule.check(h)
     # A NumPy scalar or 0-d array is a number too, and stays in its own precision.
     h = {name: x.item() if isinstance(x, np.ndarray | np.generic) else x for name, x in h.items()}
     if state_dtype is not None:
         state_dtype = _check_floating("state_dtype", jnp.dtype(state_dtype))
-    shaped = rule.shaped_by(arguments, h, dynamic=hyperparams_in_state)
-    key = stochastic_rounding
+    shaped = rule.shaped_by(arguments, h, dynamic=given["hyperparams_in_state"])
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         key = jax.random.key(int(key))
     if key is not None and not isinstance(key, Array):
         raise TypeError(f"stochastic_rounding: expected a seed, a key of jax.random, or None, found {key!r}")
-    return Transform(_Lift(shaped, h, state_dtype, bool(master_copy), key, hyperparams_in_state))
+    return Transform(_Lift(shaped, h, state_dtype, bool(given["master_copy"]), key, given["hyperparams_in_state"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +343,6 @@ class _Lift:
             mask = jnp.logical_and(True if mask is None else mask, jnp.logical_not(skip))
 
         c, scalars, scheduled = self._scalars(state, numerics.widest(x.dtype for x in leaves))
-        c |= {f"{FACTOR}{i:03}": factor for i, factor in enumerate(factors)}
         key = None if self.key is None else jax.random.fold_in(self.key, state.count)
         stepped = [i for i, grad in enumerate(grads) if grad is not None]
         rows = [_row((c, mask if changing else None), position) for position in numerics.positions(stepped)]
@@ -305,6 +356,7 @@ class _Lift:
                     leaves[i],
                     active_i,
                     None if key is None else jax.random.fold_in(key, i),
+                    factors,
                 )
                 for i, (c_i, active_i) in zip(stepped, rows, strict=True)
             ],

@@ -15,7 +15,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jopt
-from jopt.rules.muon import Muon
+from jopt.optimizers import Muon
 from jopt.transform import transform
 from tests import cases
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import dlpack, optim, program  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
-from jopt.rule import init_leaf  # noqa: E402
+from jopt.leaf import init_leaf  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.test_optimizer import subprocess_run  # noqa: E402
 

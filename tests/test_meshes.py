@@ -56,7 +56,7 @@ def close(found, expected):
 
 
 def two_steps(tx, params, wrap=lambda f: f):
-    step = wrap(functools.partial(jopt.chaining.step, tx))
+    step = wrap(functools.partial(jopt.around.chaining.step, tx))
     state = wrap(tx.init)(params)
     once, state = step(params, state, params)
     return step(once, state, once)[0]

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jopt
-from jopt import chaining
+from jopt.around import chaining
 from tests import cases
 
 FIRST = {case.name: case for case in cases.CASES if case.name not in ("gradient_descent", "momentum", "sparse_adam")}

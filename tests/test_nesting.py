@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import AxisType
 
 import jopt
-from jopt import chaining
 from jopt._compat import enable_x64
+from jopt.around import chaining
 
 FEW, MANY = 24, 1000
 

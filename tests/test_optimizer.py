@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import jopt  # noqa: E402
 from interop import optim, optimizer, program, reader  # noqa: E402
-from jopt import rule  # noqa: E402
+from jopt import leaf as leaf_module  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
 
@@ -1208,7 +1208,7 @@ def test_muon_of_many_matrices_is_torchs_of_each(dtype, monkeypatch):
 
     Unlike jopt.muon, whose products XLA sums in another order, within what all optimizers are held to.
     """
-    monkeypatch.setattr(rule, "STACKED", 2 * 24 * 40)
+    monkeypatch.setattr(leaf_module, "STACKED", 2 * 24 * 40)
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 16), (16, 8), (3, 1), (16, 70), (70, 16), (24, 40), (40, 24), (32, 32), (1, 300)] * 5
     params, grads = (
@@ -1252,7 +1252,7 @@ def test_muon_of_many_matrices_is_that_of_a_few_at_a_time(monkeypatch):
     """Three at once and the one that is left over; on CPU alone, as what the others lower to shows."""
     generator = torch.Generator().manual_seed(0)
     params, grads = ([torch.randn(8, 16, generator=generator) for _ in range(7)] for _ in range(2))
-    monkeypatch.setattr(rule, "STACKED", 3 * 8 * 16 + 1)
+    monkeypatch.setattr(leaf_module, "STACKED", 3 * 8 * 16 + 1)
     tx = jopt.muon(lr=0.1)
     arrays = [[jax.numpy.asarray(x.numpy()) for x in xs] for xs in (grads, params)]
     traced = jax.jit(tx.step).trace(arrays[0], tx.init(arrays[1]), arrays[1])

@@ -65,7 +65,7 @@ def run_both(tx, shapes=SHAPES, *, mesh=None, dtype=jnp.float32, params_at=REPLI
     sharded = jopt.shard_state(tx, params, mesh, min_size=MIN_SIZE, **arguments)
     state = sharded.init(params)
     compiled = jax.jit(sharded.step, donate_argnums=(1, 2)).lower(params, state, params).compile()
-    alone, alone_step = jax.tree.map(jnp.asarray, host), jax.jit(functools.partial(jopt.chaining.step, tx))
+    alone, alone_step = jax.tree.map(jnp.asarray, host), jax.jit(functools.partial(jopt.around.chaining.step, tx))
     alone_state = tx.init(alone)
     for i in range(1, steps + 1):
         grads = {name: x.astype(dtype) for name, x in make(shapes, seed=i).items()}

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import jopt
-from jopt import sweep_inputs, sweep_result
 from jopt._compat import enable_x64
-from jopt.sweep import LoopProgram, chunk_size
-from jopt.sweep_inputs import make_plan, start
+from jopt.sweeps import inputs as sweep_inputs
+from jopt.sweeps import result as sweep_result
+from jopt.sweeps.inputs import make_plan, start
+from jopt.sweeps.sweep import LoopProgram, chunk_size
 from tests import cases
 
 STEPS = 12
@@ -283,7 +284,7 @@ for run in result.runs:
         np.testing.assert_allclose(run.curve[i], value, rtol=1e-5)
         p, state = tx.step(grad, state, p)
 assert len(result.runs) == 9
-from jopt.sweep import LoopProgram
+from jopt.sweeps.sweep import LoopProgram
 from jopt._compat import enable_x64
 shards = jax.device_put(np.zeros((8, 2)), LoopProgram(jopt.adamw, None, None)._sharding(8)).addressable_shards
 assert [s.data.shape for s in shards] == [(2, 2)] * 4

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import jopt
-from jopt import chaining, schedules
+from jopt import schedules
+from jopt.around import chaining
 from tests import cases
 
 SCHEDULES: dict[str, Callable[[float], Any]] = {

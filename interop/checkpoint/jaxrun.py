@@ -13,8 +13,8 @@ from interop import optim
 from interop.checkpoint.errors import CheckpointError
 from jopt import State, Transform
 from jopt._compat import enable_x64
-from jopt.groups import Groups, GroupsState
-from jopt.rule import MASTER
+from jopt.around.groups import Groups, GroupsState
+from jopt.leaf import MASTER
 
 
 def torch_groups(

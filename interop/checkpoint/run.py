@@ -20,7 +20,7 @@ from interop.options import HOW
 from interop.program import EMA
 from jopt import State, Transform
 from jopt._compat import enable_x64
-from jopt.groups import Groups, GroupsState
+from jopt.around.groups import Groups, GroupsState
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 # torch's state of a stepped parameter: what is always there, and what by the options.

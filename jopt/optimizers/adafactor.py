@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Limit, Rule, at_least_zero
+from jopt.rule import Hyperparameter, Limit, Rule, at_least_zero
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Rule):
-    r"""Adam's second moment, of a matrix kept as its row and column means; no first moment.
-
-    rho = min(lr, 1 / sqrt(t));  alpha = max(eps2, RMS(p)) * rho, p before its decay
-    p = p * (1 - lr * weight_decay);  w = t^beta2_decay
-    R = lerp(R, mean of g^2 over the last axis, w);  C = lerp(C, mean over the last but one, w)
-    V = R C / max(mean of R, eps1), or of a vector  V = lerp(V, g^2, w)
-    U = g / sqrt(max(V, eps1^2));  p = p - alpha / max(1, RMS(U) / d) * U
+    """Adam's second moment, of a matrix kept as its row and column means; no first moment: see `adafactor`.
 
     Without an eps1 it is the machine epsilon of the type that the leaf is stepped in. torch takes that of the first
     parameter of the group for all that follow (`eps1 = torch.finfo(param.dtype).eps` inside its loop).
@@ -102,3 +98,44 @@ class Adafactor(Rule):
 def largest(floor, x):
     """Python's max(floor, x), which torch takes of numbers: a nan is the floor, and stays where it is in the tensor."""
     return jnp.where(x > floor, x, floor)
+
+
+@optimizer
+def adafactor(
+    lr: Hyperparameter = 1e-2,
+    beta2_decay: Hyperparameter = -0.8,
+    eps: tuple[Hyperparameter | None, Hyperparameter] = (None, 1e-3),
+    d: Hyperparameter = 1.0,
+    weight_decay: Hyperparameter = 0.0,
+    *,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """Adafactor, as `torch.optim.Adafactor`: the second moment of a matrix from its row and column means.
+
+    rho = min(lr, 1 / sqrt(t));  alpha = max(eps[1], RMS(p)) * rho, p before its decay
+    p <- p * (1 - lr * weight_decay);  w = t^beta2_decay
+    R <- R + w (mean of g^2 over the last axis - R);  C likewise over the last but one
+    V = R C / max(mean of R, eps[0])
+    or of a vector  V <- V + w (g^2 - V)
+    U = g / sqrt(max(V, eps[0]^2));  p <- p - alpha / max(1, RMS(U) / d) * U
+
+    eps[0] None is the machine epsilon of each parameter's own type; torch takes that of the first parameter of a group
+    for all of them.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.adafactor(lr=0.1)
+    >>> params = jnp.array([[1.0, 1.0]])
+    >>> params, state = tx.step(jnp.array([[2.0, 2.0]]), tx.init(params), params)
+    >>> [round(x, 5) for x in params[0].tolist()]
+    [0.9, 0.9]
+
+    State: `step`, and `row_var` (..., n, 1) and `col_var` (..., 1, m), or for a vector `variance`.
+    Raises RuntimeError for a complex parameter. Source: torch/optim/_adafactor.py; Shazeer & Stern 2018.
+    """
+    arguments = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, maximize=maximize)
+    return transform(
+        Adafactor,
+        arguments,
+        **options,
+    )

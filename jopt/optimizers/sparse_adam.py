@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Limit, Rule, fraction
+from jopt.rule import Hyperparameter, Limit, Rule, fraction
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseAdam(Rule):
-    r"""Adam on the rows that have a gradient; the others, their moments too, are left as they are.
-
-    m = m + (1 - beta1) * (g - m);  v = v + (1 - beta2) * (g^2 - v)
-    p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps), t counted by the parameter, not by the row
-    """
+    """Adam on the rows that have a gradient; the others, their moments too, are left as they are: see `sparse_adam`."""
 
     maximize: bool
 
@@ -60,3 +58,40 @@ class SparseAdam(Rule):
         exp_avg_sq = average(state["exp_avg_sq"], t.mul(grad, grad), c["1-beta2"])
         quotient = t.div(exp_avg, t.add(t.sqrt(exp_avg_sq), c["eps"]))
         return t.add(param, t.mul(quotient, c["-step_size"])), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+@optimizer
+def sparse_adam(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """SparseAdam, as `torch.optim.SparseAdam`: Adam on the rows that have a gradient, at the cost of those rows.
+
+    m <- m + (1 - beta1) (g - m);  v <- v + (1 - beta2) (g^2 - v);  rows without gradient keep both
+    p <- p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps), t counted by the parameter
+
+    A gradient is a `jax.experimental.sparse.BCOO`, JAX's type of sparse arrays: rows and their indices, of a fixed
+    number under jit. As in torch a row may come several times (its entries are summed) or not at all; an index outside
+    of the parameter is padding. Donate state and parameters, or they are copied whole.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> from jax.experimental.sparse import BCOO
+    >>> tx = jopt.sparse_adam(lr=0.1)
+    >>> table = jnp.zeros((4, 2))
+    >>> indices, rows = jnp.array([2, 0, 2]), jnp.ones((3, 2))
+    >>> grad = BCOO((rows, indices[:, None]), shape=table.shape)
+    >>> table, state = tx.step(grad, tx.init(table), table)
+    >>> [round(x, 5) for x in table[:, 0].tolist()]
+    [-0.1, 0.0, -0.1, 0.0]
+
+    State: `step`, `exp_avg`, `exp_avg_sq`. Raises RuntimeError for a dense gradient, ValueError for a complex
+    parameter. Source: torch/optim/sparse_adam.py.
+    """
+    return transform(
+        SparseAdam,
+        dict(lr=lr, betas=betas, eps=eps, maximize=maximize),
+        **options,
+    )

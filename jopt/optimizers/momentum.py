@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Rule, at_least_zero, fraction
+from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class Momentum(Rule):
-    r"""The gradient's running average, on request divided by the root of its square's; no bias correction.
-
-    m = beta * m + (1 - beta) * g;  p = p - lr * m
-    with beta2:  v = beta2 * v + (1 - beta2) * g^2;  p = p - lr * m / (sqrt(v) + eps)
-    """
+    """The gradient's running average, on request over the root of its square's: see `momentum`."""
 
     scaled: bool
 
@@ -47,3 +45,34 @@ class Momentum(Rule):
         exp_avg_sq = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
         denom = t.add(t.sqrt(exp_avg_sq), c["eps"])
         return t.addcdiv(param, exp_avg, denom, c["-lr"]), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+@optimizer
+def momentum(
+    lr: Hyperparameter,
+    beta: Hyperparameter = 0.9,
+    beta2: Hyperparameter | None = None,
+    eps: Hyperparameter = 1e-8,
+    **options: Unpack[Options],
+) -> Transform:
+    """Momentum as a running average, without bias correction; torch has no name for it.
+
+    m <- beta * m + (1 - beta) * grad;  p <- p - lr * m
+    or with beta2:  v <- beta2 * v + (1 - beta2) * grad^2;  p <- p - lr * m / (sqrt(v) + eps)
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.momentum(lr=1.0, beta=0.5)
+    >>> params = jnp.array([1.0])
+    >>> tx.step(jnp.array([1.0]), tx.init(params), params)[0].item()
+    0.5
+
+    State: `exp_avg`, with beta2 `exp_avg_sq`.
+    """
+    arguments: dict[str, Any] = dict(lr=lr, beta=beta, scaled=beta2 is not None)
+    if beta2 is not None:
+        arguments |= dict(beta2=beta2, eps=eps)
+    return transform(
+        Momentum,
+        arguments,
+        **options,
+    )

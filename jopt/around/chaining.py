@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
-from jopt.clip import ClipGradNorm, scaled
+from jopt.around.clip import ClipGradNorm, scaled
 from jopt.transform import Exact, P, State, Transform, check_factors, difference, keep
 
 Tree = Any

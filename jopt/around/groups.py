@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from jopt import chaining
 from jopt.arena import is_packed, param_name
+from jopt.around import chaining
 from jopt.transform import Exact, P, check_params, difference
 
 Tree = Any

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Rule, at_least_zero
+from jopt.rule import Hyperparameter, Rule, at_least_zero
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class Rprop(Rule):
-    r"""Steps by the gradient's sign alone; a step size for each element grows while the sign stays.
-
-    s = clip(s * (etaplus if g * g_prev > 0, etaminus if < 0, else 1), step_size_min, step_size_max), from lr
-    g = 0 where the sign changed;  p = p - sign(g) * s;  g_prev = g
-    """
+    """Steps by the gradient's sign alone; a step size for each element grows while the sign stays: see `rprop`."""
 
     maximize: bool
 
@@ -49,3 +47,34 @@ class Rprop(Rule):
         step_size = jnp.minimum(step_size, t.cast(c["step_size_max"], grad))
         grad = jnp.where(product < 0, jnp.zeros_like(grad), grad)
         return t.addcmul(param, jnp.sign(grad), step_size, -1.0), {"prev": grad, "step_size": step_size}
+
+
+@optimizer
+def rprop(
+    lr: Hyperparameter = 1e-2,
+    etas: tuple[Hyperparameter, Hyperparameter] = (0.5, 1.2),
+    step_sizes: tuple[Hyperparameter, Hyperparameter] = (1e-6, 50),
+    *,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """Rprop, as `torch.optim.Rprop`: by the gradient's sign, with a step size for each element.
+
+    s <- clip(s * f, *step_sizes) with f = etas[1] where grad * grad_before > 0, etas[0] where < 0, else 1; s begins
+    at lr, which has no other use.  grad <- 0 where the sign changed;  p <- p - sign(grad) * s
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.rprop(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.9
+
+    State: `step`, `prev`, `step_size`. Source: torch/optim/rprop.py; Riedmiller & Braun 1993.
+    """
+    arguments = dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize)
+    return transform(
+        Rprop,
+        arguments,
+        **options,
+    )

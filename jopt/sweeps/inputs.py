@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jopt import chaining, optimizers
+from jopt import optimizers
 from jopt.arena import path_name
+from jopt.around import chaining
 from jopt.lbfgs import LBFGS, lbfgs
 from jopt.rule import is_number
-from jopt.sweep_result import Sweep, collect
+from jopt.sweeps.result import Sweep, collect
 from jopt.transform import Transform, check_array
 
 Tree = Any

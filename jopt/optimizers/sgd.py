@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Unpack
 
 import jax.numpy as jnp
 from jax import Array
 
 from jopt import numerics as t
-from jopt.rule import Limit, Rule, at_least_zero
-from jopt.rules.common import decay, regularize
+from jopt.optimizers.common import decay, regularize
+from jopt.rule import Hyperparameter, Limit, Rule, at_least_zero, is_number
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class SGD(Rule):
-    r"""Gradient descent with heavy-ball or Nesterov momentum.
-
-    g = grad + weight_decay * p
-    b = g on the first step, momentum * b + (1 - dampening) * g after it
-    p = p - lr * (g + momentum * b  if nesterov else  b)
-    """
+    """Gradient descent with heavy-ball or Nesterov momentum: see `sgd`."""
 
     momentum: bool
     weight_decay: bool
@@ -64,3 +61,60 @@ class SGD(Rule):
             state = {"momentum_buffer": kept}
             grad = t.add(grad, buf, alpha=c["momentum"]) if self.nesterov else buf
         return t.add(param, grad, alpha=c["-lr"]), state
+
+
+@optimizer
+def sgd(
+    lr: Hyperparameter = 1e-3,
+    momentum: Hyperparameter = 0,
+    dampening: Hyperparameter = 0,
+    weight_decay: Hyperparameter = 0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """Stochastic gradient descent, as `torch.optim.SGD`.
+
+    With g = grad + weight_decay * p, and on momentum b = momentum * b + (1 - dampening) * g (b = g on the
+    first step, undamped):  p <- p - lr * (g, or b, or nesterov: g + momentum * b).
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.sgd(lr=0.1, momentum=0.9)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = tx.init(params)
+    >>> params, state = tx.step({"w": jnp.array([1.0, 1.0])}, state, params)
+    >>> params["w"].tolist()
+    [0.8999999761581421, 1.899999976158142]
+
+    State: `momentum_buffer`, only with momentum. Source: torch/optim/sgd.py.
+    """
+    if nesterov and ((is_number(momentum) and momentum <= 0) or (is_number(dampening) and dampening != 0)):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    arguments = dict(
+        lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
+    )
+    return transform(
+        SGD,
+        arguments,
+        **options,
+    )
+
+
+@optimizer
+def gradient_descent(
+    lr: Hyperparameter,
+    **options: Unpack[Options],
+) -> Transform:
+    """Plain gradient descent, p <- p - lr * grad: `sgd` with nothing else.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.gradient_descent(lr=0.5)
+    >>> params = jnp.array([1.0])
+    >>> tx.step(jnp.array([1.0]), tx.init(params), params)[0].item()
+    0.5
+    """
+    return sgd(
+        lr,
+        **options,
+    )

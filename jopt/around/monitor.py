@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from jopt import chaining, numerics
+from jopt import numerics
 from jopt.arena import param_name
-from jopt.clip import scaled
+from jopt.around import chaining
+from jopt.around.clip import scaled
 from jopt.transform import Exact, P, check_params, difference, keep
 
 Tree = Any

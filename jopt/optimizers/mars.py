@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Rule, at_least_zero, fraction
+from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class Mars(Rule):
-    r"""AdamW on a gradient that is corrected by its change, with the last step's gradient (the paper's "approximate").
-
-    c = g + gamma * beta1 / (1 - beta1) * (g - g_before);  c = c / max(1, |c|)
-    m = beta1 * m + (1 - beta1) * c;  v = beta2 * v + (1 - beta2) * c^2;  amsgrad: v_max = max(v_max, v)
-    p = p - lr * (weight_decay * p + m / ((1 - beta1^t) * (sqrt(v or v_max) / sqrt(1 - beta2^t) + eps)))
-
-    What is no matrix takes c = g with lr_1d, betas_1d and weight_decay_1d instead, unless optimize_1d.
-    """
+    """AdamW on a gradient that is corrected by its change from the last step: see `mars`."""
 
     amsgrad: bool
     optimize_1d: bool
@@ -79,3 +74,54 @@ class Mars(Rule):
         denom = t.mul(t.add(t.mul(t.sqrt(v), c["1/sqrt(bias_correction2)"]), c["eps"]), c["bias_correction1"])
         direction = t.add(t.mul(param, c["weight_decay"]), t.div(new["exp_avg"], denom))
         return t.add(param, t.mul(direction, c["-lr"])), new
+
+
+@optimizer
+def mars(
+    lr: Hyperparameter = 3e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.95, 0.99),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    amsgrad: bool = False,
+    gamma: Hyperparameter = 0.025,
+    optimize_1d: bool = False,
+    lr_1d: Hyperparameter = 3e-3,
+    betas_1d: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.95),
+    weight_decay_1d: Hyperparameter = 0.1,
+    **options: Unpack[Options],
+) -> Transform:
+    """MARS-AdamW, which torch has not: AdamW on gradients corrected by their change from the last step.
+
+    c = g + gamma * beta1 / (1 - beta1) * (g - g_before);  c <- c / max(1, |c|)
+    m <- beta1 m + (1 - beta1) c;  v <- beta2 v + (1 - beta2) c^2
+    p <- p - lr * (weight_decay * p + m / (1 - beta1^t) / (sqrt(v) / sqrt(1 - beta2^t) + eps))
+    Parameters that are no matrices take c = g with lr_1d, betas_1d and weight_decay_1d, unless optimize_1d. The
+    authors' code scales lr_1d with a scheduled lr; here each has a schedule of its own.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.mars(lr=0.1, optimize_1d=True)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.9
+
+    State: `step`, `exp_avg`, `exp_avg_sq`, `last_grad`, with amsgrad `max_exp_avg_sq`.
+    Source: Yuan et al. 2024, algorithm 2 with the approximate gradient; the authors' `mars.py` ("mars-adamw").
+    """
+    arguments = dict(
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        gamma=gamma,
+        optimize_1d=optimize_1d,
+        lr_1d=lr_1d,
+        betas_1d=betas_1d,
+        weight_decay_1d=weight_decay_1d,
+    )
+    return transform(
+        Mars,
+        arguments,
+        **options,
+    )

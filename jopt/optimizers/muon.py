@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Unpack
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jopt import numerics as t
-from jopt.rule import Rule, Scalars, at_least_zero
+from jopt.rule import Hyperparameter, Rule, Scalars, at_least_zero
+from jopt.transform import Options, Transform, optimizer, transform
 
 ADJUSTMENTS = {
     None: lambda rows, columns: math.sqrt(max(1, rows / columns)),
@@ -21,14 +23,7 @@ ADJUSTMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Rule):
-    r"""Momentum, made orthogonal by a Newton-Schulz iteration in bfloat16. Matrices only.
-
-    b = lerp(b, g, 1 - momentum);  u = lerp(g, b, momentum), or without nesterov b
-    X = u / max(|u|, eps), transposed if it has more rows than columns; then ns_steps times
-        A = X X^T;  X = a X + (b A + c A^2) X
-    p = p * (1 - lr * weight_decay) - lr * adjustment(shape) * X
-    adjustment = sqrt(max(1, rows / columns)), or match_rms_adamw: 0.2 sqrt(max(rows, columns)), or
-    spectral_unclamped: sqrt(rows / columns)
+    """Momentum, made orthogonal by a Newton-Schulz iteration in bfloat16. Matrices only: see `muon`.
 
     The momentum buffer is as stated also for bfloat16 gradients without nesterov; torch normalizes it in place there
     (`ortho_grad = grad.bfloat16()` is the buffer itself, then `ortho_grad.div_`).
@@ -110,7 +105,7 @@ def orthogonalize(c: Scalars, matrix: Array, steps: int) -> Array:
     """A bfloat16 matrix of the same singular vectors, with singular values near 1."""
     rows, columns = matrix.shape
     c = {name: x.astype(jnp.float32) for name, x in c.items()}
-    x = t.whole(matrix)
+    x = t.gathered(matrix)
     if rows > columns:
         x = x.T
     x = t.div(x, jnp.maximum(t.norm(x), t.cast(c["eps"], x)))
@@ -126,5 +121,53 @@ def orthogonalize(c: Scalars, matrix: Array, steps: int) -> Array:
 
     # XLA on CPU multiplies bfloat16 as such only where no factor is a transpose that it knows as one; else in float32.
     x = lax.platform_dependent(x, cpu=lambda x: iterations(x, x.T), default=lambda x: iterations(x, None))
-    x = t.whole(x)  # here too: else the iteration is sharded as its result is
+    x = t.gathered(x)  # here too: else the iteration is sharded as its result is
     return x.T if rows > columns else x
+
+
+@optimizer
+def muon(
+    lr: Hyperparameter = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    momentum: Hyperparameter = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (3.4445, -4.7750, 2.0315),
+    eps: Hyperparameter = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    **options: Unpack[Options],
+) -> Transform:
+    """Muon, as `torch.optim.Muon`: momentum made orthogonal, for matrices alone; the others need another optimizer.
+
+    b <- b + (1 - momentum) (g - b);  u = nesterov: g + momentum (b - g), else b
+    O = u's singular vectors, with singular values near 1: ns_steps of Newton-Schulz in bfloat16, with X = u / |u|,
+    X <- a X + (b A + c A^2) X, A = X X^T.  Matrices of one shape are iterated together.
+    p <- p * (1 - lr * weight_decay) - lr * s * O,  s = sqrt(max(1, rows / columns)), or for adjust_lr_fn
+    "match_rms_adamw" 0.2 * sqrt(max(rows, columns)), or for "spectral_unclamped" (torch 2.14) sqrt(rows / columns)
+
+    >>> import jax, jax.numpy as jnp, optax, jopt
+    >>> params = {"w": jnp.eye(2), "b": jnp.zeros(2)}
+    >>> labels = jax.tree.map(lambda p: "muon" if p.ndim == 2 else "adamw", params)
+    >>> tx = optax.partition({"muon": jopt.muon(lr=0.02), "adamw": jopt.adamw(lr=1e-3)}, labels)
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"].shape
+    (2, 2)
+
+    State: `momentum_buffer`. Raises ValueError for a parameter that is no matrix, RuntimeError for a complex one.
+    Source: torch/optim/_muon.py; Jordan et al. 2024; Liu et al. 2025 (match_rms_adamw); Bernstein 2025 (unclamped).
+    """
+    arguments = dict(
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        ns_coefficients=ns_coefficients,
+        eps=eps,
+        ns_steps=ns_steps,
+        adjust_lr_fn=adjust_lr_fn,
+    )
+    return transform(
+        Muon,
+        arguments,
+        **options,
+    )

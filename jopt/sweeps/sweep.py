@@ -14,9 +14,9 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jopt import chaining
-from jopt.sweep_inputs import Batches, Make, Plan, check_function, check_loss, check_same, make_plan, start
-from jopt.sweep_result import Sweep
+from jopt.around import chaining
+from jopt.sweeps.inputs import Batches, Make, Plan, check_function, check_loss, check_same, make_plan, start
+from jopt.sweeps.result import Sweep
 
 Tree = Any
 

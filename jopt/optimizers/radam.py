@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Rule
-from jopt.rules.adam import Adam
-from jopt.rules.common import decay, moments, regularize
+from jopt.optimizers.adam import Adam
+from jopt.optimizers.common import decay, moments, regularize
+from jopt.rule import Hyperparameter, Rule
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class RAdam(Rule):
-    r"""Adam whose second moment sets in once its variance is known; eps beside the raw sqrt(v).
-
-    rho_inf = 2 / (1 - beta2) - 1;  rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t);  m' = m / (1 - beta1^t)
-    rho_t > 5:  p = p - lr * m' * sqrt(1 - beta2^t) / (sqrt(v) + eps) * r_t,
-                r_t = sqrt((rho_t - 4)(rho_t - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho_t))
-    else:       p = p - lr * m'
-    """
+    """Adam whose second moment sets in once its variance is known; eps beside the raw sqrt(v): see `radam`."""
 
     weight_decay: bool
     maximize: bool
@@ -65,3 +61,46 @@ class RAdam(Rule):
         rectified = t.mul(t.mul(plain, adaptive), c["rect"])
         param = t.add(param, -jnp.where(c["rectified"] != 0, rectified, plain))
         return param, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+@optimizer
+def radam(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    *,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """RAdam, as `torch.optim.RAdam`: Adam without its second moment until that has enough samples.
+
+    rho_inf = 2 / (1 - beta2) - 1;  rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t)
+    With g, m and v as in `adam`, m' = m / (1 - beta1^t):
+    rho_t > 5:  p <- p - lr * m' * r_t * sqrt(1 - beta2^t) / (sqrt(v) + eps), eps beside the raw root,
+                r_t = sqrt((rho_t - 4)(rho_t - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho_t))
+    else:       p <- p - lr * m'
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.radam(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.8
+
+    State: `step`, `exp_avg`, `exp_avg_sq`. Source: torch/optim/radam.py; Liu et al. 2020.
+    """
+    arguments = dict(
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+    return transform(
+        RAdam,
+        arguments,
+        **options,
+    )

@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 
 from jopt.rule import is_number
-from jopt.sweep import LoopProgram
-from jopt.sweep_inputs import Batches, check_loss, make_plan, start
+from jopt.sweeps.inputs import Batches, check_loss, make_plan, start
+from jopt.sweeps.sweep import LoopProgram
 
 Tree = Any
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jopt import chaining, numerics
-from jopt.clip import ClipState, ClipValueState, scaled
-from jopt.groups import GroupsState
-from jopt.monitor import MonitorState
+from jopt import numerics
+from jopt.around import chaining
+from jopt.around.clip import ClipState, ClipValueState, scaled
+from jopt.around.groups import GroupsState
+from jopt.around.monitor import MonitorState
 from jopt.transform import Exact, P, S, State, keep
 from jopt.valued import by_value
 

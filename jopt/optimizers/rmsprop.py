@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Rule, at_least_zero
-from jopt.rules.common import decay, regularize
+from jopt.optimizers.common import decay, regularize
+from jopt.rule import Hyperparameter, Rule, at_least_zero
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class RMSprop(Rule):
-    r"""RMSprop: eps outside the root, the learning rate outside the momentum buffer.
-
-    g = grad + weight_decay * p
-    v = alpha * v + (1 - alpha) * g^2;  centered: a = lerp(a, g, 1 - alpha)
-    d = sqrt(v - a^2  if centered else  v) + eps
-    p = p - lr * g / d, or with momentum  b = momentum * b + g / d;  p = p - lr * b
-    """
+    """RMSprop: eps outside the root, the learning rate outside the momentum buffer: see `rmsprop`."""
 
     momentum: bool
     weight_decay: bool
@@ -55,3 +51,47 @@ class RMSprop(Rule):
             new["momentum_buffer"] = buf = t.addcdiv(t.mul(state["momentum_buffer"], c["momentum"]), grad, avg)
             return t.add(param, buf, alpha=c["-lr"]), new
         return t.addcdiv(param, grad, avg, c["-lr"]), new
+
+
+@optimizer
+def rmsprop(
+    lr: Hyperparameter = 1e-2,
+    alpha: Hyperparameter = 0.99,
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    momentum: Hyperparameter = 0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """RMSprop, as `torch.optim.RMSprop`: eps outside the root, lr outside the momentum buffer.
+
+    With g = grad + weight_decay * p:  v <- alpha v + (1 - alpha) g^2;  centered: a <- a + (1 - alpha) (g - a)
+    d = sqrt(v, or centered: v - a^2) + eps;  p <- p - lr * g / d
+    or with momentum:  b <- momentum * b + g / d;  p <- p - lr * b
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.rmsprop(lr=0.01)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 6)
+    0.9
+
+    State: `step`, `square_avg`, with momentum `momentum_buffer`, centered `grad_avg`.
+    Source: torch/optim/rmsprop.py; Hinton 2012; Graves 2013.
+    """
+    arguments = dict(
+        lr=lr,
+        alpha=alpha,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        centered=centered,
+        maximize=maximize,
+    )
+    return transform(
+        RMSprop,
+        arguments,
+        **options,
+    )

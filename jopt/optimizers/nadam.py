@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jopt import numerics as t
-from jopt.rule import Rule, at_least_zero
-from jopt.rules.adam import Adam
-from jopt.rules.common import decay, moments, regularize
+from jopt.optimizers.adam import Adam
+from jopt.optimizers.common import decay, moments, regularize
+from jopt.rule import Hyperparameter, Rule, at_least_zero
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
 class NAdam(Rule):
-    r"""Adam with Nesterov momentum on a schedule of its own.
-
-    mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);  M_t = mu_1 ... mu_t, kept in float32 as torch keeps it
-    m = lerp(m, g, 1 - beta1);  v = beta2 * v + (1 - beta2) * g^2;  d = sqrt(v / (1 - beta2^t)) + eps
-    p = p - lr * (1 - mu_t) / (1 - M_t) * g / d - lr * mu_{t+1} / (1 - M_t * mu_{t+1}) * m / d
-    """
+    """Adam with Nesterov momentum on a schedule of its own: see `nadam`."""
 
     weight_decay: bool
     maximize: bool
@@ -59,3 +56,47 @@ class NAdam(Rule):
         param = t.addcdiv(param, grad, denom, c["grad weight"])
         param = t.addcdiv(param, exp_avg, denom, c["exp_avg weight"])
         return param, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+@optimizer
+def nadam(
+    lr: Hyperparameter = 2e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0,
+    momentum_decay: Hyperparameter = 4e-3,
+    *,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    **options: Unpack[Options],
+) -> Transform:
+    """NAdam, as `torch.optim.NAdam`: Nesterov momentum on the schedule mu_t, which optax's nadam has not.
+
+    mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);  M_t = mu_1 ... mu_t, in float32 as torch keeps it
+    With g = grad + weight_decay * p (or decoupled as in `adamw`), m and v as in `adam`,
+    d = sqrt(v / (1 - beta2^t)) + eps:
+    p <- p - lr * (1 - mu_t) / (1 - M_t) * g / d - lr * mu_{t+1} / (1 - M_t * mu_{t+1}) * m / d
+
+    >>> import jax.numpy as jnp, jopt
+    >>> tx = jopt.nadam(lr=0.1)
+    >>> params = jnp.array([1.0])
+    >>> params, state = tx.step(jnp.array([2.0]), tx.init(params), params)
+    >>> round(params.item(), 5)
+    0.89435
+
+    State: `step`, `mu_product`, `exp_avg`, `exp_avg_sq`. Source: torch/optim/nadam.py; Dozat 2016.
+    """
+    arguments = dict(
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum_decay=momentum_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+    return transform(
+        NAdam,
+        arguments,
+        **options,
+    )

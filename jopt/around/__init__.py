@@ -1,0 +1,1 @@
+"""What a training loop does around the step: clipping, groups, averages, scaling, skipping, health."""

@@ -1,0 +1,260 @@
+"""A rule lifted to one leaf of any type: complex, of low precision, with a master copy, with sparse rows; and to many.
+
+`init_leaf` and `step_leaf` are `Rule.init` and `Rule.update` for such a leaf. `step_leaves` steps many: it traces
+leaves of one shape once, and stacks those that a rule takes together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.sparse import BCOO
+
+from jopt import numerics
+from jopt._compat import own_inputs, varying
+from jopt.rule import LeafState, Rule, Scalars
+
+MASTER = "master"  # the slot of a leaf's float32 copy
+STACKED = 2**20  # elements that CPU steps at once: with more, each operation would find none of the last in a cache
+
+
+def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None, *, master_copy: bool = False) -> LeafState:
+    """rule.init for a leaf of any type; a complex leaf's state is complex too, as in torch."""
+    real = _as_real(param)
+    if state_dtype is not None and not jnp.iscomplexobj(param):
+        real = real.astype(_state_dtype(param.dtype, state_dtype))
+    state = rule.init(h, real)
+    if jnp.iscomplexobj(param):
+        state = {name: _as_complex(x) if x.shape == real.shape else x for name, x in state.items()}
+    if master_copy and param.dtype in numerics.LOW_PRECISION:
+        state[MASTER] = param.astype(jnp.float32)
+    return state
+
+
+def step_leaf(
+    rule: Rule,
+    c: Scalars,
+    grad: Array,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
+    factors: Sequence[Array] = (),
+) -> tuple[Array, LeafState]:
+    """rule.update for a leaf of any type.
+
+    Args:
+      rule, c, grad, state, param: as `Rule.update` takes them, but of any type. Where the state's type is wider
+        (`state_dtype`) the leaf is stepped in that and rounded once. A master copy in the state is stepped in the
+        leaf's place.
+      active: a bool array that broadcasts against the leaf; where False, the leaf and its state are kept.
+      key: a bfloat16 leaf is rounded at random: up or down with the probability that keeps the mean.
+      factors: what the gradient is multiplied by first, in its own type, one after the other.
+    """
+    if not param.size:
+        return param, state
+    old_state, old_param = state, param
+    at_random = key is not None and param.dtype == jnp.bfloat16
+    param, state = rule.update(*in_step_type(c, numerics.scale(grad, factors), state, param, wide=at_random))
+
+    if jnp.iscomplexobj(old_param):
+        param = _as_complex(param)
+        state = {name: _as_complex(x) if jnp.iscomplexobj(old_state[name]) else x for name, x in state.items()}
+    if MASTER in old_state:
+        state[MASTER] = param
+    state = {name: state[name].astype(old_state[name].dtype) for name in old_state}
+    if at_random:
+        assert key is not None
+        param = numerics.round_at_random(key, param)
+    param = param.astype(old_param.dtype)
+    if active is not None:
+        param = jnp.where(active, param, old_param)
+        state = {name: jnp.where(active, state[name], old_state[name]) for name in old_state}
+    return param, state
+
+
+def in_step_type(
+    c: Scalars, grad: Array, state: LeafState, param: Array, *, wide: bool = False
+) -> tuple[Scalars, Array, LeafState, Array]:
+    """A leaf as the arguments of `Rule.update`: real, and in the one type that it is stepped in.
+
+    That is the widest of its parameter and state, with `wide` at least float32.
+    """
+    dtypes = {x.dtype for x in state.values()} | {param.dtype} | ({jnp.dtype(jnp.float32)} if wide else set())
+    dtype = max(dtypes, key=lambda d: jnp.finfo(d).bits)
+    grad, param = (_as_real(x.astype(dtype)) for x in (grad, state.get(MASTER, param)))
+    state = {name: _as_real(x.astype(dtype)) for name, x in state.items() if name != MASTER}
+    c = {name: lax.convert_element_type(x, numerics.compute_dtype(dtype)) for name, x in c.items()}
+    return c, grad, state, param
+
+
+def separately(f: Callable[..., Sequence[Array]], n: int, *inputs: Any) -> list[Array]:
+    """`f(*inputs)`, n arrays, in a form of which XLA on CPU makes one loop, where it fuses outputs at all.
+
+    XLA gives a subexpression that two outputs share a loop and an array of its own. So each output is computed from
+    its own copy of the inputs: then they share nothing. Fusion removes the copies; without `jopt.fusion.FLAG` they are
+    made, which is slow. On other platforms there are no copies, and XLA merges the n computations again.
+    """
+
+    def repeat(inputs: Any) -> tuple[Any, ...]:
+        return (inputs,) * n
+
+    copies = lax.platform_dependent(inputs, cpu=lambda x: own_inputs(x, n), default=repeat)
+    return [f(*copy)[k] for k, copy in enumerate(copies)]
+
+
+def step_rows(
+    rule: Rule,
+    c: Scalars,
+    grad: BCOO,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
+    factors: Sequence[Array] = (),
+) -> tuple[Array, LeafState]:
+    """step_leaf on the rows that `grad` has, in as many operations as it has entries.
+
+    Entries of one row are summed, in their order, as torch's `coalesce` does; those outside of the parameter are
+    padding.
+    """
+    lead = param.shape[: grad.n_sparse]
+    n = math.prod(lead)
+    if not param.size:
+        return param, state
+    indices = grad.indices if grad.indices.dtype.itemsize >= 4 else grad.indices.astype(jnp.int32)
+    if n > jnp.iinfo(indices.dtype).max:
+        raise ValueError(
+            f"grads: expected indices of a type that counts {n} rows, found {grad.indices.dtype}; use int64"
+        )
+    ids = jnp.zeros(grad.nse, indices.dtype)
+    inside = jnp.ones(grad.nse, bool)
+    for axis, size in enumerate(lead):
+        index = indices[:, axis]
+        ids = ids * size + index
+        inside &= (index >= 0) & (index < size)
+    ids = jnp.where(inside, ids, n)
+    order = jnp.argsort(ids, stable=True)
+    ids = ids[order]
+    first = jnp.concatenate([jnp.ones(min(1, grad.nse), bool), ids[1:] != ids[:-1]])
+    turn = jnp.cumsum(first) - 1
+    rows = jax.ops.segment_sum(grad.data[order], turn, grad.nse, indices_are_sorted=True)
+    ids = jnp.full_like(ids, n).at[turn].set(ids)
+    if active is not None:
+        ids = jnp.where(active, ids, n)
+
+    def gather(x: Array) -> Array:
+        return x.reshape(n, *param.shape[grad.n_sparse :]).at[ids].get(mode="fill", fill_value=0)
+
+    def scatter(x: Array, rows: Array, ids: Array) -> Array:
+        flat = x.reshape(n, *param.shape[grad.n_sparse :])
+        return flat.at[ids].set(rows, mode="drop").reshape(param.shape)
+
+    new, new_state = step_leaf(
+        rule, c, rows, {k: gather(x) for k, x in state.items()}, gather(param), key=key, factors=factors
+    )
+    result = scatter(param, new, ids)
+    for name, x in state.items():
+        # One after the other: XLA on CPU aborts where it fuses three scatters into one loop.
+        result, ids = lax.optimization_barrier((result, ids))
+        new_state[name] = scatter(x, new_state[name], ids)
+    return result, new_state
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="separate")
+def _step_element(
+    rule: Rule,
+    c: Scalars,
+    grad: Array,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
+    factors: Sequence[Array] = (),
+    *,
+    separate: bool,
+) -> tuple[Array, LeafState]:
+    """step_leaf, traced once for all leaves of one shape; `separate`: in the form of `separately`."""
+
+    def outputs(grad: Array, state: LeafState, param: Array) -> list[Array]:
+        param, new = step_leaf(rule, c, grad, state, param, active, key, factors)
+        return [param, *(new[name] for name in state)]
+
+    if separate and state:
+        param, *slots = separately(outputs, 1 + len(state), grad, state, param)
+    else:
+        param, *slots = outputs(grad, state, param)
+    return param, dict(zip(state, slots, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step_whole(rule: Rule, *leaf: Any) -> tuple[Array, LeafState]:
+    """step_rows or step_leaf, traced once for all leaves of one shape, and outside of a trace compiled once."""
+    return (step_rows if rule.scope == "rows" else step_leaf)(rule, *leaf)
+
+
+def step_leaves(
+    rule: Rule, leaves: Sequence[tuple[Any, ...]], *, separate: bool = False
+) -> list[tuple[Array, LeafState]]:
+    """`step_leaf(rule, *leaf)`, or `step_rows`, for each; leaves of equal shapes at once where the rule says so.
+
+    `separate`: where elements are independent, in the form of `separately`.
+    """
+    if rule.scope == "element":
+        return [_step_element(rule, *leaf, separate=separate) for leaf in leaves]
+    if not rule.batched:
+        return [_step_whole(rule, *leaf) for leaf in leaves]
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        flat, treedef = jax.tree.flatten(leaf)
+        groups.setdefault((treedef, tuple((x.shape, x.dtype, varying(x)) for x in flat)), []).append(i)
+    results: dict[int, tuple[Array, LeafState]] = {}
+    for members in groups.values():
+        alike = [leaves[i] for i in members]
+        few = stack_size(alike[0][3].size)
+        out = _step_stacked(rule, alike, few if few < len(alike) else None)
+        results.update(zip(members, out, strict=True))
+    return [results[i] for i in range(len(leaves))]
+
+
+def stack_size(size: int) -> int:
+    """How many leaves of so many elements CPU steps together."""
+    return max(1, STACKED // max(1, size))
+
+
+def _step_alike(rule: Rule, leaves: Sequence[tuple[Any, ...]], few: int | None = None) -> list[tuple[Array, LeafState]]:
+    """`step_leaf` for leaves of equal shapes, stacked: all together, or on CPU a few together."""
+    if few is not None:
+
+        def in_turn(leaves: Any) -> Any:
+            return [x for i in range(0, len(leaves), few) for x in _step_alike(rule, leaves[i : i + few])]
+
+        return lax.platform_dependent(leaves, cpu=in_turn, default=functools.partial(_step_alike, rule))
+    if len(leaves) == 1:
+        return [step_leaf(rule, *leaves[0])]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
+    out = jax.vmap(functools.partial(step_leaf, rule))(*stacked)
+    return [jax.tree.map(operator.itemgetter(k), out) for k in range(len(leaves))]
+
+
+_step_stacked = jax.jit(_step_alike, static_argnums=(0, 2))
+
+
+def _state_dtype(param_dtype: Any, state_dtype: Any) -> Any:
+    """The wider of the two: a float64 leaf keeps float64 state."""
+    return max(jnp.dtype(param_dtype), jnp.dtype(state_dtype), key=lambda d: jnp.finfo(d).bits)
+
+
+def _as_real(x: Array) -> Array:
+    return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
+
+
+def _as_complex(x: Array) -> Array:
+    return lax.complex(x[..., 0], x[..., 1])

@@ -1,0 +1,1 @@
+"""Many runs in one compiled program, and what they say about learning rates."""
