@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-import jax
 import numpy as np
 import torch
 
@@ -13,7 +12,8 @@ from benchmarks import measure
 from benchmarks.measure import COMPILE, IN_PYTHON, OURS, PATHS, Add, TorchStep
 from benchmarks.report import Figure, Row, Section, Target
 from benchmarks.shapes import MODELS
-from interop import optim, program
+from interop import optim
+from interop.dropin import host, program
 
 OPTIMIZERS = {
     "AdamW": dict(),
@@ -76,16 +76,19 @@ class Alone:
         plan = optimizer._plan
         grads = plan.as_before(optimizer, plan.rules)
         self.calls = []
-        for bucket, update in zip(plan.buckets, plan._programs(optimizer)[1], strict=True):
-            gradients = bucket._arrays(grads)
-            self.calls.append((update, bucket.buffers, gradients, bucket.table_array, bucket.leaf_of_row, {}))
+        for work, update in zip(plan.turn.works, plan.programs(optimizer)[1], strict=True):
+            bucket = work.bucket
+            table = bucket.coefficients.table.array()
+            call = update, bucket.buffers, grads.arrays(work), table, bucket.leaf_of_row, {}
+            self.calls.append((bucket.device, *call))
 
     def __call__(self, i: int) -> float:
-        program.pause_openmp()
-        with program.settings():
+        host.pause_openmp()
+        with host.settings():
             start = time.perf_counter()
             for call in self.calls:
-                jax.block_until_ready(program.launch(*call))
+                call[0].before()
+                call[0].after(program.launch(*call))
             return time.perf_counter() - start
 
 

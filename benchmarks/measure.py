@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import jopt
 from benchmarks.shapes import Shapes
-from interop import optim, reader
+from interop import optim
+from interop.dropin import native
 from jopt.fusion import fuses_outputs
 
 THREADS = 2
@@ -58,7 +59,7 @@ def machine() -> dict[str, Any]:
         "processor": model,
         "processors used": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
         "torch threads": torch.get_num_threads(),
-        "gradients read in": "Python" if reader.extension is None else "C++",
+        "gradients read in": "Python" if native.extension is None else "C++",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         **{m.__name__: m.__version__ for m in (torch, jax, optax, np, jopt)},
@@ -68,7 +69,7 @@ def machine() -> dict[str, Any]:
 def read_natively() -> None:
     """Let C++ read the gradients, where it can be compiled."""
     try:
-        reader.enable_native_reader()
+        native.enable_native_reader()
     except RuntimeError as error:
         warnings.warn(str(error), stacklevel=2)
 
@@ -76,11 +77,11 @@ def read_natively() -> None:
 @contextlib.contextmanager
 def reading_in_python() -> Iterator[None]:
     """Around the first step of an optimizer: its gradients are then read in Python for as long as nothing changes."""
-    extension, reader.extension = reader.extension, None
+    extension, native.extension = native.extension, None
     try:
         yield
     finally:
-        reader.extension = extension
+        native.extension = extension
 
 
 def flag(*, own: bool) -> str:

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interop.formats import FORMATS
+from interop.runs.formats import FORMATS
 
 if TYPE_CHECKING:
-    from interop.checkpoint import Checkpoint
+    from interop.runs.files import Checkpoint
 
 OK, DIFFERENT, USAGE, BAD = 0, 1, 2, 3
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise FileNotFoundError(f"{path}: is not there")
     except OSError as error:
         return _failed(error)
-    from interop.checkpoint import CheckpointError
+    from interop.runs.files import CheckpointError
 
     try:
         return options.command(options)
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(path: Path, options: Any, patterns: dict[str, str] | None = None, numbers: bool = False) -> Checkpoint:
-    from interop.checkpoint import load_checkpoint
+    from interop.runs.files import load_checkpoint
 
     names: Any = "numbers" if numbers else None
     if options.names is not None:
@@ -84,7 +84,7 @@ def _load(path: Path, options: Any, patterns: dict[str, str] | None = None, numb
 
 
 def _inspect(options: Any) -> int:
-    from interop.checkpoint import description, format_of
+    from interop.runs.files import description, format_of
 
     run = _load(options.file, options, numbers=True)
     document = description.of(run) | {"file": str(options.file), "format": options.source or format_of(options.file)}
@@ -93,7 +93,7 @@ def _inspect(options: Any) -> int:
 
 
 def _convert(options: Any) -> int:
-    from interop.checkpoint import save_checkpoint
+    from interop.runs.files import save_checkpoint
 
     patterns = {}
     for pair in options.map:
@@ -114,8 +114,8 @@ def _convert(options: Any) -> int:
 
 
 def _diff(options: Any) -> int:
-    from interop.checkpoint.description import plain
-    from interop.checkpoint.difference import differences
+    from interop.runs.files.description import plain
+    from interop.runs.files.difference import differences
 
     if not options.tolerance >= 0:
         print(f"error: --tolerance: expected at least 0, found {options.tolerance}", file=sys.stderr)

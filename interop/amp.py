@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
-from interop.optimizer import CompiledStep, parameters
+from interop.dropin.groups import parameters
+from interop.dropin.step import CompiledStep
 
 __all__ = ["GradScaler"]
 

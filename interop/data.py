@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from interop.dlpack import ALIGNMENT, to_jax
+from interop.memory.values import ALIGNMENT, to_jax
 from jopt._compat import enable_x64
 
 _NARROW = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32)}

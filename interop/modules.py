@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interop import dlpack
+from interop.memory import values
 
 Layout = Literal["torch", "flax"]
 
@@ -113,7 +113,7 @@ def to_jax(x: Any, *, copy: bool | None = True, layout: Layout = "torch") -> Any
         subclass such as DTensor, a device other than the CPU.
       ValueError: see copy and layout; a lazy module that has not run yet.
     """
-    return dlpack.to_jax(jax.tree.map(lambda m: _tensors(m, layout) if isinstance(m, nn.Module) else m, x), copy=copy)
+    return values.to_jax(jax.tree.map(lambda m: _tensors(m, layout) if isinstance(m, nn.Module) else m, x), copy=copy)
 
 
 def _tensors(model: nn.Module, layout: Layout) -> dict[str, dict[str, Tensor]]:
@@ -162,7 +162,7 @@ def to_torch(x: Any, *, copy: bool | None = True, into: nn.Module | None = None,
       ValueError: missing or unknown names, other shapes; before anything is written.
     """
     if into is None:
-        return dlpack.to_torch(x, copy=copy)
+        return values.to_torch(x, copy=copy)
     if not isinstance(x, Mapping) or not set(x) <= {"params", "buffers"} or "params" not in x:
         found = sorted(x) if isinstance(x, Mapping) else type(x).__name__
         raise ValueError(
@@ -193,7 +193,7 @@ def check_arrays(name: str, arrays: Mapping[str, Any], expected: Mapping[Tensor,
         array, title = arrays[leaf.name], f"{name}[{leaf.name!r}]"
         if np.shape(array) != leaf.shape(tensor):
             raise ValueError(f"{title}: expected shape {leaf.shape(tensor)}, found {np.shape(array)}")
-        value = dlpack.array_to_torch(title, array, None)
+        value = values.array_to_torch(title, array, None)
         if value.dtype != tensor.dtype and (value.dtype, tensor.dtype) != (torch.int32, torch.int64):
             raise TypeError(f"{title}: expected {tensor.dtype}, found {value.dtype}")
         new[tensor] = leaf.to_torch(value)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from interop import sparse
-from interop.lbfgs import LBFGS
-from interop.optimizer import CompiledStep, Stepped
+from interop.dropin import muon, sparse
+from interop.dropin.lbfgs import LBFGS
+from interop.dropin.step import CompiledStep, Stepped
 from jopt import optimizers
 
 __all__ = [
@@ -152,6 +152,7 @@ class Muon(CompiledStep, torch.optim.Muon):
     """`torch.optim.Muon`, stepped by `jopt.optimizers.Muon` around torch's batched products."""
 
     rule = optimizers.Muon
+    compile_update = staticmethod(muon.compile_update)
     late_slots = frozenset({"momentum_buffer"})
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from interop.dlpack import check_parameter, to_jax, to_torch
-from jopt._compat import device, enable_x64
+from interop.memory import HOST, check_parameter
+from interop.memory.values import to_jax, to_torch
+from jopt._compat import enable_x64
 from jopt.sweeps.inputs import Batches, Make, check_function, make_plan
 from jopt.sweeps.result import Sweep
 from jopt.sweeps.sweep import Program, run_all
@@ -90,7 +91,7 @@ class TorchProgram(Program):
 
     def __init__(self, make: Make, schedule: Callable[[Any], Any] | None, value: Callable[[Params, Any], Any]):
         super().__init__(make, schedule)
-        self.devices = [device("cpu")]
+        self.devices = [HOST.jax_device]
         self._value = value
         self._advance = jax.jit(jax.vmap(self.step), donate_argnums=(0, 1))
 

@@ -38,13 +38,13 @@ def x64():
 @pytest.fixture(scope="session")
 def native_reader():
     """The compiled reader of gradients; it stays off."""
-    from interop import reader
+    from interop.dropin import native
 
     try:
-        reader.enable_native_reader()
+        native.enable_native_reader()
     except RuntimeError as error:
         pytest.skip(str(error))
-    extension, reader.extension = reader.extension, None
+    extension, native.extension = native.extension, None
     return extension
 
 
@@ -52,4 +52,4 @@ def native_reader():
 def reading(request, monkeypatch):
     """Gradients are read in each of the two languages."""
     extension = request.getfixturevalue("native_reader") if request.param == "C++" else None
-    monkeypatch.setattr("interop.reader.extension", extension)
+    monkeypatch.setattr("interop.dropin.native.extension", extension)

@@ -10,9 +10,9 @@ pytest.importorskip("safetensors", reason="of the files extra")
 import interop  # noqa: E402
 import jopt  # noqa: E402
 from interop import optim  # noqa: E402
-from interop.checkpoint import CheckpointError  # noqa: E402
-from interop.checkpoint.difference import differences  # noqa: E402
-from interop.checkpoint.run import STATE_KEYS  # noqa: E402
+from interop.runs.files import CheckpointError  # noqa: E402
+from interop.runs.files.difference import differences  # noqa: E402
+from interop.runs.files.run import STATE_KEYS  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.checkpoints import network, trained, two_groups  # noqa: E402
 from tests.test_moving import Model, torch_leg  # noqa: E402

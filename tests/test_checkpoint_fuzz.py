@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch", reason="files of torch's runs")
 pytest.importorskip("safetensors", reason="of the files extra")
 
 import interop  # noqa: E402
-from interop.checkpoint import CheckpointError  # noqa: E402
-from interop.checkpoint.difference import differences  # noqa: E402
+from interop.runs.files import CheckpointError  # noqa: E402
+from interop.runs.files.difference import differences  # noqa: E402
 from tests.checkpoints import trained  # noqa: E402
 
 FILES = ["run.pt", "run.safetensors"]

@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch", reason="files of torch's runs")
 pytest.importorskip("safetensors", reason="of the files extra")
 
 import interop  # noqa: E402
-from interop.checkpoint import CheckpointError  # noqa: E402
-from interop.checkpoint.difference import differences  # noqa: E402
-from interop.checkpoint.naming import assign, renamed, suggestion  # noqa: E402
+from interop.runs.files import CheckpointError  # noqa: E402
+from interop.runs.files.difference import differences  # noqa: E402
+from interop.runs.files.naming import assign, renamed, suggestion  # noqa: E402
 from tests.checkpoints import network, trained, two_groups  # noqa: E402
 
 

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch", reason="files of torch's runs")
 pytest.importorskip("safetensors", reason="of the files extra")
 
 import interop  # noqa: E402
-from interop.checkpoint import CheckpointError  # noqa: E402
+from interop.runs.files import CheckpointError  # noqa: E402
 from tests.checkpoints import network, trained  # noqa: E402
 
 

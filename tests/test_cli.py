@@ -13,7 +13,7 @@ pytest.importorskip("safetensors", reason="of the files extra")
 
 import interop  # noqa: E402
 from interop.__main__ import BAD, DIFFERENT, OK, USAGE, main  # noqa: E402
-from interop.checkpoint.difference import differences  # noqa: E402
+from interop.runs.files.difference import differences  # noqa: E402
 from tests.checkpoints import trained  # noqa: E402
 
 

@@ -8,7 +8,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the border is with torch")
 
 import interop  # noqa: E402
+from interop import memory  # noqa: E402
 from interop._compat import TORCH  # noqa: E402
+from interop.memory import cpu  # noqa: E402
 from jopt._compat import JAX, enable_x64  # noqa: E402
 
 FLOATS = ["float16", "bfloat16", "float32", "complex64"]
@@ -173,9 +175,9 @@ def test_dtensor_is_refused():
 
 
 def test_cuda_without_jax_cuda():
-    from interop import dlpack
+    from interop.memory.tensors import elsewhere
 
-    text = dlpack._where(torch.device("cuda", 0))
+    text = elsewhere(torch.device("cuda", 0))
     if not any(d.platform == "gpu" for d in jax.devices()):
         assert text.startswith("cuda:0, and JAX has no CUDA here")
         assert "install jax[cuda], or use .cpu()" in text
@@ -196,31 +198,31 @@ def test_a_shared_view_keeps_donation_from_being_in_place():
     view = interop.to_torch(array, copy=False)
     out = jax.jit(lambda a: a + 1, donate_argnums=0)(array)
     assert out.unsafe_buffer_pointer() != view.data_ptr()
-    buffer = interop.dlpack.Buffer(1000, np.dtype(np.float32))
+    buffer = cpu.Buffer(1000, np.dtype(np.float32))
     view = buffer.view(torch.float32, (1000,))
-    interop.dlpack.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
+    memory.HOST.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
     assert buffer.array.unsafe_buffer_pointer() == view.data_ptr()
     assert view.sum() == 1000
 
 
 def test_an_alias_sees_what_is_written_to_its_memory():
-    x = interop.dlpack.aligned_zeros(1000, np.dtype(np.float32))
-    alias = interop.dlpack.alias(x)
+    x = cpu.aligned_zeros(1000, np.dtype(np.float32))
+    alias = cpu.alias(x)
     assert isinstance(alias, jax.Array)
     assert alias.unsafe_buffer_pointer() == x.ctypes.data
     x[:] = 1
     double = jax.jit(lambda a: 2 * a)
     assert (double(alias) == 2).all()
     unaligned = x.view(np.uint8)[1:].copy()[3:]
-    assert (double(interop.dlpack.alias(unaligned)) == 2 * unaligned).all()
+    assert (double(cpu.alias(unaligned)) == 2 * unaligned).all()
 
 
 def test_a_buffer_held_elsewhere_is_still_what_torch_sees():
-    buffer = interop.dlpack.Buffer(1000, np.dtype(np.float32))
+    buffer = cpu.Buffer(1000, np.dtype(np.float32))
     view = buffer.view(torch.float32, (1000,))
     held = torch.from_dlpack(buffer.array)  # now XLA may not donate it
-    interop.dlpack.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
+    memory.HOST.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
     assert view.sum() == held.sum() == 1000
     del held
-    interop.dlpack.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
+    memory.HOST.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
     assert view.sum() == 2000

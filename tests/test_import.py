@@ -54,7 +54,7 @@ def test_interop_imports_torch_and_jax_at_the_first_use():
         assert not {"torch", "jax", "jopt"} & sys.modules.keys()
         interop.to_jax
         assert all(name in vars(interop) for name in interop.__all__)
-        assert "interop.optimizer" in sys.modules
+        assert "interop.dropin.step" in sys.modules
         """
     )
     assert result.returncode == 0, result.stderr
@@ -64,11 +64,11 @@ def test_interop_imports_torch_and_jax_at_the_first_use():
     "code",
     [
         "from interop import optim; optim.AdamW",
-        "import interop; interop.optim.AdamW; interop.amp.GradScaler; interop.checkpoint.FORMATS",
+        "import interop; interop.optim.AdamW; interop.amp.GradScaler; interop.runs.files.FORMATS",
         "import interop.optim; interop.optim.AdamW",
-        "from interop import *; assert wrap.__module__ == 'interop.wrapping'",
+        "from interop import *; assert wrap.__module__ == 'interop.wrapping.optimizer'",
         "from interop import WrappedOptimizer, to_jax",
-        "import interop.checkpoint.description, interop; interop.Checkpoint",
+        "import interop.runs.files.description, interop; interop.Checkpoint",
     ],
 )
 def test_ways_to_interops_names(code):

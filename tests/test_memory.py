@@ -8,7 +8,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
-from interop import dlpack, optim, program  # noqa: E402
+from interop import memory, optim  # noqa: E402
+from interop.dropin import program  # noqa: E402
+from interop.memory import cpu  # noqa: E402
+from interop.memory.tensors import DTYPES  # noqa: E402
+from interop.memory.values import to_jax, to_torch  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 from jopt.leaf import init_leaf  # noqa: E402
 from tests import cases  # noqa: E402
@@ -62,7 +66,7 @@ def test_a_buffer_is_zero_donated_in_place_and_compiles_nothing():
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     jax.monitoring.register_event_duration_secs_listener(count)
     shapes = (0, 1, 2, 12347, (1, 64), (3, 64))
-    buffers = [dlpack.Buffer(shape, dtype) for shape in shapes for dtype in dlpack.DTYPES.values()]
+    buffers = [memory.HOST.buffer(shape, dtype) for shape in shapes for dtype in DTYPES.values()]
     assert not compiled
     add(np.zeros(99, np.float32))
     assert compiled
@@ -81,9 +85,9 @@ def test_the_first_state_of_a_leaf_is_one_element_repeated(case):
     dtypes = [torch.float32, torch.bfloat16] + [torch.complex64] * case.takes_complex
     for shape in ((3, 4),) if case.matrices else ((3, 4), (5,), (), (2, 3, 4)):
         for dtype in dtypes:
-            param = dlpack.to_jax(torch.randn(shape).to(dtype))
+            param = to_jax(torch.randn(shape).to(dtype))
             compute = np.dtype(np.float32)
-            whole = dlpack.to_torch(init_leaf(transform.rule, {k: np.float32(x) for k, x in h.items()}, param))
+            whole = to_torch(init_leaf(transform.rule, {k: np.float32(x) for k, x in h.items()}, param))
             one = program.first_slots(transform.rule, len(shape), dtype, compute, tuple(h.items()))
             assert one.keys() == whole.keys()
             for name, expected in whole.items():
@@ -92,7 +96,7 @@ def test_the_first_state_of_a_leaf_is_one_element_repeated(case):
 
 
 def test_a_libc_that_cannot_give_memory_back_is_let_be(monkeypatch):
-    monkeypatch.setattr(program, "_malloc_trim", lambda: None)
+    monkeypatch.setattr(cpu, "_malloc_trim", lambda: None)
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optim.SGD([p], lr=0.5).step()

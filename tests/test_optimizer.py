@@ -20,14 +20,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import jopt  # noqa: E402
-from interop import optim, optimizer, program, reader  # noqa: E402
+from interop import optim  # noqa: E402
+from interop.dropin import host, native, program  # noqa: E402
+from interop.dropin.leaf import BIG  # noqa: E402
+from interop.dropin.step import CompiledStep  # noqa: E402
 from jopt import leaf as leaf_module  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reading")
-
-BIG = optimizer.BIG
 
 
 def network(dtype=torch.float32, seed=0, bias=True):
@@ -272,7 +273,7 @@ def test_state_views_stay_live_and_in_place():
 
 def test_the_program_aliases_every_buffer_and_makes_no_array():
     _model, opt = trained()
-    (bucket,), (_, (update,)) = opt._plan.buckets, opt._plan.programs[False, False]
+    (bucket,), (_, (update,)) = opt._plan.buckets, opt._plan._compiled[False, False]
     memory = update.memory_analysis()
     assert memory.alias_size_in_bytes == sum(b.array.nbytes for b in bucket.buffers)
     # Coefficients: a vector for each row of the shared buffers, a few numbers for each leaf.
@@ -896,7 +897,7 @@ def test_an_interrupted_first_step_can_be_taken_again(monkeypatch):
             raise KeyboardInterrupt
         return compile_one(*args)
 
-    monkeypatch.setattr(program, "compile_update", interrupted)
+    monkeypatch.setattr(CompiledStep, "compile_update", staticmethod(interrupted))
     with pytest.raises(KeyboardInterrupt):
         opt.step()
     assert not opt.state
@@ -917,7 +918,7 @@ def test_every_waiting_signal_is_delivered():
         signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
     }
     try:
-        with pytest.raises(KeyboardInterrupt), program.SignalsWait():  # noqa: PT012 - what it waits for
+        with pytest.raises(KeyboardInterrupt), host.SignalsWait():  # noqa: PT012 - what it waits for
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
             assert not seen
@@ -951,7 +952,7 @@ def test_a_gradient_without_memory(steps):
 
 def script(code):
     """For a process of its own, which reads gradients in the language in which this one does."""
-    enable = "import interop; interop.enable_native_reader()\n" if reader.extension is not None else ""
+    enable = "import interop; interop.enable_native_reader()\n" if native.extension is not None else ""
     return enable + textwrap.dedent(code)
 
 

@@ -10,7 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
-from interop import amp, optim, optimizer  # noqa: E402
+from interop import amp, optim  # noqa: E402
+from interop.dropin import plan  # noqa: E402
+from interop.dropin.leaf import BIG  # noqa: E402
 from jopt._compat import JAX  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.test_optimizer import assert_equal, backward, network  # noqa: E402
@@ -91,10 +93,10 @@ def test_bfloat16_is_clipped_in_bfloat16():
         assert all(torch.equal(p, q) for p, q in zip(*params, strict=True))
 
 
-@pytest.mark.parametrize("shelf", [optimizer.SHELF, 256])
+@pytest.mark.parametrize("shelf", [plan.SHELF, 256])
 def test_one_norm_over_types_groups_and_shelves(monkeypatch, shelf):
     """Small leaves on several shelves share the memory that their gradients are gathered in."""
-    monkeypatch.setattr(optimizer, "SHELF", shelf)
+    monkeypatch.setattr(plan, "SHELF", shelf)
     shapes = [(70,), (130,), (40000,), (200,), (3, 5), (100,)]
     dtypes = [torch.float32, torch.float32, torch.float32, torch.float64, torch.float64, torch.float32]
     results = []
@@ -125,7 +127,7 @@ def test_one_norm_over_types_groups_and_shelves(monkeypatch, shelf):
 
 
 def test_shelves_without_clipping(monkeypatch):
-    monkeypatch.setattr(optimizer, "SHELF", 256)
+    monkeypatch.setattr(plan, "SHELF", 256)
     models = [torch.nn.Sequential(*[torch.nn.Linear(9, 9) for _ in range(8)]) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model, module in zip(models, (torch.optim, optim), strict=True):
@@ -285,7 +287,7 @@ def test_a_wrapper_that_takes_on_the_class_sees_the_optimizers_own():
 
 def test_large_finite_gradients_are_no_infinities():
     """Their squares overflow; torch looks at the gradients themselves."""
-    p = torch.nn.Parameter(torch.ones(optimizer.BIG))
+    p = torch.nn.Parameter(torch.ones(BIG))
     small = torch.nn.Parameter(torch.ones(3))
     opt, scaler = optim.SGD([p, small], lr=1e-30), amp.GradScaler("cpu", init_scale=2.0)
     scaler.scale(torch.ones(()))
@@ -417,7 +419,7 @@ def test_two_programs_ten_passes_and_no_array():
         scaler.scale(torch.ones(()))
         scaler.step(opt)
     (bucket,) = opt._plan.buckets
-    (measure,), (update,) = opt._plan.programs[True, True]
+    (measure,), (update,) = opt._plan._compiled[True, True]
     n = sum(leaf.size for leaf in bucket.big) + bucket.layout.size
     first, second = measure.memory_analysis(), update.memory_analysis()
     moved = [m.argument_size_in_bytes + m.output_size_in_bytes for m in (first, second)]

@@ -11,14 +11,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
-from interop import optim, optimizer, reader  # noqa: E402
+from interop import optim  # noqa: E402
+from interop.dropin import native as native_module  # noqa: E402
 from tests.test_optimizer import backward, network, subprocess_run  # noqa: E402
 
 
 @pytest.fixture
 def native(native_reader, monkeypatch):
     """Optimizers that take their first step are read by C++."""
-    monkeypatch.setattr(reader, "extension", native_reader)
+    monkeypatch.setattr(native_module, "extension", native_reader)
 
 
 @pytest.fixture
@@ -40,26 +41,31 @@ def stepped(native):
 def read(opt):
     """The gradients, which C++ has read."""
     grads = opt._plan.as_before(opt, opt._plan.rules)
-    assert isinstance(grads, optimizer._ReadGradients)
+    assert isinstance(grads, native_module.ReadGradients)
     return grads
 
 
 def answers(opt):
     """Whether C++ finds all as it was."""
-    plan = opt._plan
-    return plan.reader.read(opt.param_groups, opt.state, plan.objects, plan.views) is not None
+    return readers(opt)[0].read(opt) is not None
+
+
+def readers(opt):
+    """Those in C++."""
+    return [reader for reader in opt._plan.turn.readers if isinstance(reader, native_module.NativeReader)]
 
 
 def test_it_reads_every_gradient(stepped):
     model, opt = stepped
     grads = read(opt)
-    [bucket] = opt._plan.buckets
-    [big] = grads.of_big(bucket)
+    [work] = opt._plan.turn.works
+    [big] = grads.of_big(work)
     assert big.ctypes.data == model[0].weight.grad.data_ptr()
     np.testing.assert_array_equal(big, model[0].weight.grad.flatten())
-    bucket.staging.array[:] = np.nan
-    grads.gather(bucket)
-    for leaf, view in zip(bucket.small, bucket.grad_views, strict=True):
+    for view in work.small_views:
+        view.fill_(np.nan)
+    grads.gather(work)
+    for leaf, view in zip(work.bucket.small, work.bucket.grad_views, strict=True):
         assert torch.equal(view, leaf.param.grad)
 
 
@@ -172,7 +178,7 @@ def test_conjugate_views(of, native):
                 p.data = p.data.conj()
             opt.step()
         both.append(p.detach().resolve_conj())
-    assert opt._plan.reader is not None
+    assert readers(opt)
     assert torch.equal(*both)
 
 
@@ -201,7 +207,7 @@ def test_parameters_that_are_no_tensors_are_left_to_python(stepped):
         opt.zero_grad()
         backward(model, i)
         opt.step()
-    assert opt._plan.reader is None
+    assert not readers(opt)
 
 
 def test_a_resized_gradient_is_not_read_past_its_end(stepped):
@@ -221,7 +227,7 @@ def test_it_holds_the_gradients_that_a_step_reads(stepped):
     opt.zero_grad()
     kept = [torch.full((200, 300), float("nan")) for _ in range(20)]
     assert all(x.data_ptr() != address for x in kept)
-    [big] = grads.of_big(opt._plan.buckets[0])
+    [big] = grads.of_big(opt._plan.turn.works[0])
     np.testing.assert_array_equal(big, value.flatten())
 
 
@@ -234,7 +240,7 @@ def test_it_is_in_no_cycle_that_the_garbage_collector_does_not_see(native):
         opt.zero_grad()
         backward(model, i)
         opt.step()
-    assert opt._plan.reader is not None
+    assert readers(opt)
     alive = weakref.ref(opt._plan.buckets[0]), weakref.ref(model[0])
     del model, opt, p
     gc.collect()

@@ -19,7 +19,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
-from interop import amp, optim, optimizer  # noqa: E402
+from interop import amp, optim  # noqa: E402
+from interop.dropin import plan as plan_module  # noqa: E402
+from interop.dropin import reader  # noqa: E402
+from interop.dropin.leaf import BIG  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.test_optimizer import backward, network, script, subprocess_run  # noqa: E402
 
@@ -403,10 +406,10 @@ def test_a_freed_optimizer_leaves_a_model_for_the_next(extras, last):
 
 
 @extras
-@pytest.mark.parametrize("shelf", [optimizer.SHELF, 256])
+@pytest.mark.parametrize("shelf", [plan_module.SHELF, 256])
 def test_views_outlive_model_and_optimizer(monkeypatch, extras, shelf):
     """Each keeps the memory by itself."""
-    monkeypatch.setattr(optimizer, "SHELF", shelf)
+    monkeypatch.setattr(plan_module, "SHELF", shelf)
     side = Side(True, extras=extras)
     side.train(2)
     held = []
@@ -526,7 +529,7 @@ def test_two_optimizers_on_one_model(over, extras):
 @extras
 def test_small_tensors_on_several_shelves(monkeypatch, extras):
     """Exchanged, absent, late and reset parameters, each on a shelf of its own."""
-    monkeypatch.setattr(optimizer, "SHELF", 64)
+    monkeypatch.setattr(plan_module, "SHELF", 64)
     both = []
     for ours in (False, True):
         torch.manual_seed(0)
@@ -751,8 +754,8 @@ if not hasattr(torch.Tensor, "grad_dtype"):  # until torch 2.10, where a gradien
 )
 def test_every_change_after_unchanged_steps_is_noticed(monkeypatch, change, extras):
     checked = []
-    gradients = optimizer._gradients
-    monkeypatch.setattr(optimizer, "_gradients", lambda opt: checked.append(opt) or gradients(opt))
+    gradients = reader.checked
+    monkeypatch.setattr(reader, "checked", lambda opt: checked.append(opt) or gradients(opt))
     both = []
     for ours in (False, True):
         name = "SGD" if change in SPARSE else "AdamW"
@@ -771,7 +774,7 @@ def test_every_change_after_unchanged_steps_is_noticed(monkeypatch, change, extr
     assert_same(*both)
 
 
-@pytest.mark.parametrize("n", [10, optimizer.BIG])
+@pytest.mark.parametrize("n", [10, BIG])
 @pytest.mark.parametrize("change", ["conj", "neg", "conj and neg", "strided", "data conj", "data neg"])
 def test_changes_of_complex_tensors_are_noticed(n, change):
     results = []
@@ -798,11 +801,11 @@ def test_changes_of_complex_tensors_are_noticed(n, change):
     assert cases.difference(results[1], results[0]) <= cases.NETWORK["float32"]
 
 
-@pytest.mark.parametrize(("i", "n"), [(0, optimizer.BIG + 1), (0, 5), (1, 11), (1, 5)])
+@pytest.mark.parametrize(("i", "n"), [(0, BIG + 1), (0, 5), (1, 11), (1, 5)])
 def test_a_gradient_of_another_size_is_refused(i, n):
     """It can only come to be by `grad.data`; nothing is read past its end."""
     for module in (torch.optim, optim):
-        params = [torch.nn.Parameter(torch.ones(size)) for size in (optimizer.BIG, 10)]
+        params = [torch.nn.Parameter(torch.ones(size)) for size in (BIG, 10)]
         opt = module.AdamW(params, lr=0.1)
         for step in range(4):
             for p in params:
@@ -920,7 +923,7 @@ def test_two_optimizers_in_threads(extras):
 @extras
 def test_a_thread_reads_while_another_steps(extras):
     """Each element counts down by one a step: a reader finds whole numbers that never rise."""
-    params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 1000, optimizer.BIG)]
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 1000, BIG)]
     options = dict(max_norm=1e9, ema=0.0) if extras else {}
     opt = optim.SGD(params, lr=1.0, **options)
     steps, done = 300, []

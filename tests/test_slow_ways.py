@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch", reason="the drop-in is torch's")
 
 from torch import nn  # noqa: E402
 
-import interop.optimizer  # noqa: E402
 from interop import optim  # noqa: E402
+from interop.dropin import reader  # noqa: E402
 
 SHAPE = (4, 3)
 
@@ -19,13 +19,13 @@ class Side:
 
     def __init__(self, monkeypatch, make=lambda: nn.Parameter(torch.ones(SHAPE)), **options):
         self.looks = 0
-        gradients = interop.optimizer._gradients
+        gradients = reader.checked
 
         def counted(optimizer):
             self.looks += 1
             return gradients(optimizer)
 
-        monkeypatch.setattr(interop.optimizer, "_gradients", counted)
+        monkeypatch.setattr(reader, "checked", counted)
         self.params = [nn.Parameter(torch.ones(SHAPE)), make()]
         self.optimizer = optim.AdamW(self.params, **options)
         self.grad = torch.ones_like  # of a parameter

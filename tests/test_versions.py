@@ -145,8 +145,9 @@ torch = pytest.importorskip("torch", reason="what follows is about torch's versi
 
 import interop  # noqa: E402
 from interop import _compat as interop_compat  # noqa: E402
-from interop import optim, options  # noqa: E402
+from interop import optim  # noqa: E402
 from interop._compat import TORCH  # noqa: E402
+from interop.dropin import options  # noqa: E402
 
 
 def test_an_old_torch_is_said():

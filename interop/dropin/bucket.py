@@ -1,0 +1,329 @@
+"""The leaves that one program steps: their buffers, and a step of them.
+
+Leaves of `BIG` elements and more have buffers of their own. The rest share some, since dispatch costs by the buffer.
+A leaf lives in its place in the buffers if nothing else refers to its memory. Every other one has a home there: it is
+copied in before the step and out after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import Tensor
+
+from interop.dropin import dtensor, program
+from interop.dropin.coefficients import Coefficients, Scalars, scalar_dtype
+from interop.dropin.leaf import EMA, Leaf, is_big
+from interop.dropin.reader import Gradients
+from interop.dropin.state import is_shared
+from interop.memory import Buffer, Device, Freed, Staging
+from interop.memory.tensors import DTYPES, address, entry, leave, may_move, owned
+from jopt.arena import ROW, Layout
+from jopt.rule import Rule
+
+Numbers = Sequence[dict[str, float]]  # the hyperparameters of each group
+
+
+@dataclasses.dataclass
+class Work:
+    """Which leaves of a bucket step, and what is to be copied for it; until something changes.
+
+    Attributes:
+      bucket: whose leaves these are.
+      active: whether each leaf steps.
+      places: of each big leaf where among all parameters its gradient is; None for none.
+      small_places, small_views: the same of the small ones that have a gradient, and where it is gathered.
+      copied_in, copied_out: leaves that do not live in the buffers.
+      shared_slots, shared_scalars: state that does not: pairs of its place in the buffers and where it lives.
+      resident: parameters that the program writes in place.
+      counted: of each small leaf where in its buffer it ends, 0 if it has no gradient.
+    """
+
+    bucket: Bucket
+    active: np.ndarray
+    places: list[int | None]
+    small_places: list[int]
+    small_views: list[Tensor]
+    copied_in: list[Leaf]
+    copied_out: list[Leaf]
+    shared_slots: list[tuple[Tensor, Tensor]]
+    shared_scalars: list[tuple[Tensor, Tensor]]
+    resident: list[Tensor]
+    counted: jax.Array
+
+    @functools.cached_property
+    def is_active(self) -> bool:
+        return bool(self.active.any())
+
+
+class Bucket:
+    """The leaves of one rule, one set of types and one device."""
+
+    def __init__(
+        self,
+        index: int,
+        device: Device,
+        rule: Rule,
+        dtype: torch.dtype,
+        slots: Mapping[str, torch.dtype],
+        leaves: Sequence[Leaf],
+    ):
+        self.index = index  # among the plan's
+        self.device, self.rule = device, rule
+        self.big = [leaf for leaf in leaves if is_big(rule, leaf.size)]
+        self.small = [leaf for leaf in leaves if not is_big(rule, leaf.size)]
+        self.leaves = self.big + self.small
+        self.dtypes = {"param": DTYPES[dtype]} | {slot: DTYPES[d] for slot, d in slots.items()}
+        self.dtype = self.dtypes["param"]
+        self.layout = Layout(tuple((leaf.size,) for leaf in self.small), ROW)
+        self.leaf_of_row = _leaf_of_row(device, self.layout)
+        self.spec = program.Spec(
+            device,
+            rule,
+            tuple(self.dtypes.items()),
+            tuple(tuple(leaf.shape) if rule.scope == "tensor" else (leaf.size,) for leaf in self.big),
+            len(self.small),
+            len(self.leaf_of_row),
+        )
+
+    # --- memory
+
+    def take(self, optimizer: Any, numbers: Numbers, staging: Staging, begun: bool, freed: Freed) -> None:
+        """Make the buffers, and move parameters and state into them.
+
+        Args:
+          optimizer: whose leaves these are.
+          numbers: the hyperparameters of each group.
+          staging: where the gradients of small leaves are gathered.
+          begun: the averages of other parameters have begun: a new one begins with the parameter as it is.
+          freed: is told of what torch frees.
+        """
+        layout, device = self.layout, self.device
+        self.missing = device.zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
+        self.staging, self.gathered = staging, staging.array((layout.size // ROW, ROW))
+        self.coefficients = Coefficients(self.spec, device, self.leaves, self._first_scalars(optimizer, numbers))
+        # Parameters first: what they leave is given back before the state takes as much and more.
+        shelves = [([leaf], [0]) for leaf in self.big] + [(self.small, list(layout.offsets))] * bool(self.small)
+        owned_by: list[dict[str, Buffer]] = []
+        for leaves, offsets in shelves:
+            owned_by.append({"param": self._buffer("param", leaves)})
+            for leaf, offset in zip(leaves, offsets, strict=True):
+                self._take_param(leaf, owned_by[-1]["param"], offset, optimizer._around)
+                freed.add(0 if leaf.home is not None else leaf.local.nbytes)
+        rows = iter(range(len(self.leaves)))
+        for own, (leaves, offsets) in zip(owned_by, shelves, strict=True):
+            own |= {slot: self._buffer(slot, leaves) for slot in self.spec.names[1:]}
+            for leaf, offset in zip(leaves, offsets, strict=True):
+                loaded = optimizer.state.get(leaf.param)
+                self._take_slots(next(rows), leaf, own, offset, optimizer, numbers[leaf.group], begun)
+                freed.add(leaf.local.nbytes * len(leaf.state_dtypes) if loaded else 0)
+        self.buffers = [buffer for own in owned_by for buffer in own.values()]
+        self.grad_views = [  # where the small leaves' gradients are gathered
+            staging.view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
+            for leaf, offset in zip(self.small, layout.offsets, strict=True)
+        ]
+
+    def _buffer(self, name: str, leaves: list[Leaf]) -> Buffer:
+        """For the parameter or a slot of a big leaf, or of all small ones."""
+        shape: int | tuple[int, int] = (self.spec.rows, ROW)
+        if leaves is not self.small:
+            [leaf] = leaves
+            reals = 2 if leaf.dtype.is_complex else 1
+            shape = leaf.size if name == "param" else math.prod(leaf.state_shapes[name]) * reals
+        return self.device.buffer(shape, self.dtypes[name])
+
+    def _take_param(self, leaf: Leaf, buffer: Buffer, offset: int, owner: Any) -> None:
+        """Move a parameter to its place `offset` elements into a buffer, if nothing else refers to its storage."""
+        leaf.home = buffer.view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
+        if leaf.size and not leaf.stays and may_move(leaf.param, owner):
+            leaf.param.data = owned(leaf.home.copy_(leaf.param), owner)
+            leaf.home = None
+        leaf.address = address(leaf.local)
+
+    def _take_slots(
+        self,
+        i: int,
+        leaf: Leaf,
+        buffers: Mapping[str, Buffer],
+        offset: int,
+        optimizer: Any,
+        h: dict[str, float],
+        begun: bool,
+    ) -> None:
+        """Move a leaf's state to its places."""
+        leaf.views = {
+            name: entry(vector, i)
+            for name, vector in self.coefficients.scalars.items()
+            if name not in optimizer.hidden_scalars
+        }
+        for slot, dtype in leaf.state_dtypes.items():
+            view = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
+            leaf.views[slot] = dtensor.like(view, leaf.param)
+        if leaf.views:
+            state = optimizer.state[leaf.param]
+            for name, value in state.items():
+                if name in leaf.views and is_shared(value):
+                    leaf.homes[name], leaf.views[name] = leaf.views[name], value
+            self._take_state(i, leaf, state, dict(state), h, begun)
+
+    def _first_scalars(self, optimizer: Any, numbers: Numbers) -> Scalars:
+        """The scalar state, a vector over the leaves; torch's 0-d tensors are views of its entries."""
+        vectors = {}
+        for name in self.rule.init_scalars(numbers[0]):
+            values = [self.rule.init_scalars(numbers[leaf.group])[name] for leaf in self.leaves]
+            for i, leaf in enumerate(self.leaves):
+                state = optimizer.state.get(leaf.param)
+                if (
+                    name in optimizer.hidden_scalars
+                    and state
+                    and any(state.get(s) is not None for s in leaf.state_dtypes if s != EMA)
+                ):
+                    values[i] = 1.0  # of a hidden step only matters whether there was one
+            vectors[name] = np.array(values, scalar_dtype())
+        return vectors
+
+    def _take_state(
+        self, i: int, leaf: Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float], begun: bool
+    ) -> None:
+        """Make torch's state of a leaf views of the buffers, with the values given, or else the rule's first."""
+        first: dict[str, Any] = {}
+        if any(values.get(name) is None for name in leaf.views):
+            scalars = self.rule.init_scalars(h)
+            slots = program.first_slots(
+                self.rule, len(leaf.shape), leaf.dtype, self.spec.compute_dtype, tuple(h.items())
+            )
+            first = scalars | slots | {EMA: leaf.local}
+            for name in scalars.keys() - leaf.views.keys():
+                self.coefficients.scalars[name][i] = scalars[name]
+        self.coefficients.new[i] = EMA in leaf.views and values.get(EMA) is None and not begun
+        for name, view in leaf.views.items():
+            value = first[name] if values.get(name) is None else values[name]
+            value, place = dtensor.local(value), dtensor.local(leaf.homes.get(name, view))
+            if isinstance(value, Tensor):
+                value = value.to_dense() if value.is_sparse else value
+                place.copy_(value if place.dim() else value.reshape(()))
+            else:
+                place.fill_(float(value))
+            state[name] = view
+
+    # --- the step
+
+    def begin(
+        self,
+        states: Any,
+        numbers: Numbers,
+        grads: Mapping[Tensor, Tensor],
+        places: Mapping[Tensor, int],
+        begun: bool,
+        averages: bool,
+    ) -> Work:
+        """Which leaves have a gradient; takes in state that its user exchanged."""
+        active = np.array([leaf.param in grads for leaf in self.leaves], bool)
+        stepped = [leaf for leaf in self.leaves if leaf.param in grads]
+        foreign = []  # all is read before any is written, since it may be other state
+        for i, leaf in enumerate(self.leaves):
+            if (active[i] or (averages and states.get(leaf.param))) and leaf.views:
+                state = states[leaf.param]
+                if any(state.get(name) is not view for name, view in leaf.views.items()):
+                    values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
+                    foreign.append((i, leaf, state, values))
+        for i, leaf, state, values in foreign:
+            for name, view in leaf.views.items():
+                if state.get(name) is not view:
+                    leaf.views[name] = leave(view)  # to its user, who may have kept it
+            self._take_state(i, leaf, state, values, numbers[leaf.group], begun)
+        shared = [
+            (name in self.coefficients.scalars, leaf.homes[name], leaf.views[name].view(leaf.homes[name].shape))
+            for leaf in self.leaves
+            for name in leaf.homes
+            if leaf.param in grads or (averages and name == EMA)
+        ]
+        small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]
+        ends = np.array(self.layout.offsets, np.int32) + np.array(self.layout.sizes, np.int32)
+        self.coefficients.mark(active)
+        return Work(
+            bucket=self,
+            active=active,
+            places=[places[leaf.param] if leaf.param in grads else None for leaf in self.big],
+            small_places=[places[self.small[i].param] for i in small],
+            small_views=[self.grad_views[i] for i in small],
+            copied_in=[leaf for leaf in (self.leaves if averages else stepped) if leaf.home is not None],
+            copied_out=[leaf for leaf in stepped if leaf.home is not None],
+            shared_slots=[(place, value) for is_scalar, place, value in shared if not is_scalar],
+            shared_scalars=[(place, value) for is_scalar, place, value in shared if is_scalar],
+            # A DTensor's own counter does not see that its local tensor was written to.
+            resident=[leaf.param for leaf in stepped if leaf.home is None or leaf.placement is not None],
+            counted=self.device.put(np.where(active[len(self.big) :], ends, 0).astype(np.int32)),
+        )
+
+    def measure(self, measure: Any, work: Work, grads: Gradients, inverse_scale: float) -> tuple[Any, Any]:
+        """The norms of the gradients, and whether one is not finite, as arrays that may not be computed yet."""
+        scale = number_array(self.device, inverse_scale, self.spec.compute_dtype)
+        arrays = grads.arrays(work)
+        self.device.before()
+        return measure(arrays, self.leaf_of_row, work.counted, scale)
+
+    def step(
+        self,
+        update: Any,
+        work: Work,
+        numbers: Numbers,
+        grads: Gradients,
+        found: Mapping[str, Any],
+        ema: float | None,
+    ) -> tuple[list[Any], Scalars]:
+        """Step the leaves. Returns what the program found, and for `finish`, if that is to come, the scalar state."""
+        for leaf in work.copied_in:
+            leaf.home.copy_(leaf.local)  # type: ignore[union-attr]
+        for place, value in (*work.shared_slots, *work.shared_scalars):
+            place.copy_(value)
+        scalars = self.coefficients.fill(numbers, ema)
+        arrays = grads.arrays(work)
+        table = self.coefficients.table.array()
+        self.device.before()
+        out = program.launch(self.device, update, self.buffers, arrays, table, self.leaf_of_row, found)
+        try:
+            if not found:  # then it is not skipped, and this is done while it runs
+                self.finish(work, scalars)
+        finally:
+            self.device.after(out)
+        for leaf in work.copied_out:
+            leaf.local.copy_(leaf.home)  # type: ignore[arg-type]
+        for place, value in work.shared_slots:
+            value.copy_(place)
+        if ema is not None:
+            self.coefficients.new[:] = False
+        return out[len(self.buffers) :], scalars
+
+    def finish(self, work: Work, scalars: Scalars) -> None:
+        """After a step that was not skipped: the scalar state and torch's version counters."""
+        self.coefficients.finish(scalars)
+        for place, value in work.shared_scalars:
+            value.copy_(place)
+        # As torch's own in-place operations do, so that a backward through old values raises.
+        torch.autograd.graph.increment_version(work.resident)
+
+
+@functools.lru_cache(maxsize=64)
+def number_array(device: Device, x: float, dtype: np.dtype) -> jax.Array:
+    """A number as programs take it."""
+    return device.put(np.asarray(x, dtype))
+
+
+_leaves_of_rows: weakref.WeakValueDictionary[Any, jax.Array] = weakref.WeakValueDictionary()
+
+
+def _leaf_of_row(device: Device, layout: Layout) -> jax.Array:
+    """For each row its leaf: one array for all buckets with such rows."""
+    found = _leaves_of_rows.get((device, layout.rows))
+    if found is None:
+        found = _leaves_of_rows[device, layout.rows] = device.put(layout.leaf_of_row())
+    return found

@@ -1,0 +1,95 @@
+"""A torch optimizer's groups: their numbers, and how messages call what is in them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from jopt.rule import Rule
+
+
+def hyperparameters(optimizer: Any) -> tuple[list[dict[str, float]], list[Rule]]:
+    """The numbers of each group, its tuples taken apart, and the rule that its flags make.
+
+    Raises:
+      KeyError, TypeError, ValueError: as torch's step, for what is not there, no number, or not as many.
+    """
+    rule = optimizer.rule
+    hyperparameters, rules = [], []
+    for index, group in enumerate(optimizer.param_groups):
+        try:
+            if not _names(rule) <= group.keys():
+                raise KeyError
+            h = {name: x if type(x) is float else as_number(x) for name, x in rule.members(group).items()}
+            rules.append(rule.shaped_by(group, h))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _group_error(optimizer, index, error) from error
+        hyperparameters.append(h)
+    return hyperparameters, rules
+
+
+@functools.cache
+def _owners(rule: type[Rule]) -> dict[str, str]:
+    """What the rule's numbers are called in a group, or the tuples that they are in."""
+    owners = {name: name for name in rule.hyperparameters}
+    return owners | {name: owner for owner, names in rule.tuples.items() for name in names}
+
+
+@functools.cache
+def _names(rule: type[Rule]) -> frozenset[str]:
+    return frozenset(_owners(rule).values())
+
+
+def as_number(x: Any) -> float:
+    """What a group holds for a number; TypeError for what is none."""
+    try:
+        if not isinstance(x, str | bytes):  # which Python would read
+            return float(x)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"expected a number, or a tensor of one, found {x!r}")
+
+
+def _group_error(optimizer: Any, index: int, error: Exception) -> Exception:
+    """What is wrong with a group, in the type of torch's error."""
+    group, rule = optimizer.param_groups[index], optimizer.rule
+    for name in dict.fromkeys(_owners(rule).values()):
+        if name not in group:
+            return lacks(optimizer, index, name)
+        if (members := rule.tuples.get(name)) is not None:
+            n = len(group[name]) if isinstance(group[name], tuple | list) else None
+            if n != len(members):
+                # Muon's rule has torch's own words.
+                own = f"expected {len(members)} numbers ({', '.join(members)}), found {group[name]!r}"
+                text = error if isinstance(error, ValueError) else own
+                return (TypeError if n is None else ValueError)(f"param_groups[{index}][{name!r}]: {text}")
+    for name, x in rule.members(group).items():
+        try:
+            as_number(x)
+        except TypeError as wrong:
+            return TypeError(f"param_groups[{index}][{_owners(rule)[name]!r}]: {wrong}")
+    if isinstance(error, KeyError):
+        return lacks(optimizer, index, error.args[0])
+    return type(error)(f"param_groups[{index}]: {error}")
+
+
+def lacks(optimizer: Any, index: int, name: str) -> KeyError:
+    """The error for what a group does not have."""
+    return KeyError(
+        f"param_groups[{index}][{name!r}]: {type(optimizer).__name__} reads it, found "
+        f"{sorted(optimizer.param_groups[index])}; set it, or load the state_dict of an optimizer of this class"
+    )
+
+
+def parameters(optimizer: Any) -> list[Tensor]:
+    """The parameters of all groups, in their order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameter_name(optimizer: Any, group: int, p: Tensor) -> str:
+    """How messages call a parameter."""
+    index = next(i for i, q in enumerate(optimizer.param_groups[group]["params"]) if q is p)
+    names = optimizer.param_groups[group].get("param_names")
+    return f"param_groups[{group}]['params'][{index}]" + (f" ({names[index]!r})" if names else "")

@@ -1,0 +1,119 @@
+"""What a step needs of the process: signals, threads, JAX's settings."""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[reportMissingImports]  # signal without its enumerations, which cost more than all else
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+
+from interop import _compat
+from jopt._compat import enable_x64
+
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = _forked or _compat.jax_has_started()
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
+def check_process() -> None:
+    """Raise RuntimeError in a process in which XLA would hang."""
+    if _forked:
+        raise RuntimeError(
+            "step() in a forked child process: XLA's threads do not survive a fork; start the process by 'spawn' "
+            "or 'forkserver', or before anything uses JAX"
+        )
+
+
+@functools.cache
+def undynamo(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of f. Lazily, since it imports torch._dynamo."""
+    return torch.compiler.disable(f)
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """The JAX settings that the programs need, whatever the user's: debug_nans raises after buffers were donated."""
+    with (
+        enable_x64(True),
+        jax.disable_jit(False),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.transfer_guard("allow"),
+    ):
+        yield
+
+
+def settings() -> Any:
+    """The context in which programs run, inside `SignalsWait`: JAX's settings are ours."""
+    unusual = any(getattr(jax.config, name) for name in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs"))
+    guarded = getattr(jax.config, "jax_transfer_guard_host_to_device", None) not in (None, "allow")
+    # Entering them all costs as much as dispatching a small program.
+    return own_settings() if unusual or guarded else enable_x64(True)
+
+
+def pause_openmp() -> None:
+    """End the threads of torch's OpenMP: after a parallel loop they spin, on the processors that XLA needs."""
+    if (pause := _omp_pause()) is not None:
+        pause(1)  # omp_pause_soft
+
+
+@functools.cache
+def _omp_pause() -> Any:
+    """GNU OpenMP's omp_pause_resource_all, if torch runs on that; it ends the calling thread's pool alone."""
+    maps = Path("/proc/self/maps")
+    if not sys.platform.startswith("linux") or not maps.exists():
+        return None
+    for line in maps.read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if "libgomp" in path:
+            return getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
+    return None
+
+
+class SignalsWait:
+    """Python's signal handlers run after the block rather than inside it."""
+
+    signals = [
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+        if hasattr(signal, name)
+    ]
+
+    def __enter__(self) -> None:
+        self.handlers: dict[int, Any] = {}
+        self.arrived: list[tuple[int, Any]] = []
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals:
+                if callable(handler := _signal.getsignal(number)):
+                    self.handlers[number] = handler
+                    _signal.signal(number, lambda *args: self.arrived.append(args))
+
+    def __exit__(self, *_: object) -> None:
+        for number in reversed(self.handlers):  # SIGINT last, as it came first: until then it cannot cut this short
+            _signal.signal(number, self.handlers[number])
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self.arrived:
+            number, frame = self.arrived.pop(0)
+            try:
+                self.handlers[number](number, frame)
+            finally:
+                self._deliver()

@@ -1,0 +1,53 @@
+"""A parameter as a plan sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interop.memory import Device
+from jopt.rule import Rule
+
+BIG = 2**15  # elements: what has as many has buffers of its own
+EMA = "ema"  # the slot of the parameter's exponential moving average
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Leaf:
+    """One parameter: where its values and its state lie in a bucket's buffers. Of a DTensor, the local tensor's."""
+
+    param: Tensor
+    device: Device
+    local: Tensor  # a DTensor's; else the parameter itself
+    placement: Any  # a DTensor's
+    group: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    size: int  # in reals
+    state_dtypes: dict[str, torch.dtype]
+    state_shapes: dict[str, tuple[int, ...]]
+    lazy: bool  # a conjugate or negative view
+    address: int = 0  # where the parameter's values are; another one means that its storage was exchanged
+    home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
+    stays: bool = False  # its storage was exchanged once: it is left where its user puts it
+    views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
+    # Where of it in the buffers belongs what does not live there: copied in and out, as a parameter with a home.
+    homes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def is_lazy(p: Tensor) -> bool:
+    """Whether its values are not those in its memory: a conjugate or negative view of them."""
+    return p.is_conj() or p.is_neg()
+
+
+def is_big(rule: Rule, size: int) -> bool:
+    """Whether a leaf has buffers of its own."""
+    return size >= BIG or rule.scope == "tensor"
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype

@@ -1,0 +1,117 @@
+"""Muon's programs: torch's products between two of XLA's.
+
+XLA on CPU (0.10) runs products of a few hundred rows on one thread, at half the speed of torch's batched ones. Those
+are summed as torch.optim.Muon's are, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array, lax
+
+from interop.dropin import host
+from interop.dropin.program import Norms, Spec, Update, compile_on
+from interop.dropin.program import compile_update as compile_plain
+from interop.memory.tensors import DTYPES
+from jopt import numerics as t
+from jopt.leaf import in_step_type
+from jopt.optimizers import Muon
+
+
+class _Moved(Muon):
+    """Muon where what comes of its iteration is among the coefficients: it looks at single elements."""
+
+    scope = "element"
+
+    def update(self, c: Any, grad: Array, state: dict[str, Array], param: Array) -> tuple[Array, dict[str, Array]]:
+        _, state = self.direct(c, grad, state)
+        return self.move(c, param, c["orthogonal"], c["adjustment"]), state
+
+
+@functools.lru_cache(maxsize=256)
+def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
+    """As `program.compile_update`. The bucket's matrices are of one shape and one parameter group."""
+    [shape] = set(spec.big)
+    if not math.prod(shape):
+        return compile_plain(spec, clip, unscale, norms)
+    rule: Any = _Moved(**vars(spec.rule))
+    step = Update(dataclasses.replace(spec, rule=rule), clip, unscale, norms)
+
+    def direct(*arguments: Any) -> Array:
+        """What is made orthogonal."""
+        matrices = []
+        for leaf in step.leaves(*arguments)[0]:
+            (c, grad, state, param, _, _, factors), _ = step.before(*leaf)
+            c, grad, state, _ = in_step_type(c, t.scale(grad, factors), state, param)
+            matrices.append(rule.direct(c, grad, state)[0])
+        # XLA on CPU would stack them in float32.
+        return jnp.stack([lax.bitcast_convert_type(x, jnp.uint16) for x in matrices])
+
+    def move(orthogonal: list[Array], *arguments: Any) -> list[Array]:
+        given = [{"orthogonal": x, "adjustment": rule.adjustment(shape)} for x in orthogonal]
+        return step(*arguments, given=given)
+
+    with host.own_settings():
+        arguments = step.arguments()
+        orthogonal = [spec.array((math.prod(shape),), jnp.bfloat16) for _ in spec.big]
+        return Orthogonalizing(
+            spec,
+            rule.ns_steps,
+            compile_on(spec.device, direct, *arguments),
+            compile_on(spec.device, move, orthogonal, *arguments, donate_argnums=1),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonalizing:
+    """A step: a program, torch's products, and a program.
+
+    The first program gives no buffer away, so that nothing is lost if the products raise: the second averages again.
+    """
+
+    spec: Spec
+    ns_steps: int
+    direct: Any
+    move: Any
+
+    def __call__(
+        self, buffers: list[Array], grads: list[Any], table: Array, leaf_of_row: Array, found: dict[str, Any]
+    ) -> list[Array]:
+        device = self.spec.device
+        c = dict(zip(self.spec.columns, np.asarray(table)[0].tolist(), strict=True))
+        arguments = (buffers, grads, table, leaf_of_row, found)
+        rows, columns = self.spec.big[0]
+        bits = self.direct(*arguments)
+        device.after(bits)
+        x = device.tensor(bits).view(torch.bfloat16).view(-1, rows, columns)
+        if rows > columns:
+            x = x.mT
+        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=c["eps"])
+        # Products of 16 rows and less torch sums otherwise for many matrices than for one.
+        together = len(x) > 1 and x.shape[1] > 16
+        x = self._iterate(x, c) if together else torch.stack([self._iterate(matrix, c) for matrix in x])
+        x = (x.mT if rows > columns else x).contiguous()
+        host.pause_openmp()
+        device.before()
+        out = self.move([device.elements(matrix, DTYPES[x.dtype]) for matrix in x], *arguments)
+        device.after(out)  # the program reads x, which nothing keeps from here on
+        return out
+
+    def _iterate(self, x: torch.Tensor, c: dict[str, float]) -> torch.Tensor:
+        """The iteration of `jopt.optimizers.muon.orthogonalize` for a matrix or many."""
+        addmm = torch.addmm if x.dim() == 2 else torch.baddbmm
+        gram, polynomial = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))
+        results = itertools.cycle(x.new_empty(x.shape) for _ in range(2))  # not x, which may be a transpose
+        for _ in range(self.ns_steps):
+            torch.matmul(x, x.mT, out=gram)
+            addmm(gram, gram, gram, beta=c["b"], alpha=c["c"], out=polynomial)
+            x = addmm(x, polynomial, x, beta=c["a"], out=next(results))
+        return x

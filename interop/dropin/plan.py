@@ -1,0 +1,371 @@
+"""Which parameters a step updates, in which buffers, and when that has to be made anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from interop.dropin import dtensor, host, native, program, reader
+from interop.dropin.bucket import Bucket, Numbers, Work, number_array
+from interop.dropin.coefficients import Scalars
+from interop.dropin.groups import parameter_name, parameters
+from interop.dropin.leaf import EMA, Leaf, is_big, is_lazy, real_dtype
+from interop.dropin.state import check_state, is_shared, state_dtypes
+from interop.memory import Device, Staging, check_parameter
+from interop.memory.tensors import DTYPES, address, extent, is_alone
+from jopt.arena import ROW
+from jopt.leaf import stack_size
+from jopt.rule import Rule
+
+SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are gathered in as much memory
+
+
+@dataclasses.dataclass
+class Measured:
+    """What was found in the gradients of all buckets, for their updates.
+
+    Attributes:
+      norms, overflows: of each bucket, as programs take them.
+      max_norm, inverse_scale: numbers of the step.
+    """
+
+    norms: list[Any]
+    overflows: list[Any]
+    max_norm: float
+    inverse_scale: float
+
+    def of(self, bucket: Bucket) -> dict[str, Any]:
+        """As the bucket's program takes it."""
+        dtype = bucket.spec.compute_dtype
+        numbers = {"max_norm": self.max_norm, "inverse_scale": self.inverse_scale}
+        arrays = {name: number_array(bucket.device, x, dtype) for name, x in numbers.items()}
+        return {"norms": self.norms, "overflows": self.overflows} | arrays
+
+
+@dataclasses.dataclass
+class Turn:
+    """What stays the same from step to step, until a reader finds a change."""
+
+    readers: list[reader.Reader]
+    works: list[Work]
+
+
+def plan_for(optimizer: Any, rules: list[Rule], numbers: Numbers) -> tuple[Plan | None, Any]:
+    """The optimizer's plan, as before or made anew, and the gradients to step by; (None, None) if there are none."""
+    plan: Plan | None = optimizer._plan
+    if plan is not None and (grads := plan.as_before(optimizer, rules)) is not None:
+        return plan, grads
+    present = reader.checked(optimizer)
+    if not present and (plan is None or not plan.averages):
+        return None, None
+    if plan is None or not plan.serves(optimizer, rules, numbers, present):
+        plan = optimizer._plan = Plan(optimizer, rules, numbers, present, plan)
+    return plan, plan.begin(optimizer, numbers, present)
+
+
+class Plan:
+    """Which parameters a step updates, in which buffers.
+
+    Made anew for what it does not know: another parameter with a gradient, another shape, type, flag or group. Not
+    for a missing gradient, nor for other numbers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        rules: Sequence[Rule],
+        numbers: Numbers,
+        grads: Mapping[Tensor, Tensor],
+        previous: Plan | None,
+    ):
+        self.rules, self.averages = list(rules), optimizer.ema is not None
+        self.turn: Turn | None = None
+        self.leaves, members, self.passes = self._find_leaves(optimizer, numbers, grads, previous)
+        # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
+        parts = [
+            (device, rule, dtype, dict(slots), part)
+            for (_, device, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
+            for part in _shelves(rule, leaves)
+        ]
+        self.buckets = [Bucket(i, *part) for i, part in enumerate(parts)]
+        self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
+        self.programs(optimizer)
+        with host.SignalsWait():
+            self._take(optimizer, numbers)
+        self.views = self._state_views()
+        self.addresses = list(map(address, self.views))
+
+    def _find_leaves(
+        self, optimizer: Any, numbers: Numbers, grads: Mapping[Tensor, Tensor], previous: Plan | None
+    ) -> tuple[dict[Tensor, Leaf], dict[Any, list[Leaf]], dict[Tensor, int]]:
+        """The leaves, those that one program may step together, and the pass of each; all is checked."""
+        before = previous.leaves if previous else {}
+        params = [
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p in grads or (p in before and (optimizer.state.get(p) or not before[p].views))
+        ]
+        passes = _passes(params)
+        leaves: dict[Tensor, Leaf] = {}
+        members: dict[Any, list[Leaf]] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if p not in passes or p in leaves:
+                    continue
+                leaf = leaves[p] = self._leaf(optimizer, index, p, numbers[index], before.get(p))
+                real = tuple((slot, real_dtype(dtype)) for slot, dtype in leaf.state_dtypes.items())
+                key = passes[p], leaf.device, self.rules[index], real_dtype(p.dtype), real
+                members.setdefault(key, []).append(leaf)
+        return leaves, members, passes
+
+    def _leaf(self, optimizer: Any, index: int, p: Tensor, h: dict[str, float], before: Leaf | None) -> Leaf:
+        name, rule = parameter_name(optimizer, index, p), self.rules[index]
+        x = dtensor.local(p)
+        device = check_parameter(name, x)
+        rule.check_param(name, tuple(x.shape), DTYPES[x.dtype])
+        shapes = program.slot_shapes(rule, tuple(x.shape)) | ({EMA: tuple(x.shape)} if self.averages else {})
+        state = optimizer.state.get(p) or {}
+        check_state(optimizer, name, rule, h, shapes, state)
+        placement, lazy = dtensor.placement(p), is_lazy(x)
+        return Leaf(
+            param=p,
+            device=device,
+            local=x,
+            placement=placement,
+            group=index,
+            dtype=x.dtype,
+            shape=x.shape,
+            strides=x.stride(),
+            size=x.numel() * (2 if x.is_complex() else 1),
+            state_dtypes=state_dtypes(device, name, p, shapes, state),
+            state_shapes=shapes,
+            lazy=lazy,
+            # FSDP gathers from memory that it holds.
+            stays=(before is not None and before.stays) or lazy or placement is not None,
+        )
+
+    def _take(self, optimizer: Any, numbers: Numbers) -> None:
+        """Move parameters and state into the buckets' buffers."""
+        sizes: dict[tuple[Device, np.dtype], int] = {}
+        for bucket in self.buckets:
+            key = bucket.device, bucket.dtype
+            sizes[key] = max(sizes.get(key, 0), bucket.layout.size)
+        staging: dict[Any, Staging] = {key: key[0].staging(size, key[1]) for key, size in sizes.items()}
+        begun = averages_begun(optimizer)
+        for leaf in self.leaves.values():
+            scalars = self.rules[leaf.group].init_scalars(numbers[leaf.group]).keys() - optimizer.hidden_scalars
+            if leaf.state_dtypes or scalars:
+                optimizer.state[leaf.param]  # in the order in which torch makes them
+        freed = {
+            device: device.freeing(sum(leaf.local.nbytes for leaf in self.leaves.values() if leaf.device is device))
+            for device, _ in sizes
+        }
+        for bucket in self.buckets:
+            bucket.take(optimizer, numbers, staging[bucket.device, bucket.dtype], begun, freed[bucket.device])
+
+    def _state_views(self) -> list[Tensor]:
+        return [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
+
+    def programs(self, optimizer: Any) -> tuple[list[Any], list[Any]]:
+        """For each bucket what measures its gradients, if they are measured, and what steps it."""
+        clip, unscale = optimizer.max_norm is not None, optimizer.grad_scale is not None
+        if (clip, unscale) not in self._compiled:
+            measures: list[Any] = []
+            norms: tuple[Any, ...] = ()
+            if clip or unscale:
+                if len({bucket.device for bucket in self.buckets}) > 1:
+                    raise TypeError(
+                        f"interop.optim.{type(optimizer).__name__}: expected all parameters on one device, for a norm "
+                        "of all gradients or a loss scale, found several; make one optimizer a device"
+                    )
+                norms = tuple((len(bucket.leaves), bucket.dtype) for bucket in self.buckets)
+                measures = [program.compile_norms(bucket.spec, unscale) for bucket in self.buckets]
+            updates = [optimizer.compile_update(bucket.spec, clip, unscale, norms) for bucket in self.buckets]
+            self._compiled[clip, unscale] = measures, updates
+        return self._compiled[clip, unscale]
+
+    # --- what a step depends on
+
+    def as_before(self, optimizer: Any, rules: Sequence[Rule]) -> reader.Gradients | None:
+        """The gradients, if all is as the last step left it, so that nothing needs to be checked or planned again."""
+        if self.turn is None or rules != self.rules or self.averages != (optimizer.ema is not None):
+            return None
+        for each in self.turn.readers:
+            if (grads := each.read(optimizer)) is not None:
+                return grads
+        return None
+
+    def serves(
+        self,
+        optimizer: Any,
+        rules: Sequence[Rule],
+        numbers: Numbers,
+        grads: Mapping[Tensor, Tensor],
+    ) -> bool:
+        """Whether this plan still fits the optimizer; takes note of parameters that moved."""
+        if rules != self.rules or self.averages != (optimizer.ema is not None):
+            return False
+        fits, moved = list(map(address, self.views)) == self.addresses, False
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if p not in grads and not (self.averages and p in self.leaves):
+                    continue
+                leaf = self.leaves.get(p)
+                if leaf is None or leaf.group != index:
+                    fits = False
+                    continue
+                x = leaf.local = dtensor.local(p)
+                if leaf.dtype is not x.dtype or leaf.shape != x.shape or leaf.strides != x.stride():
+                    fits = False
+                if leaf.placement != dtensor.placement(p):
+                    fits = False
+                if leaf.lazy != is_lazy(x):
+                    leaf.stays = True
+                    fits = False
+                if address(x) != leaf.address:
+                    if leaf.home is None:
+                        # Someone may still hold what it left: that memory cannot serve as its place.
+                        leaf.stays = True
+                        fits = False
+                    leaf.address = address(x)
+                    moved = True
+                state = optimizer.state.get(p) or {}
+                if exchanged := [slot for slot, view in leaf.views.items() if state.get(slot) is not view]:
+                    name = parameter_name(optimizer, index, p)
+                    check_state(optimizer, name, rules[index], numbers[index], leaf.state_shapes, state)
+                    fits = state_dtypes(leaf.device, name, p, leaf.state_shapes, state) == leaf.state_dtypes and fits
+                    moves = leaf.placement is not None or leaf.homes or any(map(is_shared, state.values()))
+                    # An array over the old state has to show the old values.
+                    fits = fits and not moves and all(is_alone(leaf.views[slot]) for slot in exchanged)
+        return fits and not (moved and _passes(list(self.leaves)) != self.passes)
+
+    def begin(self, optimizer: Any, numbers: Numbers, present: Mapping[Tensor, Tensor]) -> reader.Gradients:
+        """Note which parameters step, and take in state that its user exchanged; returns the gradients."""
+        self.turn = None
+        params = parameters(optimizer)
+        places = {p: i for i, p in enumerate(params)}
+        begun = averages_begun(optimizer)
+        works = [
+            bucket.begin(optimizer.state, numbers, present, places, begun, self.averages) for bucket in self.buckets
+        ]
+        self.views = self._state_views()
+        plain = all(leaf.placement is None for leaf in self.leaves.values())
+        readers: list[reader.Reader] = []
+        if plain and all(g is None or g is present.get(p) for p in params for g in [p.grad]):
+            asks = native.extension is not None and all(isinstance(p, Tensor) for p in params)
+            kinds = [native.NativeReader] * asks + [reader.PythonReader]
+            readers += [kind(optimizer, list(self.leaves.values()), self.views, works) for kind in kinds]
+        self.turn = Turn(readers, works)
+        return reader.ListedGradients([present.get(p) for p in params])
+
+    # --- a step
+
+    def measure(self, optimizer: Any, grads: reader.Gradients) -> Measured | None:
+        """The norms of the gradients, if the step clips or unscales them."""
+        measures, _ = self.programs(optimizer)
+        if not measures:
+            return None
+        scale = optimizer.grad_scale
+        # In float32, as torch.amp.GradScaler.unscale_
+        inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
+        found = Measured([], [], optimizer.max_norm or 0.0, inverse)
+        works = self._works()
+        try:
+            for work, measure in zip(works, measures, strict=True):
+                norms, overflow = work.bucket.measure(measure, work, grads, inverse)
+                found.norms.append(norms)
+                found.overflows.append(overflow)
+                if sum(other.bucket.staging is work.bucket.staging for other in works) > 1:
+                    work.bucket.device.after((norms, overflow))  # before another bucket's gradients come to lie there
+        except BaseException:
+            self._wait(found)
+            raise
+        return found
+
+    def update(
+        self, optimizer: Any, grads: reader.Gradients, numbers: Numbers, measured: Measured | None
+    ) -> tuple[Tensor | None, bool]:
+        """Step the parameters; returns the norm of their gradients, if it was measured, and whether nothing changed."""
+        _, updates = self.programs(optimizer)
+        results: list[tuple[Work, list[Any], Scalars]] = []
+        works = self._works()
+        try:
+            for work, update in zip(works, updates, strict=True):
+                if self.averages or work.is_active:
+                    found = {} if measured is None else measured.of(work.bucket)
+                    results.append((work, *work.bucket.step(update, work, numbers, grads, found, optimizer.ema)))
+        finally:
+            if measured is not None:
+                self._wait(measured)
+        if measured is None:
+            return None, False
+        first, (norm, found_inf), _ = results[0]
+        skipped = bool(found_inf)
+        if not skipped:
+            for work, _, scalars in results:
+                work.bucket.finish(work, scalars)
+        return first.bucket.device.tensor(norm).clone(), skipped
+
+    def _wait(self, measured: Measured) -> None:
+        """Before torch writes to the gradients that they are computed from."""
+        for device in {bucket.device for bucket in self.buckets}:
+            device.after((measured.norms, measured.overflows))
+
+    def _works(self) -> list[Work]:
+        assert self.turn is not None, "begin comes before a step"
+        return self.turn.works
+
+
+def averages_begun(optimizer: Any) -> bool:
+    """Whether a new leaf's average begins before the step, as it would had it been averaged from the first step on."""
+    return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())
+
+
+def _shelves(rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
+    """The leaves in parts: the small ones of a part fit into buffers of `SHELF` elements; the big are in the first.
+
+    Those that are stepped together are of one shape and group, and of as many elements as caches hold.
+    """
+    if rule.batched:
+        alike: dict[Any, list[list[Leaf]]] = {}
+        for leaf in leaves:
+            found = alike.setdefault((leaf.shape, leaf.group), [[]])
+            if len(found[-1]) == stack_size(leaf.size):
+                found.append([])
+            found[-1].append(leaf)
+        return [part for found in alike.values() for part in found]
+    parts, room = [[leaf for leaf in leaves if is_big(rule, leaf.size)]], SHELF
+    for leaf in leaves:
+        if not is_big(rule, leaf.size):
+            if leaf.size > room:
+                parts.append([])
+                room = SHELF
+            parts[-1].append(leaf)
+            room -= -(-leaf.size // ROW) * ROW
+    return parts
+
+
+def _passes(params: Sequence[Tensor]) -> dict[Tensor, int]:
+    """For each parameter in which pass it is stepped: one that shares memory with an earlier one comes after it.
+
+    torch steps parameters one after the other, which shows there.
+    """
+    extents = [extent(dtensor.local(p)) for p in params]
+    overlapping: list[list[int]] = [[] for _ in params]  # the earlier parameters in the memory of each
+    still: list[int] = []
+    for i in sorted(range(len(params)), key=extents.__getitem__):
+        begin, end = extents[i]
+        still = [j for j in still if extents[j][1] > begin]
+        if end > begin:
+            for j in still:
+                overlapping[max(i, j)].append(min(i, j))
+            still.append(i)
+    passes: list[int] = []
+    for earlier in overlapping:
+        passes.append(1 + max((passes[j] for j in earlier), default=-1))
+    return dict(zip(params, passes, strict=True))

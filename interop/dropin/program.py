@@ -1,0 +1,326 @@
+"""The compiled programs of a bucket. They know its shapes, types and rule, and no optimizer by name.
+
+`compile_update` steps the leaves in place: one loop a buffer, each array read and written once. `compile_norms` reads
+the gradients once before it, where the step clips them by their norm or unscales them. What that finds enters the
+update as arrays, and the host looks at neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array, lax
+
+from interop.dropin.host import own_settings
+from interop.dropin.leaf import EMA
+from interop.memory import HOST, Buffer, Device
+from interop.memory.tensors import DTYPES
+from interop.memory.values import to_torch
+from jopt import numerics as t
+from jopt.arena import ROW
+from jopt.around.clip import clip_factor, total_norm
+from jopt.leaf import init_leaf, separately, step_leaf, step_leaves
+from jopt.rule import Rule
+
+Norms = tuple[tuple[int, np.dtype], ...]  # how many norms each bucket contributes, and their type
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the programs of a bucket depend on.
+
+    Attributes:
+      device: where they run.
+      rule: what is stepped.
+      dtypes: the types of `param` and of each slot, in the order of a leaf's buffers.
+      big: the shapes of the leaves with buffers of their own; (size,) where the rule does not ask for it.
+      n_small, rows: how many leaves share buffers, and those buffers' rows of `ROW` elements. Such buffers have two
+        axes from the first: reshaped in the program they would not be written in place.
+    """
+
+    device: Device
+    rule: Rule
+    dtypes: tuple[tuple[str, np.dtype], ...]
+    big: tuple[tuple[int, ...], ...]
+    n_small: int
+    rows: int
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.dtypes]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The parameters' type."""
+        return self.dtypes[0][1]
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        return t.widest(dtype for _, dtype in self.dtypes)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """A leaf's coefficients: the rule's, the weight of its average's news, whether it steps."""
+        return (*_coefficient_names(self.rule), *((EMA,) if EMA in self.names else ()), "active")
+
+    def buffer_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes of a leaf's buffers, in their order."""
+        slots = slot_shapes(self.rule, shape)
+        return [slots.get(name, shape) for name in self.names]
+
+    def array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array that a program takes."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.device.sharding)
+
+    def gradients(self) -> list[jax.ShapeDtypeStruct]:
+        shapes = [(math.prod(shape),) for shape in self.big] + [(self.rows, ROW)] * bool(self.n_small)
+        return [self.array(shape, self.dtype) for shape in shapes]
+
+
+@functools.lru_cache(maxsize=1024)
+def slot_shapes(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a leaf's tensor state, in torch's order, which a JAX tree would sort."""
+    slots: dict[str, tuple[int, ...]] = {}
+
+    def init(param: Array) -> None:
+        state = rule.init(dict.fromkeys(rule.hyperparameters, jnp.zeros(())), param)
+        slots.update((name, x.shape) for name, x in state.items())
+
+    jax.eval_shape(init, jax.ShapeDtypeStruct(shape, np.float32))
+    return slots
+
+
+@functools.lru_cache(maxsize=1024)
+def first_slots(
+    rule: Rule, axes: int, dtype: torch.dtype, compute: np.dtype, h: tuple[tuple[str, float], ...]
+) -> dict[str, torch.Tensor]:
+    """The tensor state before the first step of a leaf of so many axes, in tensors of one element each, on the host.
+
+    In each of its slots all elements are equal (`Rule.init`), so that an array of the leaf's size is not needed.
+    """
+    with own_settings(), jax.default_device(HOST.jax_device):
+        param = jnp.zeros((1,) * axes, DTYPES[dtype])
+        return to_torch(init_leaf(rule, {name: jnp.asarray(x, compute) for name, x in h}, param))
+
+
+@functools.lru_cache(maxsize=1024)
+def _coefficient_names(rule: Rule) -> tuple[str, ...]:
+    with np.errstate(all="ignore"):
+        h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
+        s = {name: np.full(1, x) for name, x in rule.init_scalars(h).items()}
+        return tuple(rule.scalars(h, s, np, np.asarray)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
+    """The program that steps a bucket, for any optimizer with one like it: an `Update`, compiled."""
+    update = Update(spec, clip, unscale, norms)
+    with own_settings():
+        return compile_on(spec.device, update, *update.arguments(), donate_argnums=0)
+
+
+class Update:
+    """Steps a bucket: the function that is compiled.
+
+    It takes the buffers, which it returns, leaf by leaf, `param` and the slots in the order of `dtypes`, those of the
+    small leaves last; the gradients likewise; the table of coefficients, a row a leaf (`columns`); the leaf of each row
+    of the small buffers; and, as a dictionary, what the `compile_norms` of each bucket found, `max_norm` and
+    `inverse_scale`. Behind the buffers it returns the norm of all gradients, and whether one was not finite.
+
+    Args:
+      spec: the leaves.
+      clip: scale the gradients so that the norm of all is at most `max_norm`.
+      unscale: multiply them by `inverse_scale` before that, and keep what is optimized where one is not finite.
+      norms: with `clip` or `unscale`, what each of the optimizer's buckets contributes.
+    """
+
+    def __init__(self, spec: Spec, clip: bool, unscale: bool, norms: Norms):
+        self.spec, self.clip, self.unscale, self.norms = spec, clip, unscale, norms
+        self.columns = spec.columns + (("factor", "inverse_scale", "found_inf") if norms else ())
+        self.separates = spec.device.fuses_outputs
+        self.__name__ = "update"
+        if not self.separates:
+            _warn_slow()
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What it takes, in shapes and types."""
+        spec = self.spec
+        sizes = [[(math.prod(s),) for s in spec.buffer_shapes(shape)] for shape in spec.big]
+        sizes += [[(spec.rows, ROW)] * len(spec.names)] * bool(spec.n_small)
+        found: dict[str, Any] = {}
+        if self.norms:
+            found["norms"] = [spec.array((n,), dtype) for n, dtype in self.norms]
+            found["overflows"] = [spec.array((), bool) for _ in self.norms]
+            found["max_norm"] = found["inverse_scale"] = spec.array((), spec.compute_dtype)
+        return (
+            [spec.array(s, dtype) for leaf in sizes for s, (_, dtype) in zip(leaf, spec.dtypes, strict=True)],
+            spec.gradients(),
+            spec.array((len(spec.big) + spec.n_small, len(spec.columns)), spec.compute_dtype),
+            spec.array((spec.rows,), np.int32),
+            found,
+        )
+
+    def __call__(
+        self,
+        buffers: list[Array],
+        grads: list[Array],
+        table: Array,
+        leaf_of_row: Array,
+        found: dict[str, Any],
+        given: Sequence[dict[str, Any]] = (),
+    ) -> list[Array]:
+        """Step. `given`: for each leaf coefficients that are not in the table."""
+        leaves, judged = self.leaves(buffers, grads, table, leaf_of_row, found, given)
+        step = self._step_tensors if self.spec.rule.scope == "tensor" else self._step_elements
+        return step(leaves) + ([judged["norm"], judged["found_inf"]] if judged else [])
+
+    def leaves(
+        self,
+        buffers: list[Array],
+        grads: list[Array],
+        table: Array,
+        leaf_of_row: Array,
+        found: dict[str, Any],
+        given: Sequence[dict[str, Any]] = (),
+    ) -> tuple[list[Any], dict[str, Array]]:
+        """`before`'s arguments for each leaf, the small ones together, and what is judged of all gradients."""
+        spec, judged = self.spec, {}
+        if self.norms:
+            # Into each leaf's row: XLA merges leaves of one size that share a number into one slow loop.
+            judged = _judge(found)
+            values = jnp.stack([judged[name].astype(table.dtype) for name in self.columns[len(spec.columns) :]])
+            table = jnp.concatenate([table, jnp.broadcast_to(values, (table.shape[0], len(values)))], axis=1)
+        split, n = len(spec.big), len(spec.names)
+        rows = [table[i] for i in range(split)]
+        if spec.n_small:
+            rows.append(table[split:][leaf_of_row][:, None])
+        own = [buffers[i : i + n] for i in range(0, len(buffers), n)]
+        return list(zip(own, grads, rows, given or [{}] * len(rows), strict=True)), judged
+
+    def before(self, buffers: Sequence[Array], grad: Array, row: Array, given: dict[str, Array]) -> Any:
+        """`step_leaf`'s arguments after the rule, and the leaf's average with the weight of its news."""
+        c = {name: row[..., j] for j, name in enumerate(self.columns)} | given
+        active, factors = c.pop("active") != 0, []
+        if self.unscale:
+            factors.append(c.pop("inverse_scale"))
+            active = active & (c.pop("found_inf") == 0)
+        if self.clip:
+            factors.append(c.pop("factor"))
+        state = dict(zip(self.spec.names[1:], buffers[1:], strict=True))
+        average = (state.pop(EMA), c.pop(EMA)) if EMA in state else None
+        return (c, grad, state, buffers[0], active, None, factors), average
+
+    def _after(self, result: tuple[Array, dict[str, Array]], average: tuple[Array, Array] | None) -> list[Array]:
+        param, state = result
+        if average is not None:
+            state = state | {EMA: t.lerp(average[0], param, average[1])}
+        return [param, *(state[name] for name in self.spec.names[1:])]
+
+    def _step_one(self, *leaf: Any) -> list[Array]:
+        inputs, average = self.before(*leaf)
+        return self._after(step_leaf(self.spec.rule, *inputs), average)
+
+    def _step_elements(self, leaves: list[Any]) -> list[Array]:
+        if not self.separates:
+            return [x for leaf in leaves for x in self._step_one(*leaf)]
+        return [x for leaf in leaves for x in separately(self._step_one, len(self.spec.names), *leaf)]
+
+    def _step_tensors(self, leaves: list[Any]) -> list[Array]:
+        inputs, averages = [], []
+        for shape, (buffers, grad, *rest) in zip(self.spec.big, leaves, strict=True):
+            shapes = self.spec.buffer_shapes(shape)
+            buffers = [x.reshape(s) for x, s in zip(buffers, shapes, strict=True)]
+            leaf, average = self.before(buffers, grad.reshape(shape), *rest)
+            inputs.append(leaf)
+            averages.append(average)
+        results = zip(step_leaves(self.spec.rule, inputs), averages, strict=True)
+        return [x.reshape(-1) for result, average in results for x in self._after(result, average)]
+
+
+def _judge(found: dict[str, Any]) -> dict[str, Array]:
+    """The norm of all gradients and torch's factor for it, as `torch.nn.utils.clip_grad_norm_` computes them."""
+    norm = total_norm(found["norms"])
+    return {
+        "norm": norm,
+        "factor": clip_factor(norm, found["max_norm"]),
+        "found_inf": functools.reduce(jnp.logical_or, found["overflows"]),
+        "inverse_scale": found["inverse_scale"],
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def compile_norms(spec: Spec, unscale: bool) -> Any:
+    """The program that reads a bucket's gradients: the norm of each, and whether one is not finite.
+
+    It takes the gradients, as `Update` does; the leaf of each row of the small ones; for each of these leaves where in
+    their buffer its elements end, 0 if they do not count; and `inverse_scale`. Without `unscale` it looks for nothing
+    that is not finite.
+    """
+    compute = t.compute_dtype(spec.dtype)
+
+    def norms(grads: list[Array], leaf_of_row: Array, ends: Array, inverse_scale: Array) -> tuple[Array, Array]:
+        def squares(grad: Array) -> Array:
+            grad = grad.astype(compute)
+            return grad * grad
+
+        sums = [jnp.sum(squares(grad))[None] for grad in grads[: len(spec.big)]]
+        if spec.n_small:
+            row, column = (lax.broadcasted_iota(np.int32, grads[-1].shape, axis) for axis in (0, 1))
+            inside = row * ROW + column < ends[leaf_of_row][:, None]
+            grads = [*grads[:-1], jnp.where(inside, grads[-1], jnp.zeros_like(grads[-1]))]
+            rows = jnp.sum(squares(grads[-1]), axis=1)
+            sums.append(jax.ops.segment_sum(rows, leaf_of_row, spec.n_small, indices_are_sorted=True))
+        norms = jnp.sqrt(jnp.concatenate(sums))
+        overflow = jnp.zeros((), bool)
+        if unscale:
+            # The norm of the products is the product, rounding aside. Squares can overflow where no gradient does: only
+            # then each is looked at.
+            norms = norms * inverse_scale
+            overflow = lax.cond(
+                jnp.isfinite(norms).all(),
+                lambda _: overflow,
+                lambda grads: ~functools.reduce(jnp.logical_and, [jnp.isfinite(jnp.sum(x - x)) for x in grads]),
+                grads,
+            )
+        return t.cast(norms, jnp.zeros((), spec.dtype)), overflow
+
+    with own_settings():
+        rows, ends = (spec.array((n,), np.int32) for n in (spec.rows, spec.n_small))
+        return compile_on(spec.device, norms, spec.gradients(), rows, ends, spec.array((), compute))
+
+
+def compile_on(device: Device, f: Any, *arguments: Any, **options: Any) -> Any:
+    """A function compiled for a device, inside `own_settings`."""
+    lowered = jax.jit(f, **options).lower(*arguments)
+    with device.compiling():
+        return lowered.compile()
+
+
+@functools.cache
+def _warn_slow() -> None:
+    warnings.warn(
+        "interop.optim: this JAX does not take the option that lets XLA on CPU compute several outputs in one loop, "
+        "which costs a step half its speed; call jopt.enable_multi_output_fusion() before the first use of JAX",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def launch(device: Device, program: Any, buffers: Sequence[Buffer], *arguments: Any) -> list[Any]:
+    """Start a program over the buffers, inside `host.settings`; `device.after` the results before leaving them.
+
+    It returns the buffers, and after them what this returns. They are donated, so that an exception between the
+    call and the taking of its results would lose the memory that torch sees.
+    """
+    out = program([buffer.array for buffer in buffers], *arguments)
+    device.replace(buffers, out[: len(buffers)])
+    return out

@@ -1,0 +1,169 @@
+"""Reading a step's gradients, and whether all is as the last step left it.
+
+A step checks its parameters, gradients and state once. After that a `Reader` compares what those checks depend on, and
+hands out the gradients if nothing changed. `PythonReader` is always there; `native.NativeReader` asks in C++.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interop.dropin import dtensor
+from interop.dropin.groups import parameter_name, parameters
+from interop.dropin.leaf import Leaf, is_lazy
+from interop.memory import check
+from interop.memory.tensors import address, in_type_of
+
+if TYPE_CHECKING:
+    from interop.dropin.bucket import Work
+
+
+class Gradients(ABC):
+    """One step's gradients. It is kept until the step is over, for programs read them."""
+
+    def __init__(self) -> None:
+        self._big: dict[int, list[Any]] = {}  # by bucket
+        self._lie: dict[int, Work] = {}  # in a staging, by its id: whose gradients
+
+    def arrays(self, work: Work) -> list[Any]:
+        """A bucket's gradients as its programs take them; the small leaves' are gathered, if they are not yet."""
+        bucket = work.bucket
+        if bucket.index not in self._big:
+            self._big[bucket.index] = [
+                bucket.missing[: leaf.size] if grad is None else grad
+                for leaf, grad in zip(bucket.big, self.of_big(work), strict=True)
+            ]
+        arrays = list(self._big[bucket.index])
+        if bucket.small:
+            if self._lie.get(id(bucket.staging)) is not work:
+                self.gather(work)
+                self._lie[id(bucket.staging)] = work
+            arrays.append(bucket.gathered)
+        return arrays
+
+    @abstractmethod
+    def of_big(self, work: Work) -> list[Any]:
+        """Those of its big leaves, flat; None for a leaf without."""
+
+    @abstractmethod
+    def gather(self, work: Work) -> None:
+        """Copy those of its small leaves to `work.small_views`."""
+
+
+class Reader(ABC):
+    """Knows what a step's checks depended on when it was made."""
+
+    @abstractmethod
+    def read(self, optimizer: Any) -> Gradients | None:
+        """The gradients, if all that is as it was; else None.
+
+        That is: which parameters, in which groups; of each gradient whether it is there, its class, type and layout; of
+        each stepped parameter address, type, shape, strides, and whether it is a conjugate or negative view; which
+        objects the state holds, under which keys; of each stepped state tensor the address.
+        """
+
+
+class PythonReader(Reader):
+    def __init__(self, optimizer: Any, leaves: Sequence[Leaf], views: Sequence[Tensor], works: Sequence[Work]):
+        self._stepped = [leaf.param for leaf in leaves]
+        self._may_be_lazy = [leaf.param for leaf in leaves if leaf.dtype.is_complex or leaf.lazy]
+        self._views = views
+        self._looks = self._look([p.grad for p in parameters(optimizer)])
+        self._objects = objects(optimizer)
+
+    def read(self, optimizer: Any) -> Gradients | None:
+        grads = [p.grad for p in parameters(optimizer)]
+        same = self._looks == self._look(grads) and _are_same(self._objects, objects(optimizer))
+        return ListedGradients(grads) if same else None
+
+    def _look(self, grads: list[Any]) -> Any:
+        present = [g for g in grads if g is not None]
+        return (
+            list(map(type, grads)),
+            list(map(_dtype_of, present)),
+            list(map(_layout_of, present)),
+            list(map(address, self._stepped)),
+            list(map(_dtype_of, self._stepped)),
+            list(map(_shape_of, self._stepped)),
+            list(map(Tensor.stride, self._stepped)),
+            list(map(is_lazy, self._may_be_lazy)),
+            list(map(address, self._views)),
+        )
+
+
+class ListedGradients(Gradients):
+    """Gradients as a list, in the order of their parameters."""
+
+    def __init__(self, grads: Sequence[Any]):
+        super().__init__()
+        self._grads = grads
+        self._dense: list[Tensor] = []  # what of them was copied to be read
+
+    def of_big(self, work: Work) -> list[Any]:
+        grads = [None if i is None else _dense(self._grads[i]) for i in work.places]
+        self._dense += [x for x in grads if x is not None]
+        return [None if x is None else work.bucket.device.elements(x, work.bucket.dtype) for x in grads]
+
+    def gather(self, work: Work) -> None:
+        if work.small_views:
+            torch._foreach_copy_(work.small_views, [self._grads[i] for i in work.small_places])  # type: ignore[attr-defined]
+
+
+def checked(optimizer: Any) -> dict[Tensor, Tensor]:
+    """The gradients that there are, as plain dense tensors of their parameters' types; of a DTensor the local one."""
+    grads = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            if dtensor.placement(p) is not None or dtensor.placement(grad) is not None:
+                if (error := dtensor.error(optimizer, p, grad)) is not None:
+                    raise TypeError(f"{parameter_name(optimizer, index, p)}: {error}")
+                grad = dtensor.local(grad)
+            if type(grad) is not Tensor or grad.layout is not torch.strided or grad.dtype is not p.dtype:
+                if grad.layout is not torch.strided and type(grad) is Tensor:
+                    if (error := optimizer.sparse_error(group)) is not None:
+                        raise RuntimeError(error)
+                    grad = grad.to_dense()
+                name = f"the gradient of {parameter_name(optimizer, index, p)}"
+                check(name, grad)
+                grad = in_type_of(name, grad, p.dtype)
+            grads[p] = grad
+    return grads
+
+
+def objects(optimizer: Any) -> list[Any]:
+    """What is compared by identity: parameters, group by group, and all that the state holds."""
+    found: list[Any] = []
+    for group in optimizer.param_groups:
+        found += group["params"]
+        found.append(None)  # where the group ends
+    found += optimizer.state
+    for state in optimizer.state.values():
+        if isinstance(state, dict):  # what its user puts beside the parameters' may be anything
+            found += state
+            found += state.values()
+            found.append(None)  # where it ends
+        else:
+            found.append(state)
+    return found
+
+
+def _are_same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+_dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("dtype", "layout", "shape"))
+
+
+def _dense(grad: Tensor) -> Tensor:
+    if grad.is_complex():
+        grad = torch.view_as_real(grad.resolve_conj())
+    return grad.resolve_neg().contiguous()

@@ -1,0 +1,38 @@
+"""Memory shared by torch and JAX. Nothing outside this package touches DLPack, an address, or a device by its name.
+
+`values` carries values across: a snapshot unless sharing is asked for. A `Device` is for the compiled step: buffers
+that a program writes in place and torch sees. A device is one file; `DEVICES` names it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from interop.memory.cpu import Cpu
+from interop.memory.device import Buffer, Device, Freed, Staging, Table
+from interop.memory.tensors import check_class, check_dense, check_dtype, elsewhere
+
+__all__ = ["DEVICES", "HOST", "Buffer", "Device", "Freed", "Staging", "Table", "check", "check_parameter"]
+
+HOST = Cpu()
+"""The memory in which values cross between torch and JAX."""
+
+DEVICES: dict[str, Device] = {HOST.torch_device.type: HOST}
+"""What steps the tensors of a type of device, as torch names it."""
+
+
+def check(name: str, x: Tensor) -> Device:
+    """The device that a tensor lies on. TypeError, naming the tensor, unless that can be stepped, dense and plain."""
+    check_class(name, x, "take its local tensor (for a DTensor, .to_local())")
+    check_dense(name, x)
+    if (found := DEVICES.get(x.device.type)) is None:
+        raise TypeError(f"{name}: expected a tensor in CPU memory, found {elsewhere(x.device)}")
+    return found
+
+
+def check_parameter(name: str, x: Tensor) -> Device:
+    """`check`, and a type that an optimizer steps."""
+    check_class(name, x, "keep the parameter whole and plain, as DistributedDataParallel does")
+    found = check(name, x)
+    check_dtype(name, x)
+    return found

@@ -1,0 +1,207 @@
+"""Memory of the host, where XLA on CPU and torch work on the same arrays.
+
+Three of its traps decide how this is written. XLA donates an array only if no tensor was made over it by DLPack, and
+else copies it silently: so torch's views are made over the address. Memory that is not aligned to 64 bytes is copied
+silently: so all that programs read is aligned. Programs run after their call has returned: so `after` waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import mmap
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax import Array
+from torch import Tensor
+
+from interop.memory import device, tensors, values
+from jopt import _compat
+from jopt._compat import enable_x64
+from jopt.fusion import fuses_outputs, multi_output_fusion
+
+
+class Buffer(device.Buffer):
+    """A JAX array over whose address torch's views are made, so that JAX knows of none and donates it in place.
+
+    Each view keeps this object alive, and it keeps the current array: the memory lives as long as any view of it, and
+    no view outlives it.
+    """
+
+    __slots__ = ("_memory", "address")
+
+    def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
+        # Not jnp.zeros, which compiles a program a shape: 25 ms and 1.6 MB that stay. XLA takes no such array as it is.
+        zeros = np.broadcast_to(aligned_zeros(2, dtype)[1:], shape)
+        self.array: Array = put(zeros)
+        self.address: int = self.array.unsafe_buffer_pointer()
+        self._memory: Callable[[], Any] = lambda: None  # what the views keep, and it this; one for all is smaller
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+        if (memory := self._memory()) is None:
+            memory = _memory_type(self.array.nbytes).from_address(self.address)
+            memory.owner = self
+            self._memory = weakref.ref(memory)
+        return tensors.view(memory, dtype, shape, offset)
+
+
+@functools.cache
+def _memory_type(nbytes: int) -> Any:
+    """Raw memory that can carry an attribute, which a plain ctypes array cannot."""
+    return type("Memory", (ctypes.c_char * nbytes,), {})
+
+
+class Staging(device.Staging):
+    def __init__(self, size: int, dtype: np.dtype):
+        self._memory = aligned_zeros(size, dtype)
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+        return tensors.view(self._memory.view(np.uint8), dtype, shape, offset)
+
+    def array(self, shape: tuple[int, ...]) -> Any:
+        return alias(self._memory[: math.prod(shape)].reshape(shape))
+
+
+class Table(device.Table):
+    def __init__(self, rows: int, columns: int, dtype: np.dtype):
+        self.rows = aligned_zeros(rows * columns, dtype).reshape(rows, columns)
+        self._array = alias(self.rows)
+
+    def array(self) -> Any:
+        return self._array
+
+
+class Freed(device.Freed):
+    """Gives memory that is freed back to the system, which glibc else keeps: a model would be in memory twice.
+
+    A part at a time, for it looks through all that is free.
+    """
+
+    def __init__(self, total: int):
+        self._part, self._held = max(2**24, total // 64), 0
+        self._give_back()  # what compiling left
+
+    def add(self, nbytes: int) -> None:
+        self._held += nbytes
+        if self._held >= self._part:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._held = 0
+        if (trim := _malloc_trim()) is not None:
+            trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    """glibc's malloc_trim, if the process runs on that."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+
+
+class Cpu(device.Device):
+    """The host's memory."""
+
+    torch_device = torch.device("cpu")
+
+    @property
+    def jax_device(self) -> Any:
+        return _compat.device("cpu")
+
+    @property
+    def fuses_outputs(self) -> bool:
+        return fuses_outputs(own=True)
+
+    def compiling(self) -> contextlib.AbstractContextManager[Any]:
+        return multi_output_fusion()
+
+    def before(self) -> None:
+        """torch's operations are over when their call returns."""
+
+    def after(self, results: Any) -> None:
+        jax.block_until_ready(results)
+
+    def buffer(self, shape: int | tuple[int, ...], dtype: np.dtype) -> Buffer:
+        return Buffer(shape, dtype)
+
+    def replace(self, buffers: Sequence[Any], results: Sequence[Array]) -> None:
+        for buffer, array, address in zip(buffers, results, map(_address_of, results), strict=True):
+            if address == buffer.address:
+                buffer.array = array
+            else:
+                # Something else held the array, so that XLA did not donate it: the views still see the old one.
+                array.block_until_ready()
+                ctypes.memmove(buffer.address, address, array.nbytes)
+
+    def staging(self, size: int, dtype: np.dtype) -> Staging:
+        return Staging(size, dtype)
+
+    def table(self, rows: int, columns: int, dtype: np.dtype) -> Table:
+        return Table(rows, columns, dtype)
+
+    def put(self, x: np.ndarray) -> Array:
+        return put(x)
+
+    def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
+        return aligned_zeros(size, dtype)
+
+    def elements(self, x: Tensor, dtype: np.dtype) -> np.ndarray:
+        """As a NumPy array without a reference to the tensor.
+
+        JAX takes such an array without copying where it is aligned, but keeps it until its next call; owning nothing,
+        it does not keep a gradient alive past zero_grad.
+        """
+        return self.elements_at(x.data_ptr(), x.numel() * x.element_size() // dtype.itemsize, dtype)
+
+    def elements_at(self, address: int, size: int, dtype: np.dtype) -> np.ndarray:
+        return _elements_at(address, size, dtype)
+
+    def tensor(self, x: Array) -> Tensor:
+        return values.array_to_torch("x", x, copy=None)
+
+    def freeing(self, total: int) -> Freed:
+        return Freed(total)
+
+
+_address_of = operator.methodcaller("unsafe_buffer_pointer")
+
+
+@functools.lru_cache(maxsize=4096)  # torch's allocator gives a backward pass the addresses of the one before
+def _elements_at(address: int, size: int, dtype: np.dtype) -> np.ndarray:
+    if size and not address:
+        raise RuntimeError(
+            "expected a gradient with its values in memory, found one without: its storage was freed by resize_(0), or "
+            "never there; assign one that has values, or None"
+        )
+    memory: Any = (ctypes.c_char * (size * dtype.itemsize)).from_address(address)
+    return np.frombuffer(memory, dtype, size)
+
+
+def alias(x: np.ndarray) -> Any:
+    """A JAX array over NumPy's aligned memory, to be written to only while no program runs that takes it.
+
+    It costs a program less than a NumPy array, which JAX puts on the device at each call and waits for. If JAX will
+    not take the memory as it is, this is `x` itself.
+    """
+    array = put(x)
+    return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
+
+
+def put(x: np.ndarray) -> Array:
+    """Values as a JAX array on the CPU, ready for programs; aligned ones where they are, not to be written to again."""
+    with enable_x64(True), jax.transfer_guard("allow"):
+        return jax.device_put(x, _compat.device("cpu")).block_until_ready()
+
+
+def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that JAX takes without copying, in pages of their own: untouched ones cost no memory, as malloc's may."""
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize), access=mmap.ACCESS_COPY)
+    return np.frombuffer(memory, np.uint8, size * dtype.itemsize).view(dtype)

@@ -1,0 +1,148 @@
+"""What the drop-in asks of a device: a device is a subclass in one file.
+
+The memory is written by two sides. Programs that XLA compiled write their buffers in place; torch sees those buffers at
+fixed addresses, as parameters and state. Each side may work after its call has returned. So every launch follows these
+rules, and `Device.before` and `Device.after` are where a device keeps them:
+
+    torch writes, `before`, the launch, `after`, torch reads or writes
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+import torch
+from jax import Array
+from torch import Tensor
+
+
+class Buffer(ABC):
+    """Zeros that programs write in place, and that torch sees at one address for as long as any of its views lives.
+
+    Attributes:
+      array: what programs take and are given to keep (donated); `Device.replace` puts their result here.
+    """
+
+    array: Array
+
+    @abstractmethod
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+        """A contiguous tensor `offset` bytes into the buffer, whose storage is just its own extent."""
+
+
+class Staging(ABC):
+    """Memory that torch writes before a launch and programs read: gradients of small tensors, gathered."""
+
+    @abstractmethod
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+        """A contiguous tensor `offset` bytes from the beginning."""
+
+    @abstractmethod
+    def array(self, shape: tuple[int, ...]) -> Any:
+        """Its beginning, in that shape, as programs take it. It shows what torch has written when they are launched."""
+
+
+class Table(ABC):
+    """Numbers that the host writes before a launch and programs read.
+
+    Attributes:
+      rows: of NumPy, to be written to.
+    """
+
+    rows: np.ndarray
+
+    @abstractmethod
+    def array(self) -> Any:
+        """The table as programs take it: as it is now."""
+
+
+class Freed:
+    """Takes note of memory that torch frees, which a device may give back to the system."""
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes were freed."""
+
+
+class Device(ABC):
+    """The memory of a kind of device, and the order of what is done to it."""
+
+    torch_device: ClassVar[torch.device]
+    """Where torch has its tensors; another of the same type is another device of this kind."""
+
+    # --- programs
+
+    @property
+    @abstractmethod
+    def jax_device(self) -> Any:
+        """JAX's device, on which its programs run."""
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where the arrays of its programs lie."""
+        return jax.sharding.SingleDeviceSharding(self.jax_device)
+
+    @property
+    @abstractmethod
+    def fuses_outputs(self) -> bool:
+        """Whether XLA needs each output computed from its own inputs to make one loop of several outputs."""
+
+    def compiling(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which its programs are compiled."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def before(self) -> None:
+        """Let the programs that are launched next see all that torch has written."""
+
+    @abstractmethod
+    def after(self, results: Any) -> None:
+        """Let what torch does next see what programs wrote, of whose results this is a tree."""
+
+    # --- memory for programs
+
+    @abstractmethod
+    def buffer(self, shape: int | tuple[int, ...], dtype: np.dtype) -> Buffer:
+        """Zeros that programs write in place."""
+
+    @abstractmethod
+    def replace(self, buffers: Sequence[Buffer], results: Sequence[Array]) -> None:
+        """Put what a program returned for the buffers into them, so that their views show it."""
+
+    @abstractmethod
+    def staging(self, size: int, dtype: np.dtype) -> Staging:
+        """Memory for so many elements; untouched parts should cost none."""
+
+    @abstractmethod
+    def table(self, rows: int, columns: int, dtype: np.dtype) -> Table:
+        """A table of numbers, zero at first."""
+
+    @abstractmethod
+    def put(self, x: np.ndarray) -> Array:
+        """Values that do not change, ready for programs."""
+
+    @abstractmethod
+    def zeros(self, size: int, dtype: np.dtype) -> Any:
+        """What programs take for so many elements that do not count; sliced, for fewer."""
+
+    # --- torch's tensors
+
+    @abstractmethod
+    def elements(self, x: Tensor, dtype: np.dtype) -> Any:
+        """A dense tensor's elements, flat, as programs take them; to be used while the tensor lives."""
+
+    @abstractmethod
+    def elements_at(self, address: int, size: int, dtype: np.dtype) -> Any:
+        """`elements` of a tensor of which this much is known."""
+
+    @abstractmethod
+    def tensor(self, x: Array) -> Tensor:
+        """A program's result as a tensor, which may share its memory, after `after`."""
+
+    def freeing(self, total: int) -> Freed:
+        """To be told of each part of so many bytes that torch frees."""
+        return Freed()

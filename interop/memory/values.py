@@ -1,0 +1,126 @@
+"""Values carried between torch and JAX: `to_jax` and `to_torch`, a snapshot unless sharing is asked for.
+
+What makes that hard, each handled or refused here: JAX on CPU reads an imported tensor after the call that used it has
+returned; 64-bit types are narrowed while x64 is off, silently; memory that is not aligned to 64 bytes is copied,
+silently; a tensor subclass without storage (DTensor) is imported as a null pointer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+from jax.core import Tracer
+from torch import Tensor
+
+from interop.memory.tensors import check_class, check_dense, elsewhere
+from jopt._compat import device
+
+ALIGNMENT = 64  # bytes; what XLA on CPU needs to use memory without copying it
+
+_WIDE = (torch.int64, torch.uint64, torch.float64, torch.complex128)
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is a dense, plain tensor in CPU memory."""
+    check_class(name, x, "take its local tensor (for a DTensor, .to_local())")
+    check_dense(name, x)
+    if x.device.type != "cpu":
+        raise TypeError(f"{name}: expected a tensor in CPU memory, found {elsewhere(x.device)}")
+
+
+def to_jax(x: Any, *, copy: bool | None = True) -> Any:
+    """Every tensor of a tree as a JAX array on JAX's CPU device: `interop.to_jax` without modules."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _tensor_to_jax("x" + jax.tree_util.keystr(path), leaf, copy), x
+    )
+
+
+class Apart:
+    """Gives tensors that share memory with none of some arrays, nor with one another.
+
+    XLA may return an argument's memory, or the same for two results.
+    """
+
+    def __init__(self, arrays: Iterable[Array]):
+        self._taken = {x.unsafe_buffer_pointer() for x in arrays}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The tensor, or a copy where it shares."""
+        x = x.clone() if x.data_ptr() in self._taken else x
+        self._taken.add(x.data_ptr())
+        return x
+
+
+def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, found {type(x).__name__}")
+    check_tensor(name, x)
+    if x.dtype in _WIDE and not jax.config.read("jax_enable_x64"):
+        raise TypeError(
+            f"{name}: {x.dtype} would be narrowed to 32 bits while jax_enable_x64 is off; set it with "
+            "jax.config.update('jax_enable_x64', True), or convert the tensor first"
+        )
+    x = x.detach().resolve_conj().resolve_neg()
+    if not copy:
+        reason = _cannot_share(x)
+        if reason is None:
+            try:
+                return jax.dlpack.from_dlpack(x, copy=False)
+            except (BufferError, RuntimeError) as error:  # a layout or type that these versions do not share
+                reason = str(error)
+        if copy is False:
+            raise ValueError(f"{name}: cannot share its memory with JAX: {reason}; use copy=None or copy=True")
+    x = x.clone(memory_format=torch.contiguous_format)
+    try:
+        return jax.dlpack.from_dlpack(x)
+    except BufferError:
+        with jax.transfer_guard("allow"):
+            return jax.device_put(x.view(torch.uint8).numpy().view(_float8(x.dtype)), device("cpu"))
+
+
+def _float8(dtype: torch.dtype) -> np.dtype:
+    """JAX's type of the same name: DLPack did not carry these before torch 2.10 and jax 0.8."""
+    return jnp.dtype(str(dtype).removeprefix("torch."))
+
+
+def _cannot_share(x: Tensor) -> str | None:
+    if x.data_ptr() % ALIGNMENT:
+        return f"it begins {x.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}"
+    if x.numel() and sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) != x.numel() - 1:
+        return f"its strides {x.stride()} leave gaps or overlap in shape {tuple(x.shape)}"
+    return None
+
+
+def to_torch(x: Any, *, copy: bool | None = True) -> Any:
+    """Every JAX array of a tree as a tensor on the CPU: `interop.to_torch` without modules."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: array_to_torch("x" + jax.tree_util.keystr(path), leaf, copy), x
+    )
+
+
+def array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
+    if not isinstance(x, Array) or isinstance(x, Tracer):
+        raise TypeError(f"{name}: expected a JAX array, found {type(x).__name__}")
+    devices = x.devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        if copy is False:
+            raise ValueError(f"{name}: cannot share memory on {devices} with torch; use copy=None or copy=True")
+        x, copy = jax.device_put(x, device("cpu")), None
+    try:
+        tensor = torch.from_dlpack(x)
+    except Exception as error:
+        dtype = getattr(torch, x.dtype.name, None)
+        if not isinstance(dtype, torch.dtype) or x.dtype.itemsize != 1:
+            raise TypeError(f"{name}: torch has no type for {x.dtype}: {error}") from None
+        if copy is False:
+            raise ValueError(
+                f"{name}: cannot share its memory with torch: {error}; use copy=None or copy=True"
+            ) from None
+        return torch.from_numpy(np.array(x).view(np.uint8)).view(dtype)
+    return tensor.clone() if copy else tensor

@@ -1,0 +1,1 @@
+"""Runs that move between torch and JAX: live, and in files."""

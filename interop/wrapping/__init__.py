@@ -1,0 +1,5 @@
+"""Any optax transformation as a torch optimizer."""
+
+from interop.wrapping.optimizer import WrappedOptimizer, wrap
+
+__all__ = ["WrappedOptimizer", "wrap"]
