@@ -275,7 +275,6 @@ def test_other_arguments_of_step_are_torchs_error():
 # --- state that is kept, or shared
 
 
-@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("keep", [lambda x: x, lambda x: x.detach(), lambda x: x.numpy()], ids=["it", "view", "array"])
 @pytest.mark.parametrize("exchange", ["clear", "load", "assign"])
 def test_state_that_its_user_kept_stays_as_it_was(exchange, keep):
@@ -317,7 +316,6 @@ def test_two_states_in_turn_are_torchs():
     assert found[:3] == found[3:]
 
 
-@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("arguments", [{}, {"max_norm": 0.05, "ema": 0.9}], ids=["plain", "clipped and averaged"])
 def test_state_in_shared_memory_is_stepped_where_it_lies(arguments):
     """Its numbers are those of state that is not shared; another process, or tensor, sees them."""
@@ -474,7 +472,6 @@ def test_trainings_in_a_loop_leave_nothing(name):
         gc.enable()
 
 
-@pytest.mark.usefixtures("reading")
 def test_a_second_optimizer_steps_in_place():
     """Once the first one is gone; while it lives its parameters stay where it steps them."""
     model = network()
@@ -504,7 +501,6 @@ class Plain(torch.Tensor):
     """With torch's operations."""
 
 
-@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("make", [Tagged, lambda x: x.as_subclass(Plain).requires_grad_()], ids=["Parameter", "Tensor"])
 def test_a_subclass_with_plain_memory(make):
     ps = []
@@ -535,7 +531,6 @@ def test_what_overlaps_and_subclasses_of_any_optimizer(name):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("reading")
 def test_parameters_that_overlap_through_different_storages():
     """As over one array of NumPy's: torch steps one after the other."""
     memories = []

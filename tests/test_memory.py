@@ -18,8 +18,6 @@ from jopt.leaf import init_leaf  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.test_optimizer import subprocess_run  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("reading")
-
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_a_first_step_has_no_tensor_twice():

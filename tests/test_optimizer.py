@@ -21,14 +21,12 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import jopt  # noqa: E402
 from interop import optim  # noqa: E402
-from interop.dropin import host, native, program  # noqa: E402
+from interop.dropin import host, program  # noqa: E402
 from interop.dropin.leaf import BIG  # noqa: E402
 from interop.dropin.step import CompiledStep  # noqa: E402
 from jopt import leaf as leaf_module  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("reading")
 
 
 def network(dtype=torch.float32, seed=0, bias=True):
@@ -950,16 +948,10 @@ def test_a_gradient_without_memory(steps):
     assert torch.equal(p, torch.full((200, 300), 1 - 0.5 * steps))
 
 
-def script(code):
-    """For a process of its own, which reads gradients in the language in which this one does."""
-    enable = "import interop; interop.enable_native_reader()\n" if native.extension is not None else ""
-    return enable + textwrap.dedent(code)
-
-
 def subprocess_run(code, **environment):
     env = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script(code)],
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         env=env,

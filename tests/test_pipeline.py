@@ -17,8 +17,6 @@ from jopt._compat import JAX  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.test_optimizer import assert_equal, backward, network  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("reading")
-
 DECAY = 0.9
 NORM = {torch.float32: 1e-6, torch.float64: 1e-14}  # some ulps of a sum; torch's own is 4e-5 off at 2 M elements
 NAMES = [case.torch for case in cases.CASES if case.torch and case.id == case.name]

@@ -1,6 +1,6 @@
 """The reader of gradients in C++: that it reads, that it says nothing where anything is other, and how it is got.
 
-What the steps then compute is compared in the modules that run with and without it (the fixture `reading`).
+What the steps compute after each of a table of changes is compared in test_safety.py, in both languages.
 """
 
 import gc

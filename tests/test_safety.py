@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,7 @@ from interop.dropin import plan as plan_module  # noqa: E402
 from interop.dropin import reader  # noqa: E402
 from interop.dropin.leaf import BIG  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_optimizer import backward, network, script, subprocess_run  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("reading")
+from tests.test_optimizer import backward, network, subprocess_run  # noqa: E402
 
 DECAY, MAX_NORM = 0.9, 0.05  # a norm between those that occur
 extras = pytest.mark.parametrize("extras", [False, True], ids=["plain", "clipped and averaged"])
@@ -749,6 +748,7 @@ if not hasattr(torch.Tensor, "grad_dtype"):  # until torch 2.10, where a gradien
     del CHANGES["gradient of another type"]
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(
     ("change", "extras"), [(change, on) for change in CHANGES for on in (False, True) if not (on and change in PLAIN)]
 )
@@ -1088,7 +1088,7 @@ def test_memory_is_valid_while_the_interpreter_exits():
 def processes(path, code, n):
     """Run n processes of a script, which know their rank, and wait for all."""
     file = path / "script.py"
-    file.write_text(script(code))
+    file.write_text(textwrap.dedent(code))
     started = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(file)],
