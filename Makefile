@@ -37,21 +37,21 @@ parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 
 	$(BIN)/python -m benchmarks.parity
 
 docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
-	$(BIN)/python -m docs.draw_schedules
+	$(BIN)/python -m benchmarks.draw_schedules
 	$(BIN)/python -m examples.porting_a_run --out docs/porting.png
 	$(BIN)/python -m examples.vanishing_gradients --out docs/vanishing_gradients.png
 	$(BIN)/python -m examples.notebooks
 
 choosing: $(VENV)/.dev  ## docs/choosing.md: what sweeps say to the usual advice, 6 minutes
-	$(BIN)/python -m docs.choosing
+	$(BIN)/python -m benchmarks.choosing
 
 ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md and the memory of docs/many-devices.md: what is compiled for TPUs and a GPU that are not there, 20 minutes
 	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot]"
 	$(PYTHON) -m venv .venv-colab-compiler
 	.venv-colab-compiler/bin/python -m pip install -q jax==0.7.2 jaxlib==0.7.2 libtpu==0.0.21.1 numpy==2.1.3 optax==0.2.8 pytest -e .
-	$(BIN)/python -m docs.ahead_of_time --colab .venv-colab-compiler/bin/python
+	$(BIN)/python -m benchmarks.ahead_of_time --colab .venv-colab-compiler/bin/python
 	rm -rf .venv-colab-compiler
-	$(BIN)/python -m docs.many_devices
+	$(BIN)/python -m benchmarks.many_devices
 
 lint: $(VENV)/.dev  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

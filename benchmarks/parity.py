@@ -3,7 +3,8 @@
 Every configuration of `torch.testing._internal.common_optimizers.optim_db` steps 12 problems 1000 times. A gradient is
 computed from the parameters that it steps, so that differences feed back; noise keeps it from dying out.
 
-    python -m benchmarks.parity            all, some 20 minutes on two cores: writes docs/parity.{md,json,png}
+    python -m benchmarks.parity            all, some 20 minutes on two cores: writes docs/parity.{md,png},
+                                           tests/data/parity.json
     python -m benchmarks.parity --short    what the tests compare again: writes the JSON's short part alone
 """
 
@@ -29,10 +30,12 @@ from jax.experimental.sparse import BCOO
 from torch.testing._internal import common_optimizers
 
 import jopt
+from benchmarks import report
 from interop import optim
 
 SEEDS, STEPS, SAMPLES = 12, 1000, 50
 DOCS = Path(__file__).parent.parent / "docs"
+DATA = DOCS.parent / "tests" / "data"
 DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # torch's choice among its own paths
 
@@ -642,7 +645,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure these optimizers again, comma-separated: Adam,SGD")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",") if arguments.only else []
-    file = DOCS / "parity.json"
+    file = DATA / "parity.json"
     result = json.loads(file.read_text()) if file.exists() else {}
 
     def measured(part: str, function: Callable[..., Any], configurations: list[Configuration], *rest: Any) -> None:
@@ -658,7 +661,7 @@ def main() -> None:
         result |= dict(machine=machine(), seeds=SEEDS, steps=STEPS)
         measured("rows", measure, distinct(everything), SEEDS, STEPS, tuple(DTYPES))
         measured("paths", measure_path, everything, SEEDS, STEPS)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(report.as_json(result, digits=None) + "\n")
     if not arguments.short:
         (DOCS / "parity.md").write_text(markdown(result))
         picture(result, DOCS / "parity.png")

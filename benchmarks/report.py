@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]  # column -> value; "detail" is for the JSON alone
+Row = dict[str, Any]  # column -> value; "detail" is not written
 
 
 @dataclasses.dataclass
@@ -48,9 +48,35 @@ class Section:
 def write(name: str, section: Section, machine: dict[str, Any], seconds: float, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "seconds": round(seconds)} | dataclasses.asdict(section)
-    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / f"{name}.json").write_text(as_json(without_detail(content)) + "\n")
     (out / f"{name}.md").write_text(page(name, section, machine))
     plot(section.figures, out / f"{name}.png")
+
+
+def as_json(x: Any, digits: int | None = 4, indent: str = "") -> str:
+    """A row a line: an entry of a dictionary, and of a list of dictionaries. Numbers have so many digits."""
+    inner = indent + " "
+    if isinstance(x, dict) and x:
+        entries = [f"{inner}{json.dumps(k)}: {as_json(v, digits, inner)}" for k, v in x.items()]
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    if isinstance(x, list) and any(isinstance(row, dict) for row in x):
+        return "[\n" + ",\n".join(inner + json.dumps(_short(row, digits)) for row in x) + f"\n{indent}]"
+    return json.dumps(_short(x, digits))
+
+
+def _short(x: Any, digits: int | None) -> Any:
+    if isinstance(x, float) and digits and math.isfinite(x):
+        return float(f"{x:.{digits}g}")
+    if isinstance(x, dict):
+        return {k: _short(v, digits) for k, v in x.items()}
+    return [_short(v, digits) for v in x] if isinstance(x, list | tuple) else x
+
+
+def without_detail(x: Any) -> Any:
+    """A section without the detail of each row."""
+    if isinstance(x, dict):
+        return {k: without_detail(v) for k, v in x.items() if k != "detail"}
+    return [without_detail(v) for v in x] if isinstance(x, list) else x
 
 
 def page(name: str, section: Section, machine: dict[str, Any]) -> str:

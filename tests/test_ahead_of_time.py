@@ -1,7 +1,7 @@
 """Steps compiled for TPUs and a GPU that are not there: what is read and written, in place, and between devices.
 
-Needs libtpu and JAX's CUDA plugin, `pip install '.[aot]'`; nothing is run. docs/ahead_of_time.py compiles, and writes
-the same figures to docs/ahead-of-time.md.
+Needs libtpu and JAX's CUDA plugin, `pip install '.[aot]'`; nothing is run. benchmarks/ahead_of_time.py compiles, and
+writes the same figures to docs/ahead-of-time.md.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import pytest
 from jax.experimental import topologies
 
 import jopt
-from docs.ahead_of_time import (
+from benchmarks.ahead_of_time import (
     COLAB,
     ENVIRONMENT,
     FSDP,

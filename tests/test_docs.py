@@ -77,7 +77,7 @@ def test_the_page_on_choosing_is_written(tmp_path):
     pytest.importorskip("sklearn", reason="of the demo extra")
     import jax
 
-    from docs import choosing
+    from benchmarks import choosing
 
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         choosing.main(["--steps", "20", "--out", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""torch's own table of optimizers (torch.testing): its bad inputs, and the parity figures of docs/parity.json."""
+"""torch's own table of optimizers (torch.testing): its bad inputs, and the parity figures that are on record."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_most_bad_numbers_are_among_them():
     assert {p.values[0] for p in NUMBERS} >= set(optim.CLASSES) - {"LBFGS", "Muon", "SGD"}
 
 
-RECORDED = {r["configuration"]: r for r in json.loads((parity.DOCS / "parity.json").read_text())["short"]}
+RECORDED = {r["configuration"]: r for r in json.loads((parity.DATA / "parity.json").read_text())["short"]}
 AGAIN = [c for c in parity.distinct(parity.configurations()) if str(c) in RECORDED]
 
 

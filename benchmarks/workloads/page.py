@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -203,7 +202,7 @@ def write(results: list[Result], machine: dict[str, Any], out: Path) -> None:
     found = section(results)
     content = {"machine": machine, "seconds": round(seconds)} | dataclasses.asdict(found)
     content["runs"] = [r.numbers() for r in results]
-    (out / "workloads.json").write_text(json.dumps(finite(content), indent=1) + "\n")
+    (out / "workloads.json").write_text(report.as_json(finite(content)) + "\n")
     (out / "workloads.md").write_text(report.page("workloads", found, machine))
     plot([r for r in results if r.compared], out / "workloads.png")
 

@@ -27,7 +27,7 @@ from examples.porting_a_run import load as load_text
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "docs"
 LRS = np.geomspace(1e-5, 100, 22)  # a factor of 2.15 from one to the next
 SEEDS = 3
 GOOD = 0.95  # of the way from the first loss to the lowest that any optimizer reached

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jopt
 from benchmarks.shapes import gpt2_small
 
-PAGE = Path(__file__).parent / "many-devices.md"
+PAGE = Path(__file__).parent.parent / "docs" / "many-devices.md"
 OPTIMIZERS = {
     "AdamW": jopt.adamw(),
     "SGD with momentum": jopt.sgd(momentum=0.9),

@@ -89,7 +89,7 @@ def main():
     axes.flat[0].legend()
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.savefig(Path(__file__).parent / "schedules.png", dpi=90)
+    figure.savefig(Path(__file__).parent.parent / "docs" / "schedules.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def collectives(program):
 def compiled_elsewhere(target, names, python=sys.executable):
     """compile_all in a process of its own."""
     child = subprocess.run(
-        [python, "-m", "docs.ahead_of_time", target, *names],
+        [python, "-m", "benchmarks.ahead_of_time", target, *names],
         cwd=ROOT,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
@@ -330,6 +330,6 @@ if __name__ == "__main__":
         colab = {target: compiled_elsewhere(target, (), python) for target in COLAB}
         code = "from importlib.metadata import version as v; print('jax', v('jax') + ', libtpu', v('libtpu'))"
         versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        (Path(__file__).parent / "ahead-of-time.md").write_text(page(found, colab, versions))
+        (ROOT / "docs" / "ahead-of-time.md").write_text(page(found, colab, versions))
     else:
         print(json.dumps(compile_all(sys.argv[1], sys.argv[2:] or OPTIMIZERS)))
