@@ -136,8 +136,21 @@ CASES = [
 TORCH_CASES = [case for case in CASES if case.torch]
 
 
-def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+# One of each rule or two, with the flags that shape it: where each case takes seconds the others are marked slow.
+FEW = frozenset(
+    (
+        *("sgd", "sgd-nesterov", "adam-amsgrad", "adam-decoupled", "adamw", "rmsprop-centered-momentum", "adamax-l2"),
+        *("nadam-l2", "radam-l2", "adagrad-decay", "adadelta", "rprop-etas", "asgd-averaging", "adafactor-l2"),
+        *("muon", "muon-match-rms", "mars", "momentum-scaled"),
+    )
+)
+
+
+def parametrize(cases: list[Case], *, few: bool = False) -> pytest.MarkDecorator:
+    """Over cases; with `few` all but `FEW` of them are slow."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(x, id=x.id, marks=[pytest.mark.slow] * (few and x.id not in FEW)) for x in cases]
+    )
 
 
 # Largest difference over largest value, of each parameter and state tensor, at any of 200 steps with feedback.

@@ -26,6 +26,7 @@ def test_the_demo_agrees(tmp_path, capsys):
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_demo_notices_a_wrong_optimizer(tmp_path, capsys, monkeypatch):
     """optax's default weight decay instead of torch's: the verdict is no formality."""
     monkeypatch.setattr(
@@ -111,6 +112,7 @@ def test_a_run_moves_and_comes_back(tmp_path, capsys):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_state_is_noticed(tmp_path, capsys, monkeypatch):
     """Moments that begin anew in JAX: the verdict is no formality."""
 

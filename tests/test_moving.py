@@ -79,7 +79,13 @@ RUNS = {f"{case.id}-native": (case, torch.optim) for case in cases.CASES if case
 }
 
 
-@pytest.mark.parametrize(("case", "module"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("case", "module"),
+    [
+        pytest.param(*run, id=name, marks=[pytest.mark.slow] * (run[0].id not in cases.FEW and "drop-in" not in name))
+        for name, run in RUNS.items()
+    ],
+)
 def test_there_and_back(case, module, x64):
     problem = cases.Problem("float64", matrices=case.matrices)
     runs = []

@@ -77,8 +77,18 @@ class JaxRun:
             yield from ((f"{name} {i}", np.asarray(x[i])) for name, x in self.state.scalars.items())
 
 
-@pytest.mark.parametrize("dtype", list(cases.TOLERANCES))
-@cases.parametrize(cases.TORCH_CASES)
+def is_slow(case, dtype):
+    return dtype != "float64" and case.id not in cases.FEW
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case.id}-{dtype}", marks=[pytest.mark.slow] * is_slow(case, dtype))
+        for case in cases.TORCH_CASES
+        for dtype in cases.TOLERANCES
+    ],
+)
 def test_equals_torch(case, dtype):
     with enable_x64(dtype == "float64"):
         problem = cases.Problem(dtype, matrices=case.matrices)
@@ -159,7 +169,7 @@ def test_complex_parameters():
         assert cases.difference(np.asarray(params), runs[0]) <= 1e-13, case.id
 
 
-@cases.parametrize([case for case in cases.TORCH_CASES if case.slots])
+@cases.parametrize([case for case in cases.TORCH_CASES if case.slots], few=True)
 def test_float32_state_of_bfloat16_parameters(case):
     """state_dtype: the step in float32 throughout, rounded once; against torch on float32 copies."""
     problem = cases.Problem("bfloat16", matrices=case.matrices)

@@ -335,7 +335,7 @@ BAD = [
     (dict(nesterov=[True]), TypeError, "nesterov: expected numbers, .*functools.partial"),
     (dict(momentum=[0.9]), TypeError, "unexpected keyword argument 'momentum'"),
     (dict(optimizers=[]), ValueError, "optimizers: expected at least one, found none"),
-    (dict(optimizers="adamv"), ValueError, "optimizers: expected one of sgd, adam, .* found 'adamv'"),
+    (dict(optimizers="adamv"), ValueError, "optimizers: expected one of .*adamw.* found 'adamv'"),
     (dict(optimizers=["sgd", jopt.sgd]), ValueError, "optimizers: 'sgd' is there twice"),
     (dict(optimizers=jopt.sgd(lr=0.1)), TypeError, "optimizers: expected names or functions of lr"),
     (dict(optimizers=[jopt.lbfgs]), TypeError, "optimizers: lbfgs evaluates the loss as often as it likes"),

@@ -176,6 +176,7 @@ def test_both_read_a_version_alike(version):
     assert interop_compat.numbers(version) == numbers(version)
 
 
+@pytest.mark.slow
 def test_a_step_without_a_cpu_device():
     code = """
         import torch

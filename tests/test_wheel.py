@@ -50,7 +50,7 @@ def test_what_is_in_it(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
     assert tops == {"jopt", "interop", f"jopt-{jopt.__version__}.dist-info"}
-    assert {"jopt/py.typed", "interop/py.typed", "interop/reader.cpp"} <= names
+    assert {"jopt/py.typed", "interop/py.typed", "interop/dropin/reader.cpp"} <= names
     sources = {
         str(path.relative_to(fresh.ROOT)) for top in ("jopt", "interop") for path in (fresh.ROOT / top).rglob("*.py")
     }
@@ -74,6 +74,7 @@ def test_without_torch(wheel, tmp_path):
     assert failed.stderr.splitlines()[-1].startswith("ModuleNotFoundError: interop needs PyTorch: pip install torch")
 
 
+@pytest.mark.slow
 def test_with_torch(wheel, tmp_path):
     """All of README's examples, and the command line."""
     pytest.importorskip("torch", reason="README's other examples are in PyTorch")
@@ -83,6 +84,7 @@ def test_with_torch(wheel, tmp_path):
     assert "inspect" in run(python, tmp_path, "-m", "interop", "--help")
 
 
+@pytest.mark.slow
 def test_types(wheel, tmp_path):
     """A program that uses the public names passes pyright --strict, outside of this checkout."""
     pyright = Path(sys.executable).parent / "pyright"

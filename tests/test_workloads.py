@@ -59,6 +59,7 @@ def test_all_ways_agree_and_a_page_says_so(tmp_path, sounds, capsys):
     assert "| [workloads](workloads.md) |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_wrong_optimizer_is_noticed(tmp_path, sounds, capsys, monkeypatch):
     """optax's epsilon of 1e-8 as 1e-4: the verdict is no formality."""
 

@@ -128,11 +128,7 @@ def named(given: Any) -> dict[str, Make]:
     return makes
 
 
-_BY_NAME = {
-    name: x
-    for name, x in vars(optimizers).items()
-    if isinstance(x, FunctionType) and x.__module__ == optimizers.__name__ and not name.startswith("_")
-} | {"lbfgs": lbfgs}
+_BY_NAME = {name: x for name, x in vars(optimizers).items() if isinstance(x, FunctionType)} | {"lbfgs": lbfgs}
 
 
 def _label(item: Any) -> str:
