@@ -10,9 +10,9 @@ pytest.importorskip("safetensors", reason="of the files extra")
 import interop  # noqa: E402
 import jopt  # noqa: E402
 from interop import optim  # noqa: E402
+from interop.runs import classes  # noqa: E402
 from interop.runs.files import CheckpointError  # noqa: E402
 from interop.runs.files.difference import differences  # noqa: E402
-from interop.runs.files.run import STATE_KEYS  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.checkpoints import network, trained, two_groups  # noqa: E402
 from tests.test_moving import Model, torch_leg  # noqa: E402
@@ -146,12 +146,12 @@ def test_sparse_adam(tmp_path):
 
 
 def test_every_class_and_its_state_is_known():
-    assert set(STATE_KEYS) == set(optim.CLASSES) - {"LBFGS"}
+    assert set(classes.CLASSES) == set(optim.CLASSES) - {"LBFGS"}
     for case in cases.TORCH_CASES:
         _, _, optimizer = run_of(case, steps=1)
-        required, optional = STATE_KEYS[case.torch]
+        known = classes.CLASSES[case.torch]
         for values in optimizer.state.values():
-            assert required <= set(values) <= required | optional, case.id
+            assert known.always <= set(values) <= known.always | known.sometimes, case.id
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-import jopt
 from interop import optim
 from interop.dropin import lbfgs
 from interop.dropin.leaf import EMA
-from interop.dropin.options import EXECUTION, check_groups
-from interop.modules import Layout, Leaf, check_arrays, leaves, to_jax, to_torch
-from interop.runs import schedulers
-from jopt import State, Transform
+from interop.dropin.options import check_groups
+from interop.memory.values import to_jax
+from interop.modules import Layout, check_arrays, leaves
+from interop.runs import bridge, schedulers
+from interop.runs.bridge import OptimizerState
+from interop.runs.classes import LINE_SEARCHING, class_of
 from jopt._compat import enable_x64
-from jopt.around.groups import Groups, GroupsState
 from jopt.lbfgs import LBFGS
-
-# What of an optimizer's group is no argument of its mathematics.
-NO_ARGUMENTS = ("params", "param_names", "initial_lr", *EXECUTION)
-UNCOUNTED = ("SGD", "Muon")  # which store no step
-AXES_MATTER = ("Adafactor", "Muon")  # which look at rows and columns
 
 
 def optimizer_to_jax(
@@ -85,100 +76,44 @@ def optimizer_to_jax(
       ValueError: a parameter that the model has not, a state of another shape, a scheduler that does not fit; flax's
         axes for Muon and Adafactor, which look at the axes.
     """
-    cls = torch_class(optimizer)
+    cls = class_of(optimizer)
     check_groups(getattr(optim, cls), optimizer.param_groups)
-    names = _leaves_of(optimizer, model, layout)
-    params = {leaf.name: to_jax(leaf.to_jax(p.detach())) for p, leaf in names.items()}
+    names, leaves_of = names_of(optimizer, model), leaves(model, layout)[0]
     scheduled: tuple[dict[str, Any], ...] = ({},) * len(optimizer.param_groups)
     if scheduler is not None:
         schedulers.check_belongs(scheduler, optimizer)
         scheduled = schedulers.scheduler_to_jax(scheduler, every=every)
-    if cls == "LBFGS":
-        tx, state = lbfgs.run_to_jax(optimizer, names, params, step, scheduled[0] | arguments)
-        return tx, params, state
-    groups = _groups(optimizer, scheduled)
+    params = {name: p.detach() for p, name in names.items()}
+    own = {name: leaves_of[name] for name in names.values()}
+    if cls == LINE_SEARCHING:
+        arrays = {leaf.name: to_jax(leaf.to_jax(params[name])) for name, leaf in own.items()}
+        by_tensor = {p: own[name] for p, name in names.items()}
+        tx, state = lbfgs.run_to_jax(optimizer, by_tensor, arrays, step, scheduled[0] | arguments)
+        return tx, arrays, state
+    run = run_of(optimizer, names)
     if step is None:
-        step = _count(optimizer, scheduler, every)
-    parts = []
-    for options, members in groups:
-        own = {names[p].name: p for p in members}
-        masked = {name: x if name in own else optax.MaskedNode() for name, x in params.items()}
-        parts.append(_group_to_jax(cls, options, arguments, names, own, masked, optimizer, step))
-    if len(parts) == 1:
-        tx, state = parts[0]
-        return tx, params, state
-    own_names = [_Names(frozenset(names[p].name for p in members), g) for g, (_, members) in enumerate(groups)]
-    txs, states = zip(*parts, strict=True)
-    return Groups(tuple(own_names[:-1]), txs), params, GroupsState(states)
+        step = _count(run, scheduler, every)
+    return bridge.run_to_jax(run, params, own, step=step, scheduled=scheduled, arguments=arguments)
 
 
-def _count(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, every: int) -> int:
+def run_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> OptimizerState:
+    """A live optimizer by the names of its parameters. Its tensors are not copied."""
+    groups = [
+        {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        | {"params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    state = {names[p]: dict(values) for p, values in optimizer.state.items() if p in names and values}
+    return OptimizerState(class_of(optimizer), groups, state)
+
+
+def _count(run: OptimizerState, scheduler: LRScheduler | None, every: int) -> int:
     """What schedules go on from."""
-    steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
     if scheduler is None:
-        return max(steps, default=0)
+        return int(max(run.steps, default=0))
     epoch = schedulers.last_epoch(scheduler)
-    within = max(steps, default=-1)  # where in its epoch, if the state says so
+    within = int(max(run.steps, default=-1))  # where in its epoch, if the state says so
     return within if within // every == epoch else epoch * every
-
-
-def _group_to_jax(
-    cls: str,
-    options: dict[str, Any],
-    arguments: dict[str, Any],
-    names: Mapping[Tensor, Leaf],
-    own: dict[str, Tensor],
-    params: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> tuple[Transform, State]:
-    """The transformation of a group, and its state; the parameters of others are masked."""
-    function = getattr(jopt, "sparse_adam" if cls == "SparseAdam" else cls.lower())
-    known = inspect.signature(function).parameters
-    given = {k: _number(v) for k, v in options.items() if k in known} | arguments
-    states: dict[str, dict[str, Any]] = {name: optimizer.state.get(p, {}) for name, p in own.items()}
-    if any(_is_wider(x, own[name]) for name, state in states.items() for x in state.values()):
-        given.setdefault("state_dtype", jnp.float32)
-    tx = function(**given)
-    state = tx.init(params)
-    slots = {slot: dict(tree) for slot, tree in state.slots.items()}
-    for slot, tree in slots.items():
-        for name, p in own.items():
-            fresh, value = tree[name], states[name].get(slot)
-            if fresh is not None and value is not None:
-                value = names[p].to_jax(value.detach()) if value.shape == p.shape else value.detach()
-                _check(f"the state {slot!r} of {name!r}", value, fresh.shape)
-                tree[name] = to_jax(value).astype(fresh.dtype)
-    scalars = {key: np.array(x) for key, x in state.scalars.items()}
-    for key, values in scalars.items():
-        for i, name in enumerate(_order(own)):
-            if key in states[name]:
-                values[i] = float(states[name][key])
-            elif cls in UNCOUNTED and key == "step":
-                values[i] = states[name].get("momentum_buffer") is not None
-    return tx, state._replace(
-        count=jnp.asarray(step, jnp.int32), slots=slots, scalars={k: jnp.asarray(v) for k, v in scalars.items()}
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Names:
-    """The pattern of a group: its parameters' names."""
-
-    names: frozenset[str]
-    group: int
-
-    def __call__(self, path: str, leaf: Any) -> bool:
-        return path in self.names
-
-    @property
-    def __name__(self) -> str:
-        return f"param_groups[{self.group}]"
-
-
-def _order(own: Iterable[str]) -> list[str]:
-    """The names in the order of a tree's leaves."""
-    return list(jax.tree.leaves({name: name for name in own}))
 
 
 def optimizer_to_torch(
@@ -207,21 +142,22 @@ def optimizer_to_torch(
       TypeError, ValueError: another optimizer, parameters of other names, shapes or types, a scheduler that is further
         than the state; before anything changed.
     """
-    cls = torch_class(optimizer)
-    names = _leaves_of(optimizer, model, layout)
-    groups = _parts(cls, tx, state, optimizer)
-    values = check_arrays("params", params, names)
-    _check_state(tx, params, state)
+    cls = class_of(optimizer)
+    names, leaves_of = names_of(optimizer, model), leaves(model, layout)[0]
+    by_tensor = {p: leaves_of[name] for p, name in names.items()}
+    groups = bridge.parts(cls, tx, state, [group["params"] for group in optimizer.param_groups])
+    values = check_arrays("params", params, by_tensor)
     if scheduler is not None:
         schedulers.check_belongs(scheduler, optimizer)
-    new: dict[Tensor, dict[str, Any]] = {}
-    if cls == "LBFGS":
-        new[optimizer.param_groups[0]["params"][0]] = lbfgs.run_to_torch(tx, state, optimizer, names)
+    if cls == LINE_SEARCHING:
+        bridge.check_state(tx, params, state)
+        first = optimizer.param_groups[0]["params"][0]
+        new = {first: lbfgs.run_to_torch(tx, state, optimizer, by_tensor)}
     else:
-        for _, part, members in groups:
-            order = _order(names[p].name for p in members)
-            for p in members:
-                new[p] = _state_of(cls, part, p, names[p], order.index(names[p].name))
+        members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        own = {name: p.detach() for p, name in names.items()}
+        found = bridge.run_to_torch(cls, tx, params, state, members, own, leaves_of)
+        new = {p: found[name] for p, name in names.items()}
     if scheduler is not None:
         schedulers.advance(scheduler, int(groups[0][1].count) // every)
     with torch.no_grad():
@@ -251,66 +187,6 @@ def _set_learning_rate(group: dict[str, Any], tx: Any, state: Any) -> None:
         group["lr"] = float(lr)
 
 
-def _check_state(tx: Any, params: dict[str, Any], state: Any) -> None:
-    """Raise unless the state is of the structure, shapes and types that tx.init(params) has."""
-    expected, treedef = jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, params))
-    found = jax.tree.structure(state)
-    if found != treedef:
-        raise ValueError(f"state: expected the structure of tx.init(params), {treedef}, found {found}")
-    for (path, spec), x in zip(expected, jax.tree.leaves(state), strict=True):
-        if (spec.shape, spec.dtype) != (np.shape(x), x.dtype):
-            raise ValueError(
-                f"state{jax.tree_util.keystr(path)}: expected {spec.dtype} of shape {spec.shape}, found {x.dtype} of "
-                f"shape {np.shape(x)}"
-            )
-
-
-def _parts(cls: str, tx: Any, state: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Any, Any, list[Tensor]]]:
-    """What steps each group of the optimizer, or all of them."""
-    if isinstance(tx, Groups):
-        txs, states = tx.transforms, state.groups if isinstance(state, GroupsState) else ()
-        members = [list(group["params"]) for group in optimizer.param_groups]
-        if not len(txs) == len(states) == len(members):
-            raise ValueError(f"tx: expected one of {len(members)} groups, as the optimizer's, found {len(txs)}")
-    else:
-        txs, states = [tx], [state]
-        members = [[p for group in optimizer.param_groups for p in group["params"]]]
-    for one in txs:
-        found = "LBFGS" if isinstance(one, LBFGS) else type(getattr(one, "rule", one)).__name__
-        expected = "LBFGS" if cls == "LBFGS" else getattr(optim, cls).rule.__name__
-        if found != expected:
-            raise TypeError(f"tx: expected one that steps {expected}, as {cls}, found {found}")
-    return list(zip(txs, states, members, strict=True))
-
-
-def _state_of(cls: str, state: State, p: Tensor, leaf: Leaf, i: int) -> dict[str, Any]:
-    """torch's state of a parameter, the i-th of its group; none if it was never stepped."""
-    scalars = {key: float(x[i]) for key, x in state.scalars.items()}
-    if scalars.get("step", 1) == 0 and cls != "Adagrad":
-        return {}
-    kept = {key: int(x) if cls == "SparseAdam" else torch.tensor(x) for key, x in scalars.items()}
-    slots = {}
-    for key, tree in state.slots.items():
-        if tree[leaf.name] is not None:
-            x = to_torch(tree[leaf.name])
-            slots[key] = leaf.to_torch(x).contiguous() if x.shape == leaf.shape(p) else x
-    return {key: x for key, x in kept.items() if key != "step" or cls not in UNCOUNTED} | slots
-
-
-def torch_class(optimizer: Any) -> str:
-    """The name of the class of torch.optim that an optimizer, native or of `interop.optim`, is of.
-
-    Raises:
-      TypeError: of none.
-    """
-    for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim") and cls.__name__ in optim.CLASSES:
-            return cls.__name__
-    raise TypeError(
-        f"optimizer: expected one of torch.optim's, found {type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    )
-
-
 def names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[Tensor, str]:
     """The model's names of the optimizer's parameters, in its order.
 
@@ -326,50 +202,6 @@ def names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[T
                     "give the model that it optimizes"
                 )
     return {p: known[p] for group in optimizer.param_groups for p in group["params"]}
-
-
-def _leaves_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module, layout: Layout) -> dict[Tensor, Leaf]:
-    parameters, _ = leaves(model, layout)
-    names = {p: parameters[name] for p, name in names_of(optimizer, model).items()}
-    cls = torch_class(optimizer)
-    turned = [leaf.name for leaf in names.values() if leaf.axes is not None]
-    if turned and cls in AXES_MATTER:
-        raise ValueError(
-            f"layout: {cls} looks at the axes of a matrix, and would step {turned[0]!r} otherwise with them in flax's "
-            "order; move it in torch's layout"
-        )
-    return names
-
-
-def _groups(
-    optimizer: torch.optim.Optimizer, scheduled: Iterable[dict[str, Any]]
-) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """The groups' options and parameters; all in one where their options are equal."""
-    groups = [
-        ({k: v for k, v in group.items() if k not in NO_ARGUMENTS} | own, list(group["params"]))
-        for group, own in zip(optimizer.param_groups, scheduled, strict=True)
-    ]
-    first = groups[0][0]
-    if all(first.keys() == other.keys() and all(other[k] == v for k, v in first.items()) for other, _ in groups[1:]):
-        return [(first, [p for _, members in groups for p in members])]
-    return groups
-
-
-def _number(x: Any) -> Any:
-    if isinstance(x, tuple | list):
-        return tuple(map(_number, x))
-    return x.item() if isinstance(x, Tensor) else x
-
-
-def _is_wider(x: Any, p: Tensor) -> bool:
-    return (
-        isinstance(x, Tensor) and x.dim() > 0 and x.dtype == torch.float32 and p.dtype in (torch.bfloat16, torch.half)
-    )
-
-
-def _check(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    if tuple(np.shape(x)) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, found {tuple(np.shape(x))}")
 
 
 def _learning_rate(tx: Any, state: Any) -> Any:

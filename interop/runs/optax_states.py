@@ -11,6 +11,7 @@ import torch
 
 from interop.modules import Layout
 from interop.runs import moving
+from interop.runs.classes import CLASSES, class_of
 from jopt import State
 
 # torch's class: optax's state, and its fields by the name of torch's slot
@@ -148,7 +149,7 @@ def optimizer_from_optax(
 
 def _same(optimizer: torch.optim.Optimizer) -> tuple[str, dict[str, Any]]:
     """The class and options of an optimizer that optax computes alike."""
-    cls = moving.torch_class(optimizer)
+    cls = class_of(optimizer)
     if cls in _OTHERS:
         raise ValueError(
             f"optimizer: {cls} is not the same in optax: {_OTHERS[cls]}; move it to jopt (optimizer_to_jax)"
@@ -167,11 +168,12 @@ def _chain(cls: str, h: dict[str, Any], lr: Any) -> optax.GradientTransformation
     b1, b2 = map(float, h.get("betas", (0, 0)))
     decay = float(h["weight_decay"])
     parts = [optax.scale(-1.0)] if h["maximize"] else []
-    if decay and cls != "AdamW":
+    decouples = CLASSES[cls].decouples(h)
+    if decay and not decouples:
         parts.append(optax.add_decayed_weights(decay))
     if cls in ("Adam", "AdamW"):
         parts.append(optax.scale_by_adam(b1, b2, h["eps"]))
-        parts += [optax.add_decayed_weights(decay)] if cls == "AdamW" else []
+        parts += [optax.add_decayed_weights(decay)] if decouples else []
     elif cls == "Adamax":
         parts.append(optax.scale_by_adamax(b1, b2, h["eps"]))
     elif cls == "Adadelta":

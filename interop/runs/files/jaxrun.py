@@ -7,9 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from interop import optim
+from interop.runs.classes import classes_of, defaults
 from interop.runs.files.errors import CheckpointError
 from jopt import State, Transform
 from jopt._compat import enable_x64
@@ -47,13 +45,12 @@ def torch_groups(
 
 def _options(tx: Transform, state: State) -> tuple[str, dict[str, Any]]:
     rule = tx.rule
-    candidates = [n for n in optim.CLASSES if n != "LBFGS" and getattr(optim, n).rule is type(rule)]
+    candidates = classes_of(type(rule))
     if not candidates:
         raise CheckpointError(f"tx: torch.optim has no {type(rule).__name__}")
     decoupled = getattr(rule, "decoupled_weight_decay", False)
-    name = "AdamW" if candidates == ["Adam", "AdamW"] and decoupled else candidates[0]
-    probe = torch.nn.Parameter(torch.zeros(1, 1))
-    options = dict(getattr(torch.optim, name)([probe]).defaults)
+    name = next((x.name for x in candidates if x.decouples({}) == decoupled), candidates[0].name)
+    options = dict(defaults(name))
     numbers = {key: _number(tx, state, key) for key in rule.hyperparameters}
     for key in options:
         if key in rule.tuples:

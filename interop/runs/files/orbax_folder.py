@@ -13,13 +13,14 @@ import torch
 from interop.dropin.leaf import EMA
 from interop.memory import HOST
 from interop.memory.values import to_jax
+from interop.modules import Leaf
+from interop.runs.bridge import OptimizerState, run_to_torch
 from interop.runs.files import flat
 from interop.runs.files.disk import Bar, check_folder, check_manifest, library, replacing_folder
 from interop.runs.files.errors import CheckpointError, reading
-from interop.runs.files.run import Checkpoint, Named, OptimizerState, new_optimizer, tensor
+from interop.runs.files.run import Checkpoint, tensor
 from interop.runs.files.safetensors_file import check_plain
 from interop.runs.files.wrapped import unwrap
-from interop.runs.moving import optimizer_to_torch
 from jopt._compat import enable_x64
 
 MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
@@ -133,13 +134,13 @@ def _own(path: Path, size: int) -> Checkpoint:
 def _torch_state(checkpoint: Checkpoint, raw: Any) -> dict[str, dict[str, Any]]:
     """The optimizer's state by names, of the restored `State`, whose NamedTuples are dictionaries."""
     assert checkpoint.optimizer is not None
-    names, groups = checkpoint.optimizer.names, checkpoint.optimizer.groups
-    model = Named({n: torch.nn.Parameter(checkpoint.params[n], False) for n in names})
-    optimizer = new_optimizer(str(checkpoint.optimizer.name), groups, model.own)
+    run = checkpoint.optimizer
     tx, params, _ = checkpoint.to_jax()
     state = _like(jax.eval_shape(tx.init, params), raw)
-    optimizer_to_torch(tx, params, state, model, optimizer)
-    return {n: dict(values) for p, n in model.names.items() if (values := optimizer.state.get(p))}
+    members = [group["params"] for group in run.groups]
+    leaves = {name: Leaf(name) for name in run.names}
+    found = run_to_torch(str(run.name), tx, params, state, members, checkpoint.params, leaves)
+    return {name: values for name, values in found.items() if values}
 
 
 def _like(target: Any, raw: Any) -> Any:

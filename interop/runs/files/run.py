@@ -12,56 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interop.dropin.leaf import EMA
 from interop.dropin.options import EXECUTION
 from interop.dropin.state import KeepsWideState
 from interop.memory import HOST
+from interop.modules import Leaf
+from interop.runs.bridge import NO_ARGUMENTS, OptimizerState, run_to_jax, run_to_torch
+from interop.runs.classes import CLASSES, class_of, defaults, state_shape
 from interop.runs.files.errors import CheckpointError
 from interop.runs.files.naming import compare, renamed
-from interop.runs.moving import names_of, optimizer_to_jax, optimizer_to_torch, torch_class
+from interop.runs.moving import names_of, run_of
 from jopt import State, Transform
 from jopt._compat import enable_x64
 from jopt.around.groups import Groups, GroupsState
 
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-# torch's state of a stepped parameter: what is always there, and what by the options.
-STATE_KEYS: dict[str, tuple[set[str], set[str]]] = {
-    "ASGD": ({"step", "eta", "mu", "ax"}, set()),
-    "Adadelta": ({"step", "square_avg", "acc_delta"}, set()),
-    "Adafactor": ({"step"}, {"row_var", "col_var", "variance"}),
-    "Adagrad": ({"step", "sum"}, set()),
-    "Adam": (MOMENTS, {"max_exp_avg_sq"}),
-    "AdamW": (MOMENTS, {"max_exp_avg_sq"}),
-    "Adamax": ({"step", "exp_avg", "exp_inf"}, set()),
-    "Muon": ({"momentum_buffer"}, set()),
-    "NAdam": ({*MOMENTS, "mu_product"}, set()),
-    "RAdam": (MOMENTS, set()),
-    "RMSprop": ({"step", "square_avg"}, {"momentum_buffer", "grad_avg"}),
-    "Rprop": ({"step", "prev", "step_size"}, set()),
-    "SGD": (set(), {"momentum_buffer"}),
-    "SparseAdam": (MOMENTS, set()),
-}
 EXTRA_STATE = "_extra_state"  # entries of a model's state_dict that are no tensors
-
-
-@dataclasses.dataclass
-class OptimizerState:
-    """An optimizer's state_dict by names.
-
-    Attributes:
-      name: torch's class, as "AdamW"; None if the file does not say and the options do not tell.
-      groups: torch's param_groups, whose "params" are names.
-      state: parameter -> torch's key -> tensor or number. Parameters that were never stepped have no entry.
-    """
-
-    name: str | None
-    groups: list[dict[str, Any]]
-    state: dict[str, dict[str, Any]]
-
-    @property
-    def names(self) -> list[str]:
-        """Its parameters, in the order of its groups."""
-        return [name for group in self.groups for name in group["params"]]
 
 
 @dataclasses.dataclass
@@ -119,14 +83,8 @@ class Checkpoint:
             extra[EXTRA_STATE] = other
         self = cls(params, buffers, None, step, extra)
         if optimizer is not None:
-            names = _names(optimizer, model)
-            groups = [
-                {k: v for k, v in group.items() if k not in ("params", "param_names")}
-                | {"params": [names[p] for p in group["params"]]}
-                for group in optimizer.param_groups
-            ]
-            state = {names[p]: dict(values) for p, values in optimizer.state.items() if p in names and values}
-            self.optimizer = OptimizerState(_class_name(optimizer), groups, state)
+            _class_name(optimizer)
+            self.optimizer = run_of(optimizer, _names(optimizer, model))
             if step is None:
                 self.step = last_step(self.optimizer)
         return self
@@ -215,16 +173,16 @@ class Checkpoint:
 
         with enable_x64(True):
             name, groups, count = torch_groups(tx, params, state)
-            model = Named({k: torch.nn.Parameter(tensor(k, x)) for k, x in params.items()})
-            optimizer = new_optimizer(name, groups, model.own)
+            own = {k: tensor(k, x) for k, x in params.items()}
+            leaves = {k: Leaf(k) for k in own}
             try:
-                optimizer_to_torch(tx, dict(params), state, model, optimizer)
+                members = [group["params"] for group in groups]
+                found = run_to_torch(name, tx, dict(params), state, members, own, leaves)
             except (TypeError, ValueError) as error:
                 raise CheckpointError(str(error)) from error
             others = {k: tensor(k, x) for k, x in (buffers or {}).items()}
-        kept = {n: dict(values) for p, n in model.names.items() if (values := optimizer.state.get(p))}
+        kept = {n: values for n, values in found.items() if values}
         steps = count if step is None else step
-        own = {k: p.detach() for k, p in model.own.items()}
         return cls(own, others, OptimizerState(name, groups, kept), steps, extra)
 
     def to_jax(self, **arguments: Any) -> tuple[Transform | Groups, dict[str, jax.Array], State | GroupsState]:
@@ -238,19 +196,19 @@ class Checkpoint:
           CheckpointError: no optimizer here, or one of an unknown class; state that the class does not have.
           TypeError: a type that JAX does not have (float64 needs jax_enable_x64).
         """
-        if self.optimizer is None or self.optimizer.name not in STATE_KEYS:
+        if self.optimizer is None or self.optimizer.name not in CLASSES:
             found = "none" if self.optimizer is None else f"one of class {self.optimizer.name or 'unknown'}"
             raise CheckpointError(f"optimizer: expected one of torch.optim's but LBFGS, found {found}")
         if lost := [n for n in self.optimizer.names if n not in self.params]:
             raise CheckpointError(f"the optimizer's parameter {lost[0]!r} has no tensor here")
         check_state(self.optimizer, self.optimizer.name, _shapes(self.params))
-        model = Named({n: torch.nn.Parameter(self.params[n].detach(), False) for n in self.optimizer.names})
-        optimizer = new_optimizer(self.optimizer.name, self.optimizer.groups, model.own)
-        for n, values in self.optimizer.state.items():
-            optimizer.state[model.own[n]] = values
-        if self.step is not None:
-            arguments = {"step": self.step} | arguments
-        return optimizer_to_jax(optimizer, model, **arguments)
+        params = {n: self.params[n].detach() for n in self.optimizer.names}
+        run = dataclasses.replace(self.optimizer, groups=[_completed(self.optimizer, g) for g in self.optimizer.groups])
+        step = arguments.pop("step", self.step)
+        scheduler = {k: arguments.pop(k) for k in ("scheduler", "every", "layout") if k in arguments}
+        if scheduler:
+            raise CheckpointError(f"{', '.join(scheduler)}: a checkpoint has no model and no scheduler to ask")
+        return run_to_jax(run, params, {n: Leaf(n) for n in params}, step=step, arguments=arguments)
 
     def renamed(self, patterns: Mapping[str, str]) -> Checkpoint:
         """With other names: `{"module.*": "*"}`, `{"module.": ""}`, or whole names; the rest keeps its own.
@@ -307,40 +265,27 @@ class Checkpoint:
             found.append(f"{len(outside)} parameters outside the optimizer, as {outside[0]!r}")
         if optimizer.name is None:
             found.append("the optimizer's class is not known")
-        elif optimizer.name in STATE_KEYS:
-            known = set.union(*STATE_KEYS[optimizer.name], {EMA})
+        elif optimizer.name in CLASSES:
+            known = CLASSES[optimizer.name].known
             unknown = sorted({k for values in optimizer.state.values() for k in values} - known)
             if unknown:
                 found.append(f"unknown keys in the state of {optimizer.name}: {', '.join(unknown)}")
         return found
 
 
-class Named(torch.nn.Module):
-    """Parameters under names that may hold dots."""
-
-    def __init__(self, own: dict[str, torch.nn.Parameter]):
-        super().__init__()
-        self.own = own
-        self.names = {p: name for name, p in own.items()}
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        yield from self.own.items()
-
-
-def new_optimizer(name: str, groups: list[dict[str, Any]], params: dict[str, Any]) -> torch.optim.Optimizer:
-    own = [
-        {k: v for k, v in g.items() if k not in EXECUTION} | {"params": [params[n] for n in g["params"]]}
-        for g in groups
-    ]
-    try:
-        return getattr(torch.optim, name)(own)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"the options of {name} are none that torch takes: {error}") from error
+def _completed(optimizer: OptimizerState, group: dict[str, Any]) -> dict[str, Any]:
+    """A group with torch's defaults for what it does not say."""
+    known = defaults(str(optimizer.name))
+    if unknown := group.keys() - known.keys() - NO_ARGUMENTS:
+        raise CheckpointError(
+            f"the options of {optimizer.name} are none that torch takes: it has no {', '.join(sorted(unknown))}"
+        )
+    return {**known, **group}
 
 
 def _class_name(optimizer: Any) -> str:
     with contextlib.suppress(TypeError):
-        if (name := torch_class(optimizer)) in STATE_KEYS:
+        if (name := class_of(optimizer)) in CLASSES:
             return name
     raise CheckpointError(f"optimizer: expected one of torch.optim's but LBFGS, found {type(optimizer).__qualname__}")
 
@@ -376,36 +321,28 @@ def _looks_like_buffer(name: str, x: Tensor) -> bool:
 
 
 def last_step(optimizer: OptimizerState) -> int | None:
-    steps = [float(values["step"]) for values in optimizer.state.values() if "step" in values]
-    return int(max(steps)) if steps else None
+    return int(max(optimizer.steps)) if optimizer.steps else None
 
 
 def check_state(optimizer: OptimizerState, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """That each parameter's state is one that the class steps from."""
-    required, optional = STATE_KEYS[name]
+    cls = CLASSES[name]
     for parameter, values in optimizer.state.items():
         where, shape = f"the state of {parameter!r}", shapes.get(parameter)
         if shape is None:
             raise CheckpointError(f"{where}: the optimizer has no such parameter")
-        if lost := required - set(values):
+        if lost := cls.always - set(values):
             raise CheckpointError(f"{where}: {name} needs {', '.join(map(repr, sorted(lost)))}")
-        if unknown := set(values) - required - optional - {EMA}:
+        if unknown := set(values) - cls.known:
             raise CheckpointError(f"{where}: {name} has no {', '.join(map(repr, sorted(unknown)))}")
         for key, x in values.items():
-            scalar = key in ("step", "mu_product", "eta", "mu")
-            expected = () if scalar else _state_shape(key, shape)
-            if x is None and key in required:
+            expected = state_shape(key, shape)
+            if x is None and key in cls.always:
                 raise CheckpointError(f"{where}: {key!r}: expected shape {expected}, found None")
             if x is not None and np.shape(x) != expected:
                 raise CheckpointError(f"{where}: {key!r}: expected shape {expected}, found {tuple(np.shape(x))}")
             if key == "step" and x is not None and not 0 <= float(x) < 2**53:
                 raise CheckpointError(f"{where}: 'step': expected a number of steps, found {float(x)}")
-
-
-def _state_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if key == "row_var":
-        return (*shape[:-1], 1)
-    return (*shape[:-2], 1, shape[-1]) if key == "col_var" else shape
 
 
 def _for_parameter(name: str, key: str, x: Any, p: Tensor, optimizer: Any) -> Any:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from interop.memory.tensors import address
+from interop.runs.bridge import OptimizerState
+from interop.runs.classes import CLASSES, SCALARS, defaults
 from interop.runs.files.errors import CheckpointError
 from interop.runs.files.naming import assign, renamed
-from interop.runs.files.run import EXTRA_STATE, STATE_KEYS, Checkpoint, OptimizerState, last_step, split
+from interop.runs.files.run import EXTRA_STATE, Checkpoint, last_step, split
 
 MODELS = ("model", "model_state_dict", "state_dict", "model_state", "module", "net", "network", "params", "weights")
 OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "optim_state_dict", "opt")
@@ -180,7 +182,7 @@ def _named(
     for parameter, values in named["state"].items():
         if not isinstance(values, Mapping) or not all(isinstance(k, str) for k in values):
             raise CheckpointError(f"the state of {parameter!r}: expected a dictionary by names")
-    if name is not None and name not in STATE_KEYS:
+    if name is not None and name not in CLASSES:
         raise CheckpointError(f"optimizer: expected one of torch.optim's but LBFGS, found {name!r:.80}")
     groups = named["param_groups"]
     state = {n: dict(values) for n, values in named["state"].items() if values}
@@ -205,7 +207,7 @@ def _shape(values: Any) -> tuple[int, ...] | None:
     if not isinstance(values, Mapping):
         return None
     for key, x in values.items():
-        if isinstance(x, Tensor) and key not in ("step", "mu_product", "eta", "mu", "row_var", "col_var"):
+        if isinstance(x, Tensor) and key not in (*SCALARS, "row_var", "col_var"):
             return tuple(x.shape)
     row, column = values.get("row_var"), values.get("col_var")
     if isinstance(row, Tensor) and isinstance(column, Tensor):
@@ -217,17 +219,16 @@ def _guess(groups: list[dict[str, Any]], state: Mapping[str, Mapping[str, Any]])
     """torch's class whose options and state these are, if one alone has them; None for what others may have too."""
     later = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}  # than `maximize`
     given = set(groups[0]) - {"params", "initial_lr"} if groups else set()
-    probe = torch.nn.Parameter(torch.zeros(1, 1))
     matches, exact = [], []
-    for name, (required, _) in STATE_KEYS.items():
-        defaults = set(getattr(torch.optim, name)([probe]).defaults)
-        if any(not required <= set(values) for values in state.values()):
+    for cls in CLASSES.values():
+        options = set(defaults(cls.name))
+        if any(not cls.always <= set(values) for values in state.values()):
             continue
-        if given <= defaults and defaults - given <= later and "maximize" in given:
-            matches.append(name)
-        if given == defaults:
-            exact.append(name)
+        if given <= options and options - given <= later and "maximize" in given:
+            matches.append(cls)
+        if given == options:
+            exact.append(cls)
     best = exact or matches
-    if best == ["Adam", "AdamW"] and "decoupled_weight_decay" in given:
-        return "AdamW" if groups[0]["decoupled_weight_decay"] else "Adam"
-    return best[0] if len(best) == 1 else None
+    if len({cls.rule for cls in best}) == 1 and "decoupled_weight_decay" in given:  # two names of one rule
+        best = [cls for cls in best if cls.decouples({}) == groups[0]["decoupled_weight_decay"]] or best
+    return best[0].name if len(best) == 1 else None

@@ -1,0 +1,118 @@
+"""What torch's optimizers are like: the one table from which everything that moves or stores runs asks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+import jopt
+from interop import optim
+from interop.dropin.leaf import EMA
+from jopt.rule import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchClass:
+    """A class of torch.optim that is one rule.
+
+    Attributes:
+      name: torch's.
+      make: jopt's function.
+      always, sometimes: the state of a stepped parameter: what is always there, and what by the options.
+      looks_at_axes: it would step a matrix otherwise with its axes in another order.
+      counts_in_integers: its step is a Python integer, where the others' is a tensor.
+      keeps_unstepped: a parameter has its state before its first step too.
+    """
+
+    name: str
+    make: Callable[..., jopt.Transform]
+    always: frozenset[str]
+    sometimes: frozenset[str] = frozenset()
+    looks_at_axes: bool = False
+    counts_in_integers: bool = False
+    keeps_unstepped: bool = False
+
+    @property
+    def rule(self) -> type[Rule]:
+        return getattr(optim, self.name).rule
+
+    @property
+    def counts(self) -> bool:
+        """Whether its state has the step. Of one that has not, a momentum buffer says that there was one."""
+        return "step" in self.always
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All keys that the state of a parameter may have."""
+        return self.always | self.sometimes | {EMA}
+
+    def decouples(self, options: Mapping[str, Any]) -> bool:
+        """Whether its weight decay is decoupled, as these options of a group say, or its name."""
+        return bool(options.get("decoupled_weight_decay", self.name == "AdamW"))
+
+
+def _of(name: str, make: Callable[..., jopt.Transform], always: str, sometimes: str = "", **rest: bool) -> TorchClass:
+    return TorchClass(name, make, frozenset(always.split()), frozenset(sometimes.split()), **rest)
+
+
+MOMENTS = "step exp_avg exp_avg_sq"
+CLASSES = {
+    x.name: x
+    for x in (
+        _of("ASGD", jopt.asgd, "step eta mu ax"),
+        _of("Adadelta", jopt.adadelta, "step square_avg acc_delta"),
+        _of("Adafactor", jopt.adafactor, "step", "row_var col_var variance", looks_at_axes=True),
+        _of("Adagrad", jopt.adagrad, "step sum", keeps_unstepped=True),
+        _of("Adam", jopt.adam, MOMENTS, "max_exp_avg_sq"),
+        _of("AdamW", jopt.adamw, MOMENTS, "max_exp_avg_sq"),
+        _of("Adamax", jopt.adamax, "step exp_avg exp_inf"),
+        _of("Muon", jopt.muon, "momentum_buffer", looks_at_axes=True),
+        _of("NAdam", jopt.nadam, f"{MOMENTS} mu_product"),
+        _of("RAdam", jopt.radam, MOMENTS),
+        _of("RMSprop", jopt.rmsprop, "step square_avg", "momentum_buffer grad_avg"),
+        _of("Rprop", jopt.rprop, "step prev step_size"),
+        _of("SGD", jopt.sgd, "", "momentum_buffer"),
+        _of("SparseAdam", jopt.sparse_adam, MOMENTS, counts_in_integers=True),
+    )
+}
+LINE_SEARCHING = "LBFGS"  # torch's one class that is no rule: `interop.dropin.lbfgs` moves it
+SCALARS = frozenset({"step", "mu_product", "eta", "mu"})  # of the state, what is one number
+
+
+def state_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a parameter's state under a key."""
+    if key in SCALARS:
+        return ()
+    if key == "row_var":
+        return (*shape[:-1], 1)
+    return (*shape[:-2], 1, shape[-1]) if key == "col_var" else shape
+
+
+def class_of(optimizer: Any) -> str:
+    """The name of the class of torch.optim that an optimizer, native or of `interop.optim`, is of.
+
+    Raises:
+      TypeError: of none.
+    """
+    for cls in type(optimizer).__mro__:
+        if cls.__module__.startswith("torch.optim") and cls.__name__ in optim.CLASSES:
+            return cls.__name__
+    raise TypeError(
+        f"optimizer: expected one of torch.optim's, found {type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    )
+
+
+def classes_of(rule: type[Rule]) -> list[TorchClass]:
+    """Those that a rule steps: Adam and AdamW share one."""
+    return [x for x in CLASSES.values() if x.rule is rule]
+
+
+@functools.cache
+def defaults(name: str) -> Mapping[str, Any]:
+    """The options of a class in torch's order, and their defaults; only torch's constructor knows them all."""
+    return types.MappingProxyType(getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1, 1))]).defaults)
