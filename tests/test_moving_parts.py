@@ -457,6 +457,7 @@ SAME = {
     "adam": ("Adam", dict(lr=0.05), lambda: optax.adam(0.05)),
     "adam-decay": ("Adam", dict(lr=0.05, weight_decay=0.1, maximize=True), None),
     "adamw": ("AdamW", dict(lr=0.05, weight_decay=0.1), lambda: optax.adamw(0.05, weight_decay=0.1)),
+    "adam-decoupled": ("Adam", dict(lr=0.05, weight_decay=0.1, decoupled_weight_decay=True), None),
     "adamax": ("Adamax", dict(lr=0.05), lambda: optax.adamax(0.05)),
     "adadelta": ("Adadelta", dict(lr=0.5), None),
     "sgd": ("SGD", dict(lr=0.05), lambda: optax.sgd(0.05)),
