@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-class Leaf(NamedTuple):
+class JaxLeaf(NamedTuple):
     """A tensor's name in JAX, and its axes there in terms of torch's (None: the same)."""
 
     name: str
@@ -37,7 +37,7 @@ class Leaf(NamedTuple):
         return tuple(self.to_jax(x).shape)
 
 
-def leaves(model: nn.Module, layout: Layout) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
+def leaves(model: nn.Module, layout: Layout) -> tuple[dict[str, JaxLeaf], dict[str, JaxLeaf]]:
     """What torch's names of the parameters and of the buffers become.
 
     "flax": the weight of a Linear is a `kernel` (in, out), of a convolution a `kernel` (spatial..., in, out), of a
@@ -52,12 +52,12 @@ def leaves(model: nn.Module, layout: Layout) -> tuple[dict[str, Leaf], dict[str,
         raise ValueError(f"layout: expected 'torch' or 'flax', found {layout!r}")
     modules = dict(model.named_modules())
 
-    def leaf(name: str, x: Tensor) -> Leaf:
+    def leaf(name: str, x: Tensor) -> JaxLeaf:
         path, _, own = name.rpartition(".")
         if layout == "torch":
-            return Leaf(name)
+            return JaxLeaf(name)
         new, axes = _flax(modules[path], own, x.dim())
-        return Leaf(f"{path}.{new}" if path else new, axes)
+        return JaxLeaf(f"{path}.{new}" if path else new, axes)
 
     parameters = {name: leaf(name, x) for name, x in model.named_parameters()}
     buffers = {name: leaf(name, x) for name, x in model.named_buffers()}
@@ -178,7 +178,7 @@ def to_torch(x: Any, *, copy: bool | None = True, into: nn.Module | None = None,
     return into
 
 
-def check_arrays(name: str, arrays: Mapping[str, Any], expected: Mapping[Tensor, Leaf]) -> dict[Tensor, Tensor]:
+def check_arrays(name: str, arrays: Mapping[str, Any], expected: Mapping[Tensor, JaxLeaf]) -> dict[Tensor, Tensor]:
     """The arrays as tensors with torch's axes, by the tensor that each is for.
 
     Raises:

@@ -28,7 +28,7 @@ from interop.dropin.step import OfTorch
 from interop.memory import check_parameter
 from interop.memory.tensors import DTYPES
 from interop.memory.values import to_jax
-from interop.modules import Leaf
+from interop.modules import JaxLeaf
 from jopt.lbfgs import LEAST_CURVATURE, LBFGSState
 from jopt.line_search import DONE, START, Settings, begin, initial_run, judge
 
@@ -337,7 +337,7 @@ def _torch_state(
 
 def run_to_jax(
     optimizer: torch.optim.Optimizer,
-    names: Mapping[Tensor, Leaf],
+    names: Mapping[Tensor, JaxLeaf],
     params: dict[str, jax.Array],
     step: int | None,
     arguments: dict[str, Any],
@@ -369,7 +369,7 @@ def run_to_jax(
 
 
 def run_to_torch(
-    solver: Any, x: LBFGSState, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, Leaf]
+    solver: Any, x: LBFGSState, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, JaxLeaf]
 ) -> dict[str, Any]:
     """torch's state."""
     back = np.argsort(_order(optimizer, names))
@@ -387,7 +387,7 @@ def run_to_torch(
     return _torch_state(solver.settings, counts, pairs, d, x.H_diag, prev_flat_grad, float(x.t), float(x.prev_loss))
 
 
-def _order(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, Leaf]) -> np.ndarray:
+def _order(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, JaxLeaf]) -> np.ndarray:
     """Where in torch's flat vector each number of JAX's lies."""
     places, start = {}, 0
     for p in optimizer.param_groups[0]["params"]:

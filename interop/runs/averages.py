@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 import jopt
 from interop.dropin.leaf import EMA
 from interop.dropin.step import CompiledStep
-from interop.modules import Leaf, check_arrays, to_jax
+from interop.modules import JaxLeaf, check_arrays, to_jax
 from interop.runs.moving import names_of
 from jopt.around.averages import Average, AverageState
 from jopt.around.scaling import LossScale, ScaleState
@@ -65,7 +65,7 @@ def average_to_torch(
       TypeError, ValueError: as `average_to_jax`; other names, shapes or types; before anything changed.
     """
     tensors = _tensors(average, model)
-    new = check_arrays("state.params", state.params, {x: Leaf(name) for name, x in tensors.items()})
+    new = check_arrays("state.params", state.params, {x: JaxLeaf(name) for name, x in tensors.items()})
     with torch.no_grad():
         if isinstance(average, AveragedModel):
             for tensor, value in new.items():

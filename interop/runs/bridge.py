@@ -17,7 +17,7 @@ from torch import Tensor
 from interop import optim
 from interop.dropin.options import EXECUTION, check_groups
 from interop.memory.values import to_jax, to_torch
-from interop.modules import Leaf
+from interop.modules import JaxLeaf
 from interop.runs.classes import CLASSES, LINE_SEARCHING, TorchClass
 from jopt import State, Transform
 from jopt.around.groups import Groups, GroupsState
@@ -55,7 +55,7 @@ class OptimizerState:
 def run_to_jax(
     run: OptimizerState,
     params: Mapping[str, Tensor],
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, JaxLeaf],
     *,
     step: int | None = None,
     scheduled: Sequence[Mapping[str, Any]] | None = None,
@@ -116,7 +116,7 @@ def _group_to_jax(
     arguments: dict[str, Any],
     run: OptimizerState,
     params: Mapping[str, Tensor],
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, JaxLeaf],
     own: Mapping[str, str],
     arrays: dict[str, Any],
     step: int,
@@ -178,7 +178,7 @@ def run_to_torch(
     state: Any,
     groups: Sequence[Sequence[str]],
     params: Mapping[str, Tensor],
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, JaxLeaf],
 ) -> dict[str, dict[str, Any]]:
     """torch's state by names, in tensors of its own; empty for a parameter that was never stepped.
 
@@ -201,7 +201,7 @@ def run_to_torch(
     return found
 
 
-def _state_of(cls: TorchClass, state: State, p: Tensor, leaf: Leaf, i: int) -> dict[str, Any]:
+def _state_of(cls: TorchClass, state: State, p: Tensor, leaf: JaxLeaf, i: int) -> dict[str, Any]:
     """torch's state of a parameter, the i-th of its group."""
     scalars = {key: float(x[i]) for key, x in state.scalars.items()}
     if scalars.get("step", 1) == 0 and not cls.keeps_unstepped:

@@ -153,7 +153,7 @@ def _decode(x: Any, take: Any) -> Any:
     return {k: _decode(v, take) for k, v in x.items()}
 
 
-def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor once, and the other names of those that come again, as tied weights do."""
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}

@@ -13,7 +13,7 @@ import torch
 from interop.dropin.leaf import EMA
 from interop.memory import HOST
 from interop.memory.values import to_jax
-from interop.modules import Leaf
+from interop.modules import JaxLeaf
 from interop.runs.bridge import OptimizerState, run_to_torch
 from interop.runs.files import flat
 from interop.runs.files.disk import Bar, check_folder, check_manifest, library, replacing_folder
@@ -39,7 +39,7 @@ def write(checkpoint: Checkpoint, path: Path, progress: bool | None = None) -> N
 
     optimizer = checkpoint.optimizer
     with enable_x64(True):
-        tensors, aliases = flat.apart(checkpoint.tensors())
+        tensors, aliases = flat.without_aliases(checkpoint.tensors())
         arrays = {name: _array(name, x) for name, x in tensors.items() if not name.startswith("state.")}
         tree: dict[str, Any] = {
             kind: {name.removeprefix(f"{kind}."): x for name, x in arrays.items() if name.startswith(f"{kind}.")}
@@ -138,7 +138,7 @@ def _torch_state(checkpoint: Checkpoint, raw: Any) -> dict[str, dict[str, Any]]:
     tx, params, _ = checkpoint.to_jax()
     state = _like(jax.eval_shape(tx.init, params), raw)
     members = [group["params"] for group in run.groups]
-    leaves = {name: Leaf(name) for name in run.names}
+    leaves = {name: JaxLeaf(name) for name in run.names}
     found = run_to_torch(str(run.name), tx, params, state, members, checkpoint.params, leaves)
     return {name: values for name, values in found.items() if values}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from interop.dropin.options import EXECUTION
 from interop.dropin.state import KeepsWideState
 from interop.memory import HOST
-from interop.modules import Leaf
+from interop.modules import JaxLeaf
 from interop.runs.bridge import NO_ARGUMENTS, OptimizerState, run_to_jax, run_to_torch
 from interop.runs.classes import CLASSES, class_of, defaults, state_shape
 from interop.runs.files.errors import CheckpointError
@@ -174,7 +174,7 @@ class Checkpoint:
         with enable_x64(True):
             name, groups, count = torch_groups(tx, params, state)
             own = {k: tensor(k, x) for k, x in params.items()}
-            leaves = {k: Leaf(k) for k in own}
+            leaves = {k: JaxLeaf(k) for k in own}
             try:
                 members = [group["params"] for group in groups]
                 found = run_to_torch(name, tx, dict(params), state, members, own, leaves)
@@ -208,7 +208,7 @@ class Checkpoint:
         scheduler = {k: arguments.pop(k) for k in ("scheduler", "every", "layout") if k in arguments}
         if scheduler:
             raise CheckpointError(f"{', '.join(scheduler)}: a checkpoint has no model and no scheduler to ask")
-        return run_to_jax(run, params, {n: Leaf(n) for n in params}, step=step, arguments=arguments)
+        return run_to_jax(run, params, {n: JaxLeaf(n) for n in params}, step=step, arguments=arguments)
 
     def renamed(self, patterns: Mapping[str, str]) -> Checkpoint:
         """With other names: `{"module.*": "*"}`, `{"module.": ""}`, or whole names; the rest keeps its own.

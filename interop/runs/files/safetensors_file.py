@@ -14,7 +14,7 @@ from torch import Tensor
 
 from interop.runs.files.disk import CHUNK, Bar, crc, library, replacing_file
 from interop.runs.files.errors import CheckpointError, reading
-from interop.runs.files.flat import apart, flatten, unflatten
+from interop.runs.files.flat import flatten, unflatten, without_aliases
 from interop.runs.files.run import Checkpoint, bits
 from interop.runs.files.wrapped import unwrap
 
@@ -142,7 +142,7 @@ def write(checkpoint: Checkpoint, path: Path, progress: bool | None = None) -> N
         check_plain(name, x)
         if x.dtype not in NAMES:
             raise CheckpointError(f"tensor {name!r}: safetensors has no {x.dtype}; write a .pt file")
-    tensors, aliases = apart(tensors)
+    tensors, aliases = without_aliases(tensors)
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # alignment, as the library
     header: dict[str, Any] = {}
     end = 0
