@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -144,6 +145,11 @@ FEW = frozenset(
         *("muon", "muon-match-rms", "mars", "momentum-scaled"),
     )
 )
+
+
+def mostly_slow(values: Any, fast: Any, ids: Callable[[Any], str] = str) -> list[Any]:
+    """For `pytest.mark.parametrize`: values of which all but the `fast` are marked slow."""
+    return [pytest.param(x, id=ids(x), marks=[pytest.mark.slow] * (x not in fast)) for x in values]
 
 
 def parametrize(cases: list[Case], *, few: bool = False) -> pytest.MarkDecorator:

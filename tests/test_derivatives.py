@@ -125,8 +125,9 @@ def alike(found, expected, tolerance, slack=0.0):
 FAST = {"adam-amsgrad", "adamax", "gradient_descent"}
 
 
-@cases.parametrize(
-    [pytest.param(c, id=c.id, marks=[] if c.id in FAST else pytest.mark.slow) for c in cases.CASES if not c.matrices]
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.id, marks=[] if c.id in FAST else pytest.mark.slow) for c in cases.CASES if not c.matrices],
 )
 def test_modes_and_differences(case, x64):
     """Every number is an array here, so that no term is left out for being 0."""
@@ -169,12 +170,13 @@ def test_jumps(x64):
     np.testing.assert_allclose(of_params["minimum"], 0.3)  # it stays 0, under a loss of p^2 + 0.3 p
 
 
-@cases.parametrize(
+@pytest.mark.parametrize(
+    "case",
     [
         pytest.param(c, id=c.id, marks=[] if c.id == "momentum-scaled" else pytest.mark.slow)
         for c in cases.CASES
         if c.scope == "element"
-    ]
+    ],
 )
 def test_packed_eager_and_traced_numbers(case, x64):
     """The same from a packed buffer, without jit, and from numbers in the state."""

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import amp, optim  # noqa: E402
 from interop.dropin import options  # noqa: E402
+from tests import cases  # noqa: E402
 from tests.test_optimizer import network, subprocess_run, train  # noqa: E402
 
 NAMES = optim.CLASSES
@@ -419,7 +420,7 @@ def test_processes_in_turn_share_state():
 
 
 @pytest.mark.usefixtures("reading")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases.mostly_slow(NAMES, ["AdamW", "SGD", "Muon", "LBFGS", "SparseAdam"]))
 def test_a_model_is_freed_with_its_optimizer(name):
     """By reference count, whatever was done: the collector may be off."""
     gc.collect()

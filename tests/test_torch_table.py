@@ -15,6 +15,7 @@ from benchmarks import parity  # noqa: E402
 from interop import optim  # noqa: E402
 from interop._compat import TORCH  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
+from tests import cases  # noqa: E402
 
 BAD_INPUTS = [
     pytest.param(info.optim_cls.__name__, item, id=f"{info.optim_cls.__name__}-{i}")
@@ -76,7 +77,7 @@ def test_all_that_was_recorded_is_measured_again():
     assert len(AGAIN) == len(RECORDED)
 
 
-@pytest.mark.parametrize("c", AGAIN, ids=lambda c: re.sub(r"\W+", "-", str(c)))
+@pytest.mark.parametrize("c", cases.mostly_slow(AGAIN, AGAIN[::4], lambda c: re.sub(r"\W+", "-", str(c))))
 def test_no_figure_worsens(c):
     """The short table again: of each optimizer two configurations, 100 steps on 4 problems."""
     import jax

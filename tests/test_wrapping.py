@@ -73,7 +73,7 @@ def pure(tx, problem, steps, extra):
     return params, state
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", cases.mostly_slow(["float64", "float32"], ["float64"]))
 @pytest.mark.parametrize("name", FAR_FROM_TORCH)
 def test_equals_optax_in_jax(name, dtype, relaxed):
     tx, problem = FAR_FROM_TORCH[name](), cases.Problem(dtype, matrices=True)
