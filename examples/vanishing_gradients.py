@@ -173,7 +173,7 @@ def runs() -> list[Run]:
     # The zeros at the time steps are there to be measured, and stay.
     frozen = functools.partial(jopt.param_groups, groups={"^time": None})
     recurrent_sgd, slower = (frozen(jopt.sgd, lr=lr, momentum=0.9) for lr in (0.05, 0.003))
-    clipped = jopt.chain(jopt.clip_grad_norm(1.0), slower)
+    clipped, gently = jopt.chain(jopt.clip_grad_norm(1.0), slower), jopt.chain(jopt.clip_grad_norm(0.3), recurrent_sgd)
     a, b, c = "30 tanh layers", "a tanh recurrence", "a ReLU recurrence"
     return [
         Run(a, "as it is, sgd", deep("default"), plain, digits, sgd),
@@ -181,7 +181,7 @@ def runs() -> list[Run]:
         Run(a, "orthogonal start, sgd", deep("orthogonal"), plain, digits, sgd),
         Run(a, "residual, sgd", deep("default"), with_residuals, digits, sgd),
         Run(b, "as it is, sgd", recurrent(0.7), tanh, sequences, recurrent_sgd),
-        Run(b, "orthogonal start, sgd", recurrent(1.0), tanh, sequences, recurrent_sgd),
+        Run(b, "orthogonal, clipped sgd", recurrent(1.0), tanh, sequences, gently),
         Run(c, "as it is, sgd", recurrent(1.05, identity=True), relu, sequences, slower),
         Run(c, "clipped, sgd", recurrent(1.05, identity=True), relu, sequences, clipped),
     ]

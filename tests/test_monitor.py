@@ -109,3 +109,17 @@ def test_bad_input():
         jopt.health_report(state.health, {"a": jnp.ones(1), "b": jnp.ones(1)})
     with pytest.raises(ValueError, match="params: expected the parameters"):
         tx.update({"a": jnp.ones(1)}, state)
+
+
+def test_what_is_frozen_is_measured_as_it_comes():
+    """It is no gradient that vanishes; where there is none for it, there is nothing to measure."""
+    tx = jopt.monitor(jopt.param_groups(jopt.sgd, {"^frozen": None}, lr=0.5))
+    params = {"frozen": jnp.ones(4), "stepped": jnp.ones(1)}
+    grads = {"frozen": jnp.full(4, 2.0), "stepped": jnp.ones(1)}
+    new, state = tx.step(grads, tx.init(params), params)
+    np.testing.assert_array_equal(new["frozen"], 1)
+    np.testing.assert_allclose(state.health.grad_norm, [4, 1])
+    np.testing.assert_allclose(state.health.update_norm, [0, 0.5])
+    assert jopt.health_report(state.health, params).vanishing == ()
+    _, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(state.health.grad_norm, [4, 1])

@@ -60,9 +60,7 @@ class Monitor(Exact[MonitorState]):
         def update(updates: Tree, state: MonitorState, params: Tree | None = None, **extra: Any) -> Any:
             check_params(params)
             new, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
-            return new, MonitorState(
-                inner, _health(chaining.without(self.frozen(params), params, updates), new, params)
-            )
+            return new, MonitorState(inner, _health(updates, new, params))
 
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
         self._tx, self._arguments = tx, (tx,)
@@ -82,12 +80,14 @@ class Monitor(Exact[MonitorState]):
         skip: Array | None = None,
         **extra_args: Any,
     ) -> tuple[P, MonitorState]:
-        """One step of the transformation, measured: as `Transform.step`. A leaf without gradient, or that is frozen or
-        not active, counts as zeros."""
+        """One step of the transformation, measured: as `Transform.step`.
+
+        A leaf without gradient, or that is not active, counts as zeros. What is frozen is measured as it comes.
+        """
         new, inner = chaining.step(
             self._tx, grads, state.inner, params, active=active, factors=factors, skip=skip, **extra_args
         )
-        seen = chaining.of_active(active, chaining.without(self.frozen(params), params, scaled(grads, factors)), params)
+        seen = chaining.of_active(active, scaled(grads, factors), params)
         health = _health(seen, difference(new, params), params)
         return new, MonitorState(inner, keep(skip, state.health, health))
 
