@@ -175,16 +175,13 @@ def _step_element(
     grad: Array,
     state: LeafState,
     param: Array,
-    active: Array | None = None,
-    key: Array | None = None,
-    factors: Sequence[Array] = (),
-    *,
+    *rest: Any,
     separate: bool,
 ) -> tuple[Array, LeafState]:
     """step_leaf, traced once for all leaves of one shape; `separate`: in the form of `separately`."""
 
     def outputs(grad: Array, state: LeafState, param: Array) -> list[Array]:
-        param, new = step_leaf(rule, c, grad, state, param, active, key, factors)
+        param, new = step_leaf(rule, c, grad, state, param, *rest)
         return [param, *(new[name] for name in state)]
 
     if separate and state:

@@ -25,7 +25,7 @@ from jopt import numerics
 from jopt.around import chaining
 from jopt.around.chaining import Chain
 from jopt.around.groups import Groups
-from jopt.transform import Exact, P, Transform, check_array, check_params
+from jopt.transform import P, Transform, check_array, check_params
 
 Tree = Any
 
@@ -99,7 +99,7 @@ def shard_state(
     return Sharded(tx, layout)
 
 
-class Sharded(Exact[Any]):
+class Sharded(chaining.Around[Any]):
     """What `jopt.shard_state` makes: an optax transformation with an exact `step`, whose state lies on a mesh.
 
     Attributes:
@@ -109,7 +109,6 @@ class Sharded(Exact[Any]):
 
     shardings: Tree
     param_shardings: Tree
-    _tx: optax.GradientTransformation
     _layout: _Layout
     _run: Callable[..., Any]
 
@@ -139,9 +138,6 @@ class Sharded(Exact[Any]):
         initialize = jax.jit(lambda p: layout.on_mesh(tx.init, self.shardings, p), out_shardings=self.shardings)
         self._run = jax.jit(run, static_argnums=4, out_shardings=(self.param_shardings, self.shardings))
         return self
-
-    def frozen(self, params: Tree) -> list[bool]:
-        return chaining.frozen(self._tx, params)
 
     def step(
         self,

@@ -154,9 +154,8 @@ def mostly_slow(values: Any, fast: Any, ids: Callable[[Any], str] = str) -> list
 
 def parametrize(cases: list[Case], *, few: bool = False) -> pytest.MarkDecorator:
     """Over cases; with `few` all but `FEW` of them are slow."""
-    return pytest.mark.parametrize(
-        "case", [pytest.param(x, id=x.id, marks=[pytest.mark.slow] * (few and x.id not in FEW)) for x in cases]
-    )
+    fast = [x for x in cases if not few or x.id in FEW]
+    return pytest.mark.parametrize("case", mostly_slow(cases, fast, lambda x: x.id))
 
 
 # Largest difference over largest value, of each parameter and state tensor, at any of 200 steps with feedback.

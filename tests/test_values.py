@@ -172,7 +172,7 @@ def test_functions_are_themselves():
 
 def test_in_equinox_modules():
     """As a field, through filter_jit and filter_grad, and when the module is mapped over."""
-    eqx = pytest.importorskip("equinox")
+    eqx = pytest.importorskip("equinox", reason="pip install '.[ecosystem]' brings it")
 
     class Learner(eqx.Module):
         model: eqx.nn.Linear

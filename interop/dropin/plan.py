@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -275,12 +276,13 @@ class Plan:
         inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
         found = Measured([], [], optimizer.max_norm or 0.0, inverse)
         works = self._works()
+        users = collections.Counter(id(work.bucket.staging) for work in works)
         try:
             for work, measure in zip(works, measures, strict=True):
                 norms, overflow = work.bucket.measure(measure, work, grads, inverse)
                 found.norms.append(norms)
                 found.overflows.append(overflow)
-                if sum(other.bucket.staging is work.bucket.staging for other in works) > 1:
+                if users[id(work.bucket.staging)] > 1:
                     work.bucket.device.after((norms, overflow))  # before another bucket's gradients come to lie there
         except BaseException:
             self._wait(found)

@@ -77,7 +77,6 @@ def optimizer_to_jax(
         axes for Muon and Adafactor, which look at the axes.
     """
     cls = class_of(optimizer)
-    check_groups(getattr(optim, cls), optimizer.param_groups)
     names, leaves_of = names_of(optimizer, model), leaves(model, layout)[0]
     scheduled: tuple[dict[str, Any], ...] = ({},) * len(optimizer.param_groups)
     if scheduler is not None:
@@ -86,6 +85,7 @@ def optimizer_to_jax(
     params = {name: p.detach() for p, name in names.items()}
     own = {name: leaves_of[name] for name in names.values()}
     if cls == LINE_SEARCHING:
+        check_groups(optim.LBFGS, optimizer.param_groups)
         arrays = {leaf.name: to_jax(leaf.to_jax(params[name])) for name, leaf in own.items()}
         by_tensor = {p: own[name] for p, name in names.items()}
         tx, state = lbfgs.run_to_jax(optimizer, by_tensor, arrays, step, scheduled[0] | arguments)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from jopt.around.clip import ClipGradNorm, scaled
-from jopt.transform import Exact, P, State, Transform, check_factors, difference, keep
+from jopt.transform import Exact, P, S, State, Transform, check_factors, difference, keep
 
 Tree = Any
 
@@ -256,6 +256,15 @@ def owner(path: Any, shape: tuple[int, ...], params: Mapping[Any, tuple[int, ...
 def frozen(tx: optax.GradientTransformation, params: Tree) -> list[bool]:
     """For each leaf of the parameters, in their order, whether the transformation never steps it."""
     return tx.frozen(params) if isinstance(tx, Exact) else [False] * len(jax.tree.leaves(params))
+
+
+class Around(Exact[S]):
+    """What wraps one transformation: it never steps what that never steps."""
+
+    _tx: optax.GradientTransformation
+
+    def frozen(self, params: Tree) -> list[bool]:
+        return frozen(self._tx, params)
 
 
 def without(still: Sequence[bool], params: Tree, tree: Tree) -> Tree:

@@ -18,7 +18,7 @@ from jopt import numerics
 from jopt.arena import param_name
 from jopt.around import chaining
 from jopt.around.clip import scaled
-from jopt.transform import Exact, P, check_params, difference, keep
+from jopt.transform import P, check_params, difference, keep
 
 Tree = Any
 
@@ -47,10 +47,8 @@ class MonitorState(NamedTuple):
     health: Health
 
 
-class Monitor(Exact[MonitorState]):
+class Monitor(chaining.Around[MonitorState]):
     """What `jopt.monitor` makes."""
-
-    _tx: optax.GradientTransformation
 
     def __new__(cls, tx: optax.GradientTransformation) -> Self:
         def init(params: Tree) -> MonitorState:
@@ -65,9 +63,6 @@ class Monitor(Exact[MonitorState]):
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
         self._tx, self._arguments = tx, (tx,)
         return self
-
-    def frozen(self, params: Tree) -> list[bool]:
-        return chaining.frozen(self._tx, params)
 
     def step(
         self,

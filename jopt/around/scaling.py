@@ -20,7 +20,7 @@ from jopt.around import chaining
 from jopt.around.clip import ClipState, ClipValueState, scaled
 from jopt.around.groups import GroupsState
 from jopt.around.monitor import MonitorState
-from jopt.transform import Exact, P, S, State, keep
+from jopt.transform import P, S, State, keep
 from jopt.valued import by_value
 
 Tree = Any
@@ -156,10 +156,8 @@ class SkipState(NamedTuple):
     skipped: Array
 
 
-class Skipping(Exact[SkipState]):
+class Skipping(chaining.Around[SkipState]):
     """What `jopt.skip_nonfinite` makes."""
-
-    _tx: optax.GradientTransformation
 
     def __new__(cls, tx: optax.GradientTransformation) -> Self:
         def init(params: Tree) -> SkipState:
@@ -175,9 +173,6 @@ class Skipping(Exact[SkipState]):
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
         self._tx, self._arguments = tx, (tx,)
         return self
-
-    def frozen(self, params: Tree) -> list[bool]:
-        return chaining.frozen(self._tx, params)
 
     def step(
         self,

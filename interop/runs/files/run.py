@@ -205,9 +205,6 @@ class Checkpoint:
         params = {n: self.params[n].detach() for n in self.optimizer.names}
         run = dataclasses.replace(self.optimizer, groups=[_completed(self.optimizer, g) for g in self.optimizer.groups])
         step = arguments.pop("step", self.step)
-        scheduler = {k: arguments.pop(k) for k in ("scheduler", "every", "layout") if k in arguments}
-        if scheduler:
-            raise CheckpointError(f"{', '.join(scheduler)}: a checkpoint has no model and no scheduler to ask")
         return run_to_jax(run, params, {n: JaxLeaf(n) for n in params}, step=step, arguments=arguments)
 
     def renamed(self, patterns: Mapping[str, str]) -> Checkpoint:
