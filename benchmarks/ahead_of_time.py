@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jopt
+from benchmarks import report
 from jopt._compat import JAX
 from tests import cases
 
@@ -330,6 +331,6 @@ if __name__ == "__main__":
         colab = {target: compiled_elsewhere(target, (), python) for target in COLAB}
         code = "from importlib.metadata import version as v; print('jax', v('jax') + ', libtpu', v('libtpu'))"
         versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        (ROOT / "docs" / "ahead-of-time.md").write_text(page(found, colab, versions))
+        (ROOT / "docs" / "ahead-of-time.md").write_text(report.wrapped(page(found, colab, versions)))
     else:
         print(json.dumps(compile_all(sys.argv[1], sys.argv[2:] or OPTIMIZERS)))

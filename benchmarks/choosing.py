@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import jopt
+from benchmarks import report
 from examples.porting_a_run import load as load_text
 
 matplotlib.use("Agg")
@@ -641,7 +642,7 @@ def main(argv: list[str] | None = None) -> None:
         jax=jax.__version__,
         machine=f"{platform.machine()}, {jax.devices()[0].platform}",
     )
-    (arguments.out / "choosing.md").write_text(page)
+    (arguments.out / "choosing.md").write_text(report.wrapped(page))
 
 
 if __name__ == "__main__":

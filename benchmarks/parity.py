@@ -663,7 +663,7 @@ def main() -> None:
         measured("paths", measure_path, everything, SEEDS, STEPS)
     file.write_text(report.as_json(result, digits=None) + "\n")
     if not arguments.short:
-        (DOCS / "parity.md").write_text(markdown(result))
+        (DOCS / "parity.md").write_text(report.wrapped(markdown(result)))
         picture(result, DOCS / "parity.png")
 
 

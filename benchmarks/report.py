@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,37 @@ def write(name: str, section: Section, machine: dict[str, Any], seconds: float, 
     out.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "seconds": round(seconds)} | dataclasses.asdict(section)
     (out / f"{name}.json").write_text(as_json(without_detail(content)) + "\n")
-    (out / f"{name}.md").write_text(page(name, section, machine))
+    (out / f"{name}.md").write_text(wrapped(page(name, section, machine)))
     plot(section.figures, out / f"{name}.png")
+
+
+def wrapped(page: str, width: int = 120) -> str:
+    """The page, with the paragraphs and list entries that are wider wrapped; code, tables and headings are kept."""
+    entry = re.compile(r"\s*([-*]|\d+\.)\s+")
+    done: list[str] = []
+    block: list[str] = []
+
+    def finish() -> None:
+        if any(len(line) > width for line in block):
+            indent = (entry.match(block[0]) or re.match(r"\s*", block[0]))[0]
+            text = " ".join([block[0][len(indent) :], *(line.strip() for line in block[1:])])
+            # Code, the alternative text of a picture and an address stay in one line.
+            text = re.sub(r"`[^`]*`|!\[[^]]*\]|\]\([^)]*\)", lambda m: m[0].replace(" ", "\0"), text)
+            options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * len(indent)}
+            block[:] = (x.replace("\0", " ") for x in textwrap.wrap(text, width, initial_indent=indent, **options))
+        done.extend(block)
+        block.clear()
+
+    code = False
+    for line in page.split("\n"):
+        fence = line.lstrip().startswith("```")
+        kept = code or fence or not line.strip() or line.lstrip()[0] in "|#<"
+        if kept or entry.match(line):
+            finish()
+        (done if kept else block).append(line)
+        code ^= fence
+    finish()
+    return "\n".join(done)
 
 
 def as_json(x: Any, digits: int | None = 4, indent: str = "") -> str:
@@ -133,7 +164,7 @@ def summary(out: Path) -> None:
                 f"{text(target.reached)} | {'met' if target.met else 'missed'} |"
             )
     lines += ["", "Measured: " + ", ".join(f"{name} {date}" for name, date in dates.items()) + "."]
-    (out / "README.md").write_text("\n".join(lines) + "\n")
+    (out / "README.md").write_text(wrapped("\n".join(lines) + "\n"))
 
 
 def plot(figures: list[Figure], path: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 import jopt
+from benchmarks import report
 from jopt._compat import numbers
 
-PAGES = Path(__file__).parent.parent / "docs" / "optimizers"
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "docs" / "optimizers"
 OPTIMIZERS = sorted(p.stem for p in PAGES.glob("*.md") if p.stem != "README")
 SHARED = {"state_dtype", "master_copy", "stochastic_rounding", "hyperparams_in_state"}
 
@@ -88,3 +90,11 @@ def test_the_page_on_choosing_is_written(tmp_path):
     assert pieces[0] == pieces[1]
     assert len(pieces[0]) == 13 + 13  # the usual advice, and the article's
     assert (tmp_path / "choosing.png").stat().st_size > 10_000
+
+
+WRITTEN = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/results/*.md")]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_keep_to_one_width(page):
+    assert report.wrapped(page.read_text()) == page.read_text(), "benchmarks.report.wrapped does it"
