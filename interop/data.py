@@ -160,7 +160,7 @@ class _Convert:
 
     def __init__(self, sharding: Any, last: str, copy: bool | None):
         self.sharding, self.last, self.copy = sharding, last, copy
-        # Both are the caller's thread's, and the other thread has its own.
+        # JAX keeps both by the thread: these are the caller's, for the thread that converts.
         self.x64: bool = jax.config.read("jax_enable_x64")
         self.device: Any = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
         self.rows = 0  # of the first batch, once it is there

@@ -98,10 +98,10 @@ class TorchProgram(Program):
     def train(self, params: Any, state: Any, numbers: Any, data: Batches) -> np.ndarray:
         losses = []
         for i in range(data.steps):
-            # The tensors that share the parameters' memory end with this call: only then is it donated.
+            # XLA donates the parameters' memory only when no tensor shares it: these tensors end with this call.
             grads, values = self._value(to_torch(params, copy=None), _to_tensors(data[i]))
             params, state = self._advance(params, state, to_jax(grads, copy=None), numbers)
-            jax.block_until_ready(params)  # it reads the gradients, which the next round frees
+            jax.block_until_ready(params)  # wait: the step reads the gradients, which the next round frees
             losses.append(values.numpy())
         return np.stack(losses)
 

@@ -34,17 +34,17 @@ Numbers = Sequence[dict[str, float]]  # the hyperparameters of each group
 
 @dataclasses.dataclass
 class Work:
-    """Which leaves of a bucket step, and what is to be copied for it; until something changes.
+    """What a step does with a bucket: which leaves step, and what is copied for them. Kept until something changes.
 
     Attributes:
       bucket: whose leaves these are.
       active: whether each leaf steps.
-      places: of each big leaf where among all parameters its gradient is; None for none.
-      small_places, small_views: the same of the small ones that have a gradient, and where it is gathered.
-      copied_in, copied_out: leaves that do not live in the buffers.
-      shared_slots, shared_scalars: state that does not: pairs of its place in the buffers and where it lives.
+      places: for each big leaf, the place of its gradient among those of all parameters; None if it has none.
+      small_places, small_views: for each small leaf with a gradient, that place, and the view to gather it in.
+      copied_in, copied_out: leaves that do not live in the buffers, before and after the step.
+      shared_slots, shared_scalars: state that does not live in the buffers: pairs (its place there, the state).
       resident: parameters that the program writes in place.
-      counted: of each small leaf where in its buffer it ends, 0 if it has no gradient.
+      counted: for each small leaf, where it ends in its buffer; 0 if it has no gradient.
     """
 
     bucket: Bucket
@@ -103,14 +103,14 @@ class Bucket:
           optimizer: whose leaves these are.
           numbers: the hyperparameters of each group.
           staging: where the gradients of small leaves are gathered.
-          begun: the averages of other parameters have begun: a new one begins with the parameter as it is.
-          freed: is told of what torch frees.
+          begun: other parameters have averages already; then a new average begins with the parameter as it is.
+          freed: takes note of what torch frees.
         """
         layout, device = self.layout, self.device
         self.missing = device.zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.staging, self.gathered = staging, staging.array((layout.size // ROW, ROW))
         self.coefficients = Coefficients(self.spec, device, self.leaves, self._first_scalars(optimizer, numbers))
-        # Parameters first: what they leave is given back before the state takes as much and more.
+        # Parameters move first: the memory that they leave is given back before the state takes as much, or more.
         shelves = [([leaf], [0]) for leaf in self.big] + [(self.small, list(layout.offsets))] * bool(self.small)
         owned_by: list[dict[str, Buffer]] = []
         for leaves, offsets in shelves:
@@ -186,14 +186,14 @@ class Bucket:
                     and state
                     and any(state.get(s) is not None for s in leaf.state_dtypes if s != EMA)
                 ):
-                    values[i] = 1.0  # of a hidden step only matters whether there was one
+                    values[i] = 1.0  # torch keeps no count here: all that matters is whether there was a step
             vectors[name] = np.array(values, scalar_dtype())
         return vectors
 
     def _take_state(
         self, i: int, leaf: Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float], begun: bool
     ) -> None:
-        """Make torch's state of a leaf views of the buffers, with the values given, or else the rule's first."""
+        """Make torch's state of a leaf views of the buffers: of the values given, or else of the rule's first ones."""
         first: dict[str, Any] = {}
         if any(values.get(name) is None for name in leaf.views):
             scalars = self.rule.init_scalars(h)
@@ -225,10 +225,10 @@ class Bucket:
         begun: bool,
         averages: bool,
     ) -> Work:
-        """Which leaves have a gradient; takes in state that its user exchanged."""
+        """Find which leaves have a gradient, and take in state that the user replaced."""
         active = np.array([leaf.param in grads for leaf in self.leaves], bool)
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
-        foreign = []  # all is read before any is written, since it may be other state
+        foreign = []  # read all before writing any: the user may have exchanged the states of two parameters
         for i, leaf in enumerate(self.leaves):
             if (active[i] or (averages and states.get(leaf.param))) and leaf.views:
                 state = states[leaf.param]
@@ -238,7 +238,7 @@ class Bucket:
         for i, leaf, state, values in foreign:
             for name, view in leaf.views.items():
                 if state.get(name) is not view:
-                    leaf.views[name] = leave(view)  # to its user, who may have kept it
+                    leaf.views[name] = leave(view)  # the user may have kept it
             self._take_state(i, leaf, state, values, numbers[leaf.group], begun)
         shared = [
             (name in self.coefficients.scalars, leaf.homes[name], leaf.views[name].view(leaf.homes[name].shape))
@@ -259,13 +259,13 @@ class Bucket:
             copied_out=[leaf for leaf in stepped if leaf.home is not None],
             shared_slots=[(place, value) for is_scalar, place, value in shared if not is_scalar],
             shared_scalars=[(place, value) for is_scalar, place, value in shared if is_scalar],
-            # A DTensor's own counter does not see that its local tensor was written to.
+            # A DTensor counts its own writes, not those to its local tensor.
             resident=[leaf.param for leaf in stepped if leaf.home is None or leaf.placement is not None],
             counted=self.device.put(np.where(active[len(self.big) :], ends, 0).astype(np.int32)),
         )
 
     def measure(self, measure: Any, work: Work, grads: Gradients, inverse_scale: float) -> tuple[Any, Any]:
-        """The norms of the gradients, and whether one is not finite, as arrays that may not be computed yet."""
+        """Launch the program for the norms of the gradients, and for whether one is not finite; returns its arrays."""
         scale = number_array(self.device, inverse_scale, self.spec.compute_dtype)
         arrays = grads.arrays(work)
         self.device.before()
@@ -291,7 +291,7 @@ class Bucket:
         self.device.before()
         out = program.launch(self.device, update, self.buffers, arrays, table, self.leaf_of_row, found)
         try:
-            if not found:  # then it is not skipped, and this is done while it runs
+            if not found:  # such a step is never skipped; the host does this while the program runs
                 self.finish(work, scalars)
         finally:
             self.device.after(out)

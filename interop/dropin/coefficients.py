@@ -1,7 +1,7 @@
 """The numbers of a step, a row a leaf: what the rule's `scalars` makes of hyperparameters and step counts, in float64.
 
-torch counts steps by the parameter, so each leaf has a row. Most leaves of a group share all that their row depends on;
-such a kind is computed once.
+torch counts steps for each parameter, so each leaf has a row. Leaves of one group that have taken as many steps have
+equal rows: such a kind of leaves is computed once.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Coefficients:
         self.new = np.zeros(len(leaves), bool)
         self._column = {name: self.table.rows[:, j] for j, name in enumerate(spec.columns)}
         self._active = np.zeros(len(leaves), bool)
-        self._kind_of, self._kinds = np.zeros(len(leaves), int), [0]  # of each leaf; of each kind its first leaf
-        self._known: list[bytes] = []  # the scalar state that the kinds were found for
+        self._kind_of, self._kinds = np.zeros(len(leaves), int), [0]  # each leaf's kind; each kind's first leaf
+        self._known: list[bytes] = []  # the scalar state for which the kinds were found
 
     def mark(self, active: np.ndarray) -> None:
         """Note which leaves step from now on."""
@@ -49,11 +49,11 @@ class Coefficients:
 
     def fill(self, hyperparameters: Sequence[Mapping[str, float]], ema: float | None) -> Scalars:
         """Write the table for a step; returns the next scalar state, for `finish`."""
-        if self._known != self._bytes():  # its user wrote to one
+        if self._known != self._bytes():  # the user wrote to the scalar state
             self._find_kinds()
 
         def of_kinds(values: list[Any]) -> Any:
-            # One kind's are numbers: several times as fast as arrays, and powers are the C library's, as torch's are.
+            # For one kind, numbers: several times as fast as arrays, and powers are the C library's, as torch's are.
             return np.float64(values[0]) if len(values) == 1 else np.array(values, np.float64)
 
         rule, groups = self.spec.rule, [hyperparameters[self.groups[i]] for i in self._kinds]
@@ -73,7 +73,7 @@ class Coefficients:
         return scalars
 
     def finish(self, scalars: Scalars) -> None:
-        """Keep the next scalar state of the leaves that stepped."""
+        """Make this the scalar state of the leaves that stepped."""
         for name, vector in self.scalars.items():
             np.copyto(vector, scalars[name], where=self._active, casting="same_kind")
         self._known = self._bytes()

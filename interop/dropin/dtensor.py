@@ -1,7 +1,7 @@
 """DTensors, as FSDP2 and tensor parallelism make them: a step sees the local tensor.
 
-Enough for a rule that looks at single elements. What looks at more would compute the numbers of one process's part:
-it is refused.
+That is enough for a rule that looks at single elements. A rule that looks at a whole tensor would see only the part of
+one process, so it is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def placement(x: Any) -> tuple[Any, ...] | None:
 
 
 def local(x: Any) -> Any:
-    """A DTensor's elements in this process, to be called without autograd; anything else as it is."""
+    """A DTensor's elements in this process; anything else as it is. Call it without autograd."""
     if placement(x) is None:
         return x
     x = x.to_local()
@@ -41,9 +41,9 @@ def like(x: Tensor, p: Tensor) -> Tensor:
 
 
 def error(optimizer: Any, p: Tensor, grad: Tensor) -> str | None:
-    """Why stepping the local tensors alone would be wrong, where `p` or its gradient is a DTensor; else None.
+    """What is wrong with stepping the local tensors alone, if `p` or its gradient is a DTensor; None if nothing is.
 
-    It depends on nothing but what all processes know, so that none goes on without the others.
+    It asks only what all processes know, so that all raise or none does.
     """
     name = f"interop.optim.{type(optimizer).__name__}"
     if placement(grad) != placement(p):
@@ -71,7 +71,7 @@ def error(optimizer: Any, p: Tensor, grad: Tensor) -> str | None:
 
 
 def describe(x: Any) -> str:
-    """For messages."""
+    """How messages call a tensor's placement."""
     if (placed := placement(x)) is None:
         return "a plain tensor" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"
     return f"a DTensor of shape {tuple(placed[2])} and placements {placed[1]} on {placed[0]}"

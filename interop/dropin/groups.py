@@ -11,7 +11,7 @@ from jopt.rule import Rule
 
 
 def hyperparameters(optimizer: Any) -> tuple[list[dict[str, float]], list[Rule]]:
-    """The numbers of each group, its tuples taken apart, and the rule that its flags make.
+    """The numbers of each group, tuples taken apart, and the rule that its flags make.
 
     Raises:
       KeyError, TypeError, ValueError: as torch's step, for what is not there, no number, or not as many.
@@ -32,7 +32,7 @@ def hyperparameters(optimizer: Any) -> tuple[list[dict[str, float]], list[Rule]]
 
 @functools.cache
 def _owners(rule: type[Rule]) -> dict[str, str]:
-    """What the rule's numbers are called in a group, or the tuples that they are in."""
+    """The group's key for each of the rule's numbers: its own name, or that of the tuple that it is in."""
     owners = {name: name for name in rule.hyperparameters}
     return owners | {name: owner for owner, names in rule.tuples.items() for name in names}
 
@@ -43,9 +43,9 @@ def _names(rule: type[Rule]) -> frozenset[str]:
 
 
 def as_number(x: Any) -> float:
-    """What a group holds for a number; TypeError for what is none."""
+    """A group's value as a number; TypeError if it is none."""
     try:
-        if not isinstance(x, str | bytes):  # which Python would read
+        if not isinstance(x, str | bytes):  # float() would parse it
             return float(x)
     except (TypeError, ValueError, RuntimeError):
         pass
@@ -76,7 +76,7 @@ def _group_error(optimizer: Any, index: int, error: Exception) -> Exception:
 
 
 def lacks(optimizer: Any, index: int, name: str) -> KeyError:
-    """The error for what a group does not have."""
+    """The error for a key that a group does not have."""
     return KeyError(
         f"param_groups[{index}][{name!r}]: {type(optimizer).__name__} reads it, found "
         f"{sorted(optimizer.param_groups[index])}; set it, or load the state_dict of an optimizer of this class"

@@ -42,13 +42,13 @@ def check_process() -> None:
 
 @functools.cache
 def undynamo(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile out of f. Lazily, since it imports torch._dynamo."""
+    """Keep torch.compile out of f. Called at the first step, since importing torch._dynamo is slow."""
     return torch.compiler.disable(f)
 
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """The JAX settings that the programs need, whatever the user's: debug_nans raises after buffers were donated."""
+    """The JAX settings that the programs need. The user's would harm: debug_nans raises after buffers were donated."""
     with (
         enable_x64(True),
         jax.disable_jit(False),

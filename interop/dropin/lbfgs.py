@@ -40,7 +40,7 @@ ITERATED = (
     "ro",
     "H_diag",
     "prev_flat_grad",
-)  # what an iteration leaves and the next reads
+)  # what an iteration leaves for the next one to read
 
 
 class LBFGS(OfTorch, torch.optim.LBFGS):
@@ -70,8 +70,8 @@ class LBFGS(OfTorch, torch.optim.LBFGS):
 
         Raises:
             RuntimeError: another line_search_fn than None and 'strong_wolfe'.
-            TypeError, ValueError: a parameter that cannot be stepped, a state that cannot be gone on with; said before
-                the closure is called.
+            TypeError, ValueError: a parameter that cannot be stepped, a state that a step cannot go on
+                from; said before the closure is called.
             KeyError: an argument that the group lacks.
         """
         return undynamo(_step)(self, torch.enable_grad()(closure))
@@ -111,7 +111,7 @@ def _step(optimizer: LBFGS, closure: Callable[[], Any]) -> Any:
 
 
 def _check_state(optimizer: LBFGS, settings: Settings) -> None:
-    """Raise for a state that cannot be gone on with, before the closure is called."""
+    """Raise, before the closure is called, for a state that a step cannot go on from."""
     params = optimizer._params
     if not params or not (state := optimizer.state.get(params[0])):
         return
@@ -162,7 +162,7 @@ def _dot(x: Tensor, y: Tensor) -> float:
 
 
 def _norm(x: Tensor) -> float:
-    """max |x|, of no tensor in between."""
+    """max |x|, without a tensor of |x|."""
     low, high = (float(bound) for bound in torch.aminmax(x))
     return max(-low, high)
 
@@ -204,7 +204,7 @@ class _Step:
                 self._begin(taken)
 
     def move(self) -> None:
-        """To where the next evaluation is wanted."""
+        """Move the parameters to where the next evaluation is wanted."""
         t = float(self.run.t)
         if self.searches:
             self._place(t)
@@ -258,7 +258,7 @@ class _Step:
         return d
 
     def write(self) -> None:
-        """torch's state; before the first iteration it counts only."""
+        """Write torch's state; before the first iteration that is its counts only."""
         run, state = self.run, self.state
         counts = {name: state.get(name, 0) + x for name, x in (("func_evals", run.evals), ("n_iter", run.n_iter))}
         vectors = self.pairs, self.d, self.H_diag, self.prev_flat_grad
@@ -270,8 +270,8 @@ class _Step:
 class _Numbers:
     """What `judge` and `begin` need, for single numbers, which are rounded as torch's.
 
-    Losses and lr are Python's, what comes of vectors is NumPy's in their type, and so is what the two make together: as
-    with a number and a tensor without axes in torch.
+    Losses and lr are Python numbers. What comes of vectors is NumPy's in their type, and so is any result of the two
+    together, as in torch with a number and a 0-d tensor.
     """
 
     minimum, maximum, logical_not = min, max, operator.not_
@@ -282,18 +282,18 @@ class _Numbers:
 
     @staticmethod
     def sqrt(x: Any) -> Any:
-        return type(x)(torch.tensor(x).sqrt().item())  # which is not always the nearest number, unlike NumPy's
+        return type(x)(torch.tensor(x).sqrt().item())  # NumPy's is the nearest number, torch's not always
 
     @staticmethod
     def divide(x: Any, y: Any) -> Any:
-        """A loss, which is a number, by a length, which may come of a tensor: that torch inverts and multiplies by."""
+        """A loss divided by a length; torch divides a number by a tensor as number * (1 / tensor)."""
         if isinstance(y, np.floating):
             return x * (1 / y)
         return x / y if y else float(np.divide(x, y))
 
 
 def _stored_pairs(settings: Settings, state: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Any]]:
-    """(y, s, ro) of torch's state, from the oldest that counts to the newest."""
+    """The (y, s, ro) of torch's state that are still used, oldest first."""
     columns = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
     if len({len(x) for x in columns}) > 1:
         found = ", ".join(str(len(x)) for x in columns)

@@ -17,25 +17,25 @@ EMA = "ema"  # the slot of the parameter's exponential moving average
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Leaf:
-    """One parameter: where its values and its state lie in a bucket's buffers. Of a DTensor, the local tensor's."""
+    """One parameter: where its values and its state lie in a bucket's buffers. A DTensor's are its local tensor's."""
 
     param: Tensor
     device: Device
-    local: Tensor  # a DTensor's; else the parameter itself
-    placement: Any  # a DTensor's
+    local: Tensor  # of a DTensor; else the parameter itself
+    placement: Any  # of a DTensor; else None
     group: int
     dtype: torch.dtype
     shape: torch.Size
     strides: tuple[int, ...]
-    size: int  # in reals
+    size: int  # in real numbers: a complex one is two
     state_dtypes: dict[str, torch.dtype]
     state_shapes: dict[str, tuple[int, ...]]
     lazy: bool  # a conjugate or negative view
-    address: int = 0  # where the parameter's values are; another one means that its storage was exchanged
+    address: int = 0  # of the parameter's values; if it changes, the user exchanged the storage
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
-    stays: bool = False  # its storage was exchanged once: it is left where its user puts it
+    stays: bool = False  # the user exchanged its storage once: it is left where they put it
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
-    # Where of it in the buffers belongs what does not live there: copied in and out, as a parameter with a home.
+    # State that does not live in the buffers, by name: its place there. It is copied in and out, as with `home`.
     homes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 

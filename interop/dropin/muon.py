@@ -1,7 +1,7 @@
 """Muon's programs: torch's products between two of XLA's.
 
-XLA on CPU (0.10) runs products of a few hundred rows on one thread, at half the speed of torch's batched ones. Those
-are summed as torch.optim.Muon's are, too.
+XLA on CPU (0.10) runs products of a few hundred rows on one thread, at half the speed of torch's batched ones. And
+torch's products add up in the order of torch.optim.Muon's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jopt.optimizers import Muon
 
 
 class _Moved(Muon):
-    """Muon where what comes of its iteration is among the coefficients: it looks at single elements."""
+    """Muon with the result of its iteration given as a coefficient: what is left looks at single elements."""
 
     scope = "element"
 
@@ -46,7 +46,7 @@ def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms:
     step = Update(dataclasses.replace(spec, rule=rule), clip, unscale, norms)
 
     def direct(*arguments: Any) -> Array:
-        """What is made orthogonal."""
+        """The matrices to make orthogonal."""
         matrices = []
         for leaf in step.leaves(*arguments)[0]:
             (c, grad, state, param, _, _, factors), _ = step.before(*leaf)
@@ -95,21 +95,21 @@ class Orthogonalizing:
         if rows > columns:
             x = x.mT
         x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=c["eps"])
-        # Products of 16 rows and less torch sums otherwise for many matrices than for one.
+        # torch adds up products of 16 rows or fewer in another order for a batch than for one matrix.
         together = len(x) > 1 and x.shape[1] > 16
         x = self._iterate(x, c) if together else torch.stack([self._iterate(matrix, c) for matrix in x])
         x = (x.mT if rows > columns else x).contiguous()
         host.pause_openmp()
         device.before()
         out = self.move([device.elements(matrix, DTYPES[x.dtype]) for matrix in x], *arguments)
-        device.after(out)  # the program reads x, which nothing keeps from here on
+        device.after(out)  # wait: the program reads x, which is freed at the return
         return out
 
     def _iterate(self, x: torch.Tensor, c: dict[str, float]) -> torch.Tensor:
-        """The iteration of `jopt.optimizers.muon.orthogonalize` for a matrix or many."""
+        """The iteration of `jopt.optimizers.muon.orthogonalize`, for one matrix or a batch."""
         addmm = torch.addmm if x.dim() == 2 else torch.baddbmm
         gram, polynomial = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))
-        results = itertools.cycle(x.new_empty(x.shape) for _ in range(2))  # not x, which may be a transpose
+        results = itertools.cycle(x.new_empty(x.shape) for _ in range(2))  # not x: it may be a transpose
         for _ in range(self.ns_steps):
             torch.matmul(x, x.mT, out=gram)
             addmm(gram, gram, gram, beta=c["b"], alpha=c["c"], out=polynomial)

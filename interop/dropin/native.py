@@ -1,8 +1,8 @@
 """Reading a step's gradients in C++: `reader.cpp`, compiled where its user asks for it.
 
-In Python a step looks at each parameter, its gradient and its state; where caches are cold, as a backward leaves them,
-that is most of what a step costs beside its program. The reader compares the same in one call, and answers nothing
-where it finds anything other than before: Python looks then.
+In Python a step looks at each parameter, its gradient and its state. A backward leaves the caches cold, and then that
+is most of what a step costs beside its program. This reader compares the same in one call. If anything is not as before
+it returns None, and Python looks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def enable_native_reader() -> None:
     if extension is not None:
         return
     source = Path(__file__).with_name("reader.cpp")
-    # torch's folder is one for all its versions, and it would take a newer source of an older date for what is there.
+    # torch has one folder for all its versions, and compares dates: it would miss a newer source of an older date.
     version = re.sub(r"\W", "_", torch.__version__) + "_" + hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     try:
         from torch.utils.cpp_extension import load
@@ -64,7 +64,7 @@ def enable_native_reader() -> None:
 
 @contextlib.contextmanager
 def _ninja_in_path() -> Iterator[None]:
-    """torch looks for Ninja in PATH; where pip put it is not there unless the environment is activated."""
+    """torch looks for Ninja in PATH, which has pip's folder of programs only if the environment is activated."""
     path = os.environ.get("PATH")
     with contextlib.suppress(ImportError):
         import ninja
@@ -80,7 +80,7 @@ def _ninja_in_path() -> Iterator[None]:
 
 
 class NativeReader(reader.Reader):
-    """`reader.PythonReader` in C++. It answers for fewer: gradients that are contiguous, for one."""
+    """`reader.PythonReader` in C++. It serves fewer cases: gradients have to be contiguous, for one."""
 
     def __init__(self, optimizer: Any, leaves: Sequence[Leaf], views: Sequence[Tensor], works: Sequence[Work]):
         params, stepped = parameters(optimizer), {leaf.param for leaf in leaves}

@@ -1,6 +1,6 @@
 """What a newer torch adds to its optimizers is refused by name while nothing here knows what it does.
 
-An option that this project does not know may stay at its default: torch's defaults compute what they always did.
+An option that this project does not know may stay at its default: torch's defaults keep to what was computed before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-EXECUTION = ("foreach", "fused", "capturable", "differentiable")  # torch runs a step, not what it computes
+EXECUTION = ("foreach", "fused", "capturable", "differentiable")  # how torch runs a step, not what it computes
 
 
 @functools.cache

@@ -71,8 +71,8 @@ def plan_for(optimizer: Any, rules: list[Rule], numbers: Numbers) -> tuple[Plan 
 class Plan:
     """Which parameters a step updates, in which buffers.
 
-    Made anew for what it does not know: another parameter with a gradient, another shape, type, flag or group. Not
-    for a missing gradient, nor for other numbers.
+    It is made anew for a parameter that has its first gradient, and for another shape, type, flag or group; not for a
+    gradient that is missing, nor for other numbers.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Plan:
     def _find_leaves(
         self, optimizer: Any, numbers: Numbers, grads: Mapping[Tensor, Tensor], previous: Plan | None
     ) -> tuple[dict[Tensor, Leaf], dict[Any, list[Leaf]], dict[Tensor, int]]:
-        """The leaves, those that one program may step together, and the pass of each; all is checked."""
+        """Check everything; returns the leaves, grouped by what one program may step together, and the pass of each."""
         before = previous.leaves if previous else {}
         params = [
             p
@@ -146,7 +146,7 @@ class Plan:
             state_dtypes=state_dtypes(device, name, p, shapes, state),
             state_shapes=shapes,
             lazy=lazy,
-            # FSDP gathers from memory that it holds.
+            # FSDP gathers from the memory that it keeps itself: the parameter may not move.
             stays=(before is not None and before.stays) or lazy or placement is not None,
         )
 
@@ -173,7 +173,7 @@ class Plan:
         return [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
 
     def programs(self, optimizer: Any) -> tuple[list[Any], list[Any]]:
-        """For each bucket what measures its gradients, if they are measured, and what steps it."""
+        """For each bucket the program that measures its gradients, or None, and the one that steps it."""
         clip, unscale = optimizer.max_norm is not None, optimizer.grad_scale is not None
         if (clip, unscale) not in self._compiled:
             measures: list[Any] = []
@@ -190,7 +190,7 @@ class Plan:
             self._compiled[clip, unscale] = measures, updates
         return self._compiled[clip, unscale]
 
-    # --- what a step depends on
+    # --- whether it still fits
 
     def as_before(self, optimizer: Any, rules: Sequence[Rule]) -> reader.Gradients | None:
         """The gradients, if all is as the last step left it, so that nothing needs to be checked or planned again."""
@@ -230,7 +230,7 @@ class Plan:
                     fits = False
                 if address(x) != leaf.address:
                     if leaf.home is None:
-                        # Someone may still hold what it left: that memory cannot serve as its place.
+                        # Someone may still hold the memory that it left: that cannot be its place any more.
                         leaf.stays = True
                         fits = False
                     leaf.address = address(x)
@@ -283,7 +283,7 @@ class Plan:
                 found.norms.append(norms)
                 found.overflows.append(overflow)
                 if users[id(work.bucket.staging)] > 1:
-                    work.bucket.device.after((norms, overflow))  # before another bucket's gradients come to lie there
+                    work.bucket.device.after((norms, overflow))  # another bucket's gradients are gathered there next
         except BaseException:
             self._wait(found)
             raise
@@ -314,7 +314,7 @@ class Plan:
         return first.bucket.device.tensor(norm).clone(), skipped
 
     def _wait(self, measured: Measured) -> None:
-        """Before torch writes to the gradients that they are computed from."""
+        """Wait for the programs that read gradients, before torch may write to those."""
         for device in {bucket.device for bucket in self.buckets}:
             device.after((measured.norms, measured.overflows))
 
@@ -324,7 +324,7 @@ class Plan:
 
 
 def averages_begun(optimizer: Any) -> bool:
-    """Whether a new leaf's average begins before the step, as it would had it been averaged from the first step on."""
+    """Whether other parameters have averages: a new one then begins before the step, as AveragedModel's would."""
     return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())
 
 

@@ -31,7 +31,7 @@ from jopt.around.clip import clip_factor, total_norm
 from jopt.leaf import init_leaf, separately, step_leaf, step_leaves
 from jopt.rule import Rule
 
-Norms = tuple[tuple[int, np.dtype], ...]  # how many norms each bucket contributes, and their type
+Norms = tuple[tuple[int, np.dtype], ...]  # for each bucket how many norms it contributes, and their type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Spec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """A leaf's coefficients: the rule's, the weight of its average's news, whether it steps."""
+        """The names of a leaf's coefficients: the rule's, the parameter's weight in its average, whether it steps."""
         return (*_coefficient_names(self.rule), *((EMA,) if EMA in self.names else ()), "active")
 
     def buffer_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -192,10 +192,10 @@ class Update:
         found: dict[str, Any],
         given: Sequence[dict[str, Any]] = (),
     ) -> tuple[list[Any], dict[str, Array]]:
-        """`before`'s arguments for each leaf, the small ones together, and what is judged of all gradients."""
+        """The arguments of `before` for each leaf, the small ones as one; and what `_judge` says of all gradients."""
         spec, judged = self.spec, {}
         if self.norms:
-            # Into each leaf's row: XLA merges leaves of one size that share a number into one slow loop.
+            # In each leaf's row, not shared: XLA merges leaves of one size that share a number into one slow loop.
             judged = _judge(found)
             values = jnp.stack([judged[name].astype(table.dtype) for name in self.columns[len(spec.columns) :]])
             table = jnp.concatenate([table, jnp.broadcast_to(values, (table.shape[0], len(values)))], axis=1)
@@ -207,7 +207,7 @@ class Update:
         return list(zip(own, grads, rows, given or [{}] * len(rows), strict=True)), judged
 
     def before(self, buffers: Sequence[Array], grad: Array, row: Array, given: dict[str, Array]) -> Any:
-        """`step_leaf`'s arguments after the rule, and the leaf's average with the weight of its news."""
+        """The arguments of `step_leaf` after the rule; and the leaf's average, with the parameter's weight in it."""
         c = {name: row[..., j] for j, name in enumerate(self.columns)} | given
         active, factors = c.pop("active") != 0, []
         if self.unscale:

@@ -29,7 +29,7 @@ class Gradients(ABC):
 
     def __init__(self) -> None:
         self._big: dict[int, list[Any]] = {}  # by bucket
-        self._lie: dict[int, Work] = {}  # in a staging, by its id: whose gradients
+        self._lie: dict[int, Work] = {}  # by the id of a staging: whose gradients lie in it
 
     def arrays(self, work: Work) -> list[Any]:
         """A bucket's gradients as its programs take them; the small leaves' are gathered, if they are not yet."""
@@ -63,9 +63,9 @@ class Reader(ABC):
     def read(self, optimizer: Any) -> Gradients | None:
         """The gradients, if all that is as it was; else None.
 
-        That is: which parameters, in which groups; of each gradient whether it is there, its class, type and layout; of
-        each stepped parameter address, type, shape, strides, and whether it is a conjugate or negative view; which
-        objects the state holds, under which keys; of each stepped state tensor the address.
+        Compared are: which parameters, in which groups; whether each gradient is there, its class, type and layout; of
+        each stepped parameter the address, type, shape and strides, and whether it is a conjugate or negative view;
+        which objects the state holds, under which keys; the address of each stepped state tensor.
         """
 
 
@@ -103,7 +103,7 @@ class ListedGradients(Gradients):
     def __init__(self, grads: Sequence[Any]):
         super().__init__()
         self._grads = grads
-        self._dense: list[Tensor] = []  # what of them was copied to be read
+        self._dense: list[Tensor] = []  # copies that were made to be read
 
     def of_big(self, work: Work) -> list[Any]:
         grads = [None if i is None else _dense(self._grads[i]) for i in work.places]

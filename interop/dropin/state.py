@@ -27,8 +27,8 @@ class KeepsWideState:
         return state is torch.float32 and param in (torch.bfloat16, torch.float16)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but a state tensor wider than its parameter keeps its type (torch would round it)."""
-        loaded: dict[str, Any] = {}  # what the user's hooks make of it
+        """As torch's, but a state tensor that is wider than its parameter keeps its type, where torch rounds it."""
+        loaded: dict[str, Any] = {}  # the user's hooks may change it
 
         def widen(_: Any) -> None:
             params = parameters(self)
@@ -59,7 +59,7 @@ def check_state(
     shapes: dict[str, tuple[int, ...]],
     state: dict[str, Any],
 ) -> None:
-    """Raise torch's KeyError for a state that lacks something, unless there is none yet; ValueError for no number."""
+    """Raise torch's KeyError if a state that exists lacks something; ValueError if a number in it is none."""
     scalars = rule.init_scalars(h).keys() - optimizer.hidden_scalars
     if not state.keys() - {EMA}:
         return

@@ -33,7 +33,7 @@ L = TypeVar("L")  # a loss
 
 def step(optimizer: Any) -> None:
     """A step of `CompiledStep`."""
-    host.pause_openmp()  # before all else: it slows Python too
+    host.pause_openmp()  # before all else: spinning threads slow Python too
     numbers, rules = hyperparameters(optimizer)
     plan, grads = plan_for(optimizer, rules, numbers)
     norm, skipped = None, False
@@ -45,7 +45,7 @@ def step(optimizer: Any) -> None:
 
 
 class OfTorch(KeepsWideState):
-    """Gives a class of torch.optim what the step that replaces its own knows of its options."""
+    """Gives a class of torch.optim the list of options that the step in place of its own knows."""
 
     defaults: dict[str, Any]
 
@@ -57,7 +57,7 @@ class OfTorch(KeepsWideState):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)  # type: ignore[misc]
         try:
-            if len(self.param_groups) == 1:  # torch's constructor is at work: nobody else has put anything there
+            if len(self.param_groups) == 1:  # called by torch's constructor, so the groups are still torch's own
                 options.check_defaults(type(self), self.defaults)
             options.check_groups(type(self), self.param_groups)
         except NotImplementedError:
@@ -69,7 +69,7 @@ class Stepped(OfTorch):
     """Gives a class of torch.optim another step: `_step`, which sees gradients and parameters and changes them."""
 
     rule: ClassVar[type[Rule]]
-    hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # of the rule's scalar state, what torch does not keep
+    hidden_scalars: ClassVar[frozenset[str]] = frozenset()  # scalar state of the rule that torch does not keep
     late_slots: ClassVar[frozenset[str]] = frozenset()  # what torch makes where it is missing from a state
 
     @classmethod
@@ -110,7 +110,7 @@ class Stepped(OfTorch):
 
         @functools.wraps(_quiet_step)
         def step(self, *args: Any, **kwargs: Any) -> Any:
-            # torch puts its wrapper around every step, which takes as long as a small step: here where it has work.
+            # torch wraps every step, which costs as much as a small step: called here only if it has something to do.
             return (self._watched_step if _is_watched(self) else self._quiet_step)(*args, **kwargs)
 
         step.__name__, step.__qualname__ = "step", "Stepped.step"

@@ -42,7 +42,7 @@ def to_jax(x: Any, *, copy: bool | None = True) -> Any:
 
 
 class Apart:
-    """Gives tensors that share memory with none of some arrays, nor with one another.
+    """Makes tensors that share memory neither with given arrays nor with one another.
 
     XLA may return an argument's memory, or the same for two results.
     """

@@ -23,7 +23,7 @@ from jopt import State, Transform
 from jopt.around.groups import Groups, GroupsState
 from jopt.lbfgs import LBFGS
 
-# What of an optimizer's group is no argument of its mathematics.
+# The entries of an optimizer's group that do not enter its mathematics.
 NO_ARGUMENTS = frozenset({"params", "param_names", "initial_lr", *EXECUTION})
 
 

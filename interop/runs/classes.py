@@ -24,7 +24,7 @@ class TorchClass:
       name: torch's.
       make: jopt's function.
       always, sometimes: the state of a stepped parameter: what is always there, and what by the options.
-      looks_at_axes: it would step a matrix otherwise with its axes in another order.
+      looks_at_axes: with its axes exchanged a matrix would be stepped differently.
       counts_in_integers: its step is a Python integer, where the others' is a tensor.
       keeps_unstepped: a parameter has its state before its first step too.
     """
@@ -43,7 +43,7 @@ class TorchClass:
 
     @property
     def counts(self) -> bool:
-        """Whether its state has the step. Of one that has not, a momentum buffer says that there was one."""
+        """Whether its state has the step count. Without one, a momentum buffer shows that there was a step."""
         return "step" in self.always
 
     @property

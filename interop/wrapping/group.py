@@ -41,7 +41,7 @@ def nodes(tree: Any, kind: type) -> list[Any]:
 
 @contextlib.contextmanager
 def settings(params: Iterable[Tensor]) -> Iterator[None]:
-    """JAX's settings for optax's code: on the CPU, types and ranks mixed as it mixes them, 64 bits where they are."""
+    """JAX's settings for optax's code: on the CPU, types and ranks may mix, 64 bits only where such arrays are."""
     wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
     with (
         enable_x64(wide or jax.config.read("jax_enable_x64")),
@@ -58,7 +58,7 @@ class Leaf:
     """One array of a transformation's state, and where torch finds it."""
 
     key: str
-    owner: str | None  # the parameter that it belongs to; None for the group
+    owner: str | None  # the parameter that it belongs to; None if it is the group's
     spec: jax.ShapeDtypeStruct
     impl: Any = None  # of a random key, of which torch sees the data
     hyperparameter: str | None = None
@@ -80,7 +80,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A transformation on its way into a copy, where it may be the same, or a file, which takes few of them."""
+    """A transformation, for copying and pickling its optimizer: a copy shares it, and few can be pickled."""
 
     tx: Any
 
