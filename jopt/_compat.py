@@ -15,7 +15,7 @@ NEEDED = {"jax": "0.7.2", "jaxlib": "0.7.2", "optax": "0.2.6", "numpy": "2.0"}  
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """What of a version can be compared: (2, 9, 0) of "2.9.0+cpu"."""
+    """The part of a version that can be compared: (2, 9, 0) of "2.9.0+cpu"."""
     return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))  # type: ignore[index]
 
 
@@ -47,7 +47,7 @@ from jax.core import Tracer  # noqa: E402
 
 JAX = numbers(jax.__version__)
 
-# Whether nothing is traced, differentiated or mapped. Private to JAX; without it the way that is always right is taken.
+# Whether nothing is traced, differentiated or mapped. Private to JAX; without it we take the way that is always right.
 trace_state_clean: Callable[[], bool] = getattr(core, "trace_state_clean", lambda: False)
 
 if JAX >= (0, 8):
@@ -61,7 +61,7 @@ else:
     from jax.experimental import enable_x64  # type: ignore[no-redef]
 
     def undivided(f: Callable[..., Any]) -> Callable[..., Any]:
-        """What is the same in each turn of a scan, its linearization takes out, to where float64 is float32."""
+        """As above. Linearizing a scan moves what does not change by turn out of the scope; of a jitted f it moves none."""
 
         def call(*args: Any) -> Any:
             traced = any(isinstance(x, Tracer) for x in args)
@@ -92,8 +92,11 @@ def vary(x: Any, axes: Iterable[str]) -> Any:
 if JAX >= (0, 11):
 
     def own_inputs(inputs: Any, n: int) -> tuple[Any, ...]:
-        """The inputs n times, each with operations of its own, for XLA on CPU: it merges loops of the same arrays, and
-        a barrier, which it drops after that, would make them others. So each goes through a choice that is made."""
+        """The inputs n times, each with operations of its own, so that XLA on CPU does not merge the loops over them.
+
+        A barrier would split the fusion, for this XLA drops it too late. So each copy is chosen by a flag, which is
+        always true, but XLA cannot know that.
+        """
         made = lax.optimization_barrier([jnp.asarray(True)] * (n - 1))  # one of n needs none
 
         def chosen(x: Any, flag: Any) -> Any:
@@ -104,8 +107,10 @@ if JAX >= (0, 11):
 else:
 
     def own_inputs(inputs: Any, n: int) -> tuple[Any, ...]:
-        """The inputs n times, each with operations of its own, for XLA on CPU: it drops the barrier before it merges
-        loops of the same arrays."""
+        """The inputs n times, each with operations of its own, so that XLA on CPU does not merge the loops over them.
+
+        This XLA drops the barrier before it fuses, so that it costs nothing.
+        """
         return lax.optimization_barrier((inputs,) * n)
 
 

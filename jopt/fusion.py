@@ -2,7 +2,7 @@
 
 A step of AdamW reads p, g, m, v and writes p, m, v: 7 passes over memory at least. By default XLA on CPU makes a loop
 of each output, and each reads its inputs again: 10 to 11 passes. With `FLAG` it makes one loop of them all, if no two
-share a subexpression (see `jopt.rule.apart`).
+share a subexpression (see `jopt.leaf.separately`).
 """
 
 from __future__ import annotations

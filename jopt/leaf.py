@@ -22,7 +22,7 @@ from jopt._compat import own_inputs, varying
 from jopt.rule import LeafState, Rule, Scalars
 
 MASTER = "master"  # the slot of a leaf's float32 copy
-STACKED = 2**20  # elements that CPU steps at once: with more, each operation would find none of the last in a cache
+STACKED = 2**20  # elements that CPU steps at once; with more, no operation would find the result of the last in a cache
 
 
 def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None, *, master_copy: bool = False) -> LeafState:

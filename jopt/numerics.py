@@ -116,7 +116,7 @@ def _evaluate(f: Callable[..., Any], n_elementwise: int, dtype: np.dtype, *args:
                     terms[j].append(jnp.tensordot(partials[j], tangent, jnp.ndim(tangent)))
                 else:
                     terms[j].append(partials[j] * tangent)
-        # A zero that is only a number would be multiplied by what is infinite, as a root's derivative at 0.
+        # Not zeros of numbers: those would be multiplied by what is infinite, as a root's derivative at 0.
         zeros = [SymbolicZero(jax.typeof(y)) for y in out]
         return out, tuple(sum(x[1:], x[0]) if x else zero for x, zero in zip(terms, zeros, strict=True))
 
@@ -245,8 +245,11 @@ def cast(scalar: Array, like: Array) -> Array:
 
 @jax.custom_jvp
 def _root(x: Array) -> Array:
-    """The square root. Its derivative at 0 is taken as 0: what is 0 there, second moments and norms of gradients, is
-    also multiplied by a gradient that is 0, and infinite times 0 would make a hypergradient nan."""
+    """The square root, with a derivative of 0 at 0.
+
+    What is 0 is a second moment or a norm, because its gradients are 0. The chain rule multiplies the root's derivative
+    by those, and infinite times 0 would be nan.
+    """
     return jnp.sqrt(x)
 
 
@@ -306,7 +309,7 @@ def matmul(t1: Array, t2: Array) -> Array:
 
 
 def gathered(x: Array) -> Array:
-    """x, on a mesh gathered here: what follows needs every element, and in a loop XLA would gather it each time."""
+    """x, gathered where it lies on a mesh. What follows needs every element; in a loop XLA would gather in each turn."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
         return x
@@ -314,15 +317,15 @@ def gathered(x: Array) -> Array:
 
 
 def constrain(x: Array, spec: PartitionSpec) -> Array:
-    """x, laid out so on the mesh of the context. (jax 0.7 takes a bare spec only under `jax.set_mesh`.)"""
+    """x, laid out by the spec on the mesh of the context. (jax 0.7 takes a bare spec only under `jax.set_mesh`.)"""
     return lax.with_sharding_constraint(x, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
 
 
 def laid_out(f: Callable[..., Any], like: Any, *args: Any) -> Any:
-    """`f(*args)`. Where arguments lie on a mesh with explicit axes XLA chooses inside how arrays lie, and the results
-    come out as `like` does, a tree with their structure, or with None whole on every device.
+    """`f(*args)`. Inside, XLA chooses how arrays lie, also if arguments lie on a mesh with explicit axes.
 
-    A rule's formulas multiply what lies differently, a row's mean and its matrix, which explicit axes refuse.
+    Those would refuse a rule that multiplies arrays which lie differently, as a row's mean and its matrix. The results
+    lie as the arrays of `like` do, a tree of their structure; with None they are whole on every device.
     """
     arrays = [x for x in jax.tree.leaves(args) if isinstance(x, Array)]
     explicit = [x for x in arrays if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types]
@@ -334,7 +337,7 @@ def laid_out(f: Callable[..., Any], like: Any, *args: Any) -> Any:
 
 
 def _under(x: Array) -> AbstractContextManager[Any]:
-    """The mesh that an array lies on, in the context."""
+    """A context with the mesh that the array lies on."""
     mesh: Any = jax.typeof(x).sharding.mesh
     if jax.sharding.get_abstract_mesh() == mesh:
         return contextlib.nullcontext()
@@ -345,8 +348,10 @@ def _under(x: Array) -> AbstractContextManager[Any]:
 
 
 def varying_alike(tree: Any, outcome: Callable[[], Any]) -> Any:
-    """The arrays, in shard_map as values that vary over each axis that one of them, or of what comes of `outcome()`,
-    varies over: what a loop must agree in."""
+    """The arrays; in shard_map all made to vary over each axis that one of them, or a result of `outcome()`, varies over.
+
+    A loop needs that of what it carries.
+    """
     if not manual_axes():
         return tree
     axes = frozenset().union(*map(varying, [*jax.tree.leaves(tree), *jax.make_jaxpr(outcome)().out_avals]))

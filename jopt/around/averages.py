@@ -64,7 +64,7 @@ class Average:
         )
 
     def _number(self, _: Any, n_averaged: Array) -> Array:
-        """The weight of the news, or for a plain mean what their difference is divided by."""
+        """The weight of the new parameters; for a plain mean, the number that their difference is divided by."""
         return n_averaged + 1 if self.decay is None else 1 - jnp.asarray(self.decay, jnp.float64)
 
     def _towards(self, average: Array, param: Array, number: Array) -> Array:

@@ -197,7 +197,7 @@ def _masked(x: Any, active: Any) -> Any:
 
 
 def of_active(active: Tree | None, grads: Tree, params: Tree) -> Tree:
-    """The gradients, those that are not active as zeros."""
+    """The gradients, with zeros for those that are not active."""
     if active is None:
         return grads
     treedef = jax.tree.structure(params)
@@ -208,7 +208,7 @@ def of_active(active: Tree | None, grads: Tree, params: Tree) -> Tree:
 
 
 def absent(x: Any) -> bool:
-    """Whether that is in place of a gradient or an update that there is not."""
+    """Whether this stands for a gradient or an update that is missing."""
     return x is None or isinstance(x, optax.MaskedNode)
 
 
@@ -259,7 +259,7 @@ def frozen(tx: optax.GradientTransformation, params: Tree) -> list[bool]:
 
 
 class Around(Exact[S]):
-    """What wraps one transformation: it never steps what that never steps."""
+    """The base of what wraps one transformation: it freezes what that freezes."""
 
     _tx: optax.GradientTransformation
 

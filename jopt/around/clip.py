@@ -133,7 +133,7 @@ class ClipGradNorm(Valued):
         return self
 
     def factor(self, updates: Tree, factors: Sequence[Array], state: ClipState) -> tuple[Array, ClipState]:
-        """What gradients, that are still to be multiplied by the positive `factors`, are to be multiplied by then."""
+        """The factor for gradients that are multiplied by the positive `factors` first."""
         max_norm, p, error_if_nonfinite = self._arguments
         _dense("clip_grad_norm", updates)
         leaves, count = _floating(updates), jnp.asarray(optax.safe_increment(state.count))

@@ -141,7 +141,7 @@ def loss_scale(
 
 
 def _counted(state: Any, skipped: Array) -> Any:
-    """A state whose counts, those that drive schedules, went on at a skipped step too."""
+    """A state in which the counts that drive schedules went on, though the step was skipped."""
     if isinstance(state, State | ClipState | ClipValueState):
         return state._replace(count=jnp.where(skipped, optax.safe_increment(state.count), state.count))
     if isinstance(state, GroupsState | MonitorState | SkipState):
