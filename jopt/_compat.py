@@ -61,7 +61,7 @@ else:
     from jax.experimental import enable_x64  # type: ignore[no-redef]
 
     def undivided(f: Callable[..., Any]) -> Callable[..., Any]:
-        """As above. Linearizing a scan moves what does not change by turn out of the scope; of a jitted f it moves none."""
+        """As above. Linearizing a scan moves what is the same in each turn out of the scope, but no part of a jit."""
 
         def call(*args: Any) -> Any:
             traced = any(isinstance(x, Tracer) for x in args)

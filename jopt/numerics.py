@@ -309,7 +309,7 @@ def matmul(t1: Array, t2: Array) -> Array:
 
 
 def gathered(x: Array) -> Array:
-    """x, gathered where it lies on a mesh. What follows needs every element; in a loop XLA would gather in each turn."""
+    """x, gathered if it lies on a mesh: what follows needs all of it, and a loop would gather in each turn."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
         return x
@@ -348,7 +348,7 @@ def _under(x: Array) -> AbstractContextManager[Any]:
 
 
 def varying_alike(tree: Any, outcome: Callable[[], Any]) -> Any:
-    """The arrays; in shard_map all made to vary over each axis that one of them, or a result of `outcome()`, varies over.
+    """The arrays; in shard_map made to vary over each axis that any of them, or a result of `outcome()`, varies over.
 
     A loop needs that of what it carries.
     """
