@@ -11,7 +11,7 @@ demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
 
 test: $(VENV)/.dev  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow" --quick
 
 test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU and those of the frameworks included
 	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,ecosystem,frameworks]"

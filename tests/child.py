@@ -12,6 +12,12 @@ from pathlib import Path
 import pytest
 
 
+def on_devices(n: int) -> dict[str, str]:
+    """The environment of a process on so many simulated devices, beside the options of this one."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+
+
 def report(tmp_path_factory, module: str, devices: int, name: str, *arguments: str) -> None:
     """One check's outcome, of a process on so many simulated devices, as a test's."""
     folder = tmp_path_factory.getbasetemp()
@@ -39,7 +45,7 @@ def _run(module: str, devices: int, *arguments: str) -> str:
     child = subprocess.run(
         [sys.executable, "-W", "error", "-m", module, *arguments],
         cwd=Path(__file__).parent.parent,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=os.environ | on_devices(devices),
         capture_output=True,
         text=True,
     )

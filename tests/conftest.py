@@ -4,13 +4,14 @@ x64 stays off because that is how JAX runs by default; what must be exact all th
 float64 leaves inside `jax.enable_x64(True)`.
 """
 
+import gc
 import os
 import pathlib
 
 import jax
 import pytest
 
-from jopt._compat import enable_x64
+from jopt._compat import JAX, enable_x64
 
 collect_ignore = ["data"]  # what tests read, among it programs that are not to be run
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -19,6 +20,21 @@ cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
+# Compiling is most of what the suite costs. These options make it a third. Steps then round as before, and run slower.
+QUICK = "--xla_backend_optimization_level=0"
+if JAX < (0, 11):  # which has no other generator any more
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help=f"compile in a third of the time, by XLA_FLAGS {QUICK}")
+
+
+def pytest_configure(config):
+    if config.getoption("--quick"):  # before JAX starts
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+
+
 try:
     import torch
 except ModuleNotFoundError:  # jopt alone is tested on Pythons without it
@@ -26,6 +42,13 @@ except ModuleNotFoundError:  # jopt alone is tested on Pythons without it
 else:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.parent / "torch_extensions"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected():
+    """Collections pass over what earlier modules left, JAX's caches above all: one takes milliseconds, not a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

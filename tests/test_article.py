@@ -213,7 +213,8 @@ def test_programs_with_one_import_changed(name, zero_grad):
         if found in theirs:
             a, b = (names[found].detach().numpy() for names in (ours, theirs))
             assert np.isfinite(b).all()
-            assert difference(a, b) <= TOLERANCES["float32"]
+            # theta begins at 1, and without zero_grad swings on: its ulp is that of such values, wherever it ends.
+            assert difference(np.append(a, 1), np.append(b, 1)) <= TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize(("program", "error"), [(MOMENTUM, AttributeError), (RMSPROP, KeyError)])

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="torch's loaders are what is read")
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import interop  # noqa: E402
+from tests import child  # noqa: E402
 
 
 class Pair(NamedTuple):
@@ -230,8 +231,11 @@ next(left)
 
 def test_sharded_over_eight_devices():
     """In a process of its own: the devices are made as JAX starts."""
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=120, env=os.environ | environment
+        [sys.executable, "-c", SHARDED],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | child.on_devices(8),
     )
     assert done.returncode == 0, done.stderr

@@ -28,9 +28,9 @@ def problem():
 def plain(tx, problem, steps=STEPS):
     """The run that the others have to be."""
     params = [jnp.asarray(x) for x in problem.start]
-    state = tx.init(params)
+    state, step = tx.init(params), jax.jit(tx.step)
     for i in range(steps):
-        params, state = jax.jit(tx.step)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
+        params, state = step([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
     return params
 
 
@@ -126,11 +126,11 @@ def test_flax_nnx():
         "out.bias": "bias$",
         "out.kernel": "the rest",
     }
-    state = tx.init(params)
+    state, step = tx.init(params), jax.jit(tx.step)
     for value in losses:
         found, grads = jax.value_and_grad(lambda p: loss(nnx.merge(graph, p)))(params)
         assert float(found) == pytest.approx(value, rel=cases.NETWORK["float32"])
-        params, state = jax.jit(tx.step)(grads, state, params)
+        params, state = step(grads, state, params)
     assert losses[-1] < losses[0]
     groups = tx.assignment(params)
     assert {name for name, group in groups.items() if group == "the rest"} == {
@@ -189,11 +189,11 @@ def test_orbax(tmp_path, problem, hyperparams_in_state):
     )
     average = jopt.ema(0.9)
     params = [jnp.asarray(x) for x in problem.start]
-    state, averaged = tx.init(params), average.init(params)
+    state, averaged, step = tx.init(params), average.init(params), jax.jit(tx.step)
 
     def train(params, state, averaged, steps):
         for i in steps:
-            params, state = jax.jit(tx.step)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
+            params, state = step([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
             averaged = average.update(params, averaged)
         return params, state, averaged
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples import notebooks
-from tests import fresh
+from tests import child, fresh
 
 EXAMPLES = Path(notebooks.__file__).parent
 NAMES = ("colab_gpu", "colab_tpu")
@@ -86,13 +86,12 @@ WHERE = "__import__('jopt').__file__"
 @pytest.mark.parametrize("devices", [8, 1])
 def test_the_tpu_notebook(colab, devices):
     """On eight devices, and on one, as Colab's v5e-1 and v6e-1 have."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     figures = (
         "dict(devices=mesh.size, losses=losses, back=back_equal, apart=difference, yardstick=yardstick, "
         "accuracy=accuracy(model), stayed=accuracy(stayed), here=here, there=there, whole=undivided, part=divided, "
         f"file={WHERE}, ms=[torch_ms, jax_ms])"
     )
-    text, pictures, found = run(colab, "colab_tpu", figures, XLA_FLAGS=flags)
+    text, pictures, found = run(colab, "colab_tpu", figures, **child.on_devices(devices))
     assert str(colab[0].parent.parent) in found["file"]  # the wheel, not this checkout
     assert "images a second" in text
     assert min(found["ms"]) > 0

@@ -67,8 +67,7 @@ class JaxRun:
 
     def step(self, i):
         grads = self.problem.grads(i, [np.asarray(p) for p in self.params])
-        on = [jnp.asarray(x) for x in cases.active(i)]
-        self.params, self.state = self.jitted(self.params, self.state, [jnp.asarray(g) for g in grads], on)
+        self.params, self.state = self.jitted(self.params, self.state, grads, [np.asarray(x) for x in cases.active(i)])
 
     def values(self):
         yield from ((f"param {i}", np.asarray(p)) for i, p in enumerate(self.params))

@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch", reason="the run begins and ends in torch")
 import interop  # noqa: E402
 import jopt  # noqa: E402
 from tests import cases  # noqa: E402
+from tests.child import on_devices  # noqa: E402
 
 pytestmark = pytest.mark.slow  # five processes that import torch and JAX
 
@@ -133,11 +134,10 @@ def has_orbax():
 
 
 def start(name, folder, *args):
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.test_processes", name, str(folder), *args],
         cwd=Path(__file__).parent.parent,
-        env=os.environ | environment,
+        env=os.environ | on_devices(2),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

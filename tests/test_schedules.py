@@ -288,11 +288,12 @@ def test_any_number_takes_a_schedule(x64):
     by_hand = jopt.adamw(lr=0.01, hyperparams_in_state=True)
     ours = theirs = [jnp.asarray(x) for x in problem.start]
     state, expected = tx.init(ours), by_hand.init(theirs)
+    step, step_by_hand = jax.jit(tx.step), jax.jit(by_hand.step)
     for i in range(12):
         grads = [jnp.asarray(g) for g in problem.grads(i, ours)]
         h = expected.hyperparams | {"weight_decay": jnp.asarray(decay(i)), "beta2": jnp.asarray(beta2(i))}
-        ours, state = jax.jit(tx.step)(grads, state, ours)
-        theirs, expected = jax.jit(by_hand.step)(grads, expected._replace(hyperparams=h), theirs)
+        ours, state = step(grads, state, ours)
+        theirs, expected = step_by_hand(grads, expected._replace(hyperparams=h), theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert cases.difference(a, b) <= cases.FRONT_ENDS["float64"]
 

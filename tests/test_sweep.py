@@ -17,7 +17,7 @@ from jopt.sweeps import inputs as sweep_inputs
 from jopt.sweeps import result as sweep_result
 from jopt.sweeps.inputs import make_plan, start
 from jopt.sweeps.sweep import LoopProgram, chunk_size
-from tests import cases
+from tests import cases, child
 
 STEPS = 12
 
@@ -293,9 +293,12 @@ assert [s.data.shape for s in shards] == [(2, 2)] * 4
 
 def test_sharded_over_four_devices():
     """In a process of its own: the devices are made as JAX starts."""
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run(
-        [sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=120, env=os.environ | environment
+        [sys.executable, "-c", DEVICES],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | child.on_devices(4),
     )
     assert done.returncode == 0, done.stderr
 
