@@ -219,7 +219,7 @@ TEXT = f"""# Compiled for what is not there
 
 What XLA makes of each optimizer's step, compiled for a TPU v5e, a TPU v6e and an H100 without any of them: nothing is
 run, and these are the compiler's counts, not times. `make ahead-of-time` writes this page,
-`tests/test_ahead_of_time.py` holds the compiler to it. Two matrices of 32768 x 1024 and, for optimizers that take
+`tests/jopt/test_ahead_of_time.py` holds the compiler to it. Two matrices of 32768 x 1024 and, for optimizers that take
 one, a vector of 1024, in float32: 268 MB. MB are millions of bytes, of one device.
 
 ## On one device

@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 
 colab=(jax==0.7.2 jaxlib==0.7.2 numpy==2.1.3 optax==0.2.8 flax==0.11.2 orbax-checkpoint==0.12.4 safetensors==0.8.0)
 # Of jopt alone: every part, and of the optimizers those that are unlike each other.
-alone=(tests/test_versions.py tests/test_import.py tests/test_numerics.py tests/test_arena.py tests/test_groups.py
-  tests/test_transform.py tests/test_sharding.py tests/test_meshes.py tests/test_eager.py tests/test_export.py jopt)
+alone=(tests/project/test_{versions,import}.py tests/jopt/around/test_groups.py
+  tests/jopt/test_{numerics,arena,transform,sharding,meshes,eager,export}.py jopt)
 unlike="not test_transform and not test_arena or adamw-amsgrad or adafactor-l2 or muon-no"
 
 python_of() { # a version, as 3.13: the interpreter's path
@@ -48,7 +48,7 @@ VERSIONS
   "$venv/bin/python" -m pytest -q -n 2 -p no:cacheprovider "$@" || failed+=("$name")
   if [ "$name" = colab-tpu ]; then # and Colab's compiler
     "$venv/bin/python" -m pip install -q --no-deps libtpu==0.0.21.1
-    "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/test_ahead_of_time.py -k colabs || failed+=("its compiler")
+    "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/jopt/test_ahead_of_time.py -k colabs || failed+=("its compiler")
   fi
   [ -n "${KEEP:-}" ] || rm -rf "$venv"
 }

@@ -1,4 +1,4 @@
-"""What a user's program looks like to pyright --strict: tests/test_wheel.py checks it beside the installed wheel."""
+"""A user's program, for pyright --strict: tests/project/test_wheel.py checks it beside the installed wheel."""
 
 from typing import Any, assert_type
 

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler, swa_utils  # noqa: E402
 
 from interop import optim  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_schedules import LR, PAIRS  # noqa: E402
+from tests.jopt.test_schedules import LR, PAIRS  # noqa: E402
 
 STEPS = 25
 SCHEDULERS = {name: make for name, (_, make) in PAIRS.items()} | {

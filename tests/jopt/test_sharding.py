@@ -388,7 +388,7 @@ del CHECKS["step"]
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_eight_devices(name, tmp_path_factory):
-    child.report(tmp_path_factory, "tests.test_sharding", DEVICES, name)
+    child.report(tmp_path_factory, "tests.jopt.test_sharding", DEVICES, name)
 
 
 if __name__ == "__main__":

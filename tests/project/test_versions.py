@@ -14,7 +14,7 @@ import pytest
 import jopt
 from jopt._compat import NEEDED, numbers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run(code, **environment):

@@ -16,7 +16,7 @@ from interop.memory.values import to_jax, to_torch  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 from jopt.leaf import init_leaf  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_optimizer import subprocess_run  # noqa: E402
+from tests.interop.dropin.test_optimizer import subprocess_run  # noqa: E402
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")

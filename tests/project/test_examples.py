@@ -56,7 +56,9 @@ def make_dataset():
 
 
 def test_the_demo_takes_a_torch_dataset(tmp_path, capsys):
-    digits.main(["--data", "tests.test_examples:make_dataset", "--epochs", "1", "--out", str(tmp_path / "a.png")])
+    digits.main(
+        ["--data", "tests.project.test_examples:make_dataset", "--epochs", "1", "--out", str(tmp_path / "a.png")]
+    )
     assert "80 images to train on" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import jopt
 from tests import cases
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
 def test_mars(x64):

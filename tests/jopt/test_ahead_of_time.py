@@ -72,8 +72,8 @@ def explain_all(platform):
 def explained(platform):
     skip_without(PLATFORMS[platform])
     child = subprocess.run(
-        [sys.executable, "-m", "tests.test_ahead_of_time", platform],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, "-m", "tests.jopt.test_ahead_of_time", platform],
+        cwd=Path(__file__).parent.parent.parent,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -36,7 +36,7 @@ CONFIGURATIONS = [
     for i, item in enumerate(info.optim_inputs_func(device="cpu"))
 ]
 every_configuration = pytest.mark.parametrize(("name", "arguments"), CONFIGURATIONS)
-# L-BFGS near the minimum multiplies an ulp: tests/test_lbfgs.py compares it with torch as far as that goes.
+# L-BFGS near the minimum multiplies an ulp: tests/jopt/test_lbfgs.py compares it with torch as far as that goes.
 but_lbfgs = pytest.mark.parametrize(("name", "arguments"), [c for c in CONFIGURATIONS if c.values[0] != "LBFGS"])
 every_class = pytest.mark.parametrize("name", INFOS)
 

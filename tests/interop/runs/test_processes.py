@@ -135,8 +135,8 @@ def has_orbax():
 
 def start(name, folder, *args):
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.test_processes", name, str(folder), *args],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, "-m", "tests.interop.runs.test_processes", name, str(folder), *args],
+        cwd=Path(__file__).parent.parent.parent.parent,
         env=os.environ | on_devices(2),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

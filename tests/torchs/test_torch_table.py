@@ -77,7 +77,7 @@ def test_all_that_was_recorded_is_measured_again():
     assert len(AGAIN) == len(RECORDED)
 
 
-@pytest.mark.parametrize("c", cases.mostly_slow(AGAIN, AGAIN[::8], lambda c: re.sub(r"\W+", "-", str(c))))
+@pytest.mark.parametrize("c", cases.mostly_slow(AGAIN, AGAIN[::9], lambda c: re.sub(r"\W+", "-", str(c))))
 def test_no_figure_worsens(c):
     """The short table again: of each optimizer two configurations, 100 steps on 4 problems."""
     import jax

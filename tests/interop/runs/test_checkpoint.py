@@ -15,7 +15,7 @@ from interop.runs.files import CheckpointError  # noqa: E402
 from interop.runs.files.difference import differences  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.checkpoints import network, trained, two_groups  # noqa: E402
-from tests.test_moving import Model, torch_leg  # noqa: E402
+from tests.interop.runs.test_moving import Model, torch_leg  # noqa: E402
 
 STEPS = 4
 FILES = ["run.pt", "run.safetensors"]

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 from interop import amp, optim  # noqa: E402
 from interop.dropin import options  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_optimizer import network, subprocess_run, train  # noqa: E402
+from tests.interop.dropin.test_optimizer import network, subprocess_run, train  # noqa: E402
 
 NAMES = optim.CLASSES
 COMPILED = [name for name in NAMES if name not in ("LBFGS", "SparseAdam")]

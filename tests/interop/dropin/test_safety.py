@@ -25,7 +25,7 @@ from interop.dropin import plan as plan_module  # noqa: E402
 from interop.dropin import reader  # noqa: E402
 from interop.dropin.leaf import BIG  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_optimizer import backward, network, subprocess_run  # noqa: E402
+from tests.interop.dropin.test_optimizer import backward, network, subprocess_run  # noqa: E402
 
 DECAY, MAX_NORM = 0.9, 0.05  # a norm between those that occur
 extras = pytest.mark.parametrize("extras", [False, True], ids=["plain", "clipped and averaged"])

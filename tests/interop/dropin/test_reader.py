@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import optim  # noqa: E402
 from interop.dropin import native as native_module  # noqa: E402
-from tests.test_optimizer import backward, network, subprocess_run  # noqa: E402
+from tests.interop.dropin.test_optimizer import backward, network, subprocess_run  # noqa: E402
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import jopt
 from benchmarks import report
 from jopt._compat import numbers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = ROOT / "docs" / "optimizers"
 OPTIMIZERS = sorted(p.stem for p in PAGES.glob("*.md") if p.stem != "README")
 SHARED = {"state_dtype", "master_copy", "stochastic_rounding", "hyperparams_in_state"}

@@ -157,13 +157,13 @@ CHECKS = {
 
 @pytest.mark.parametrize("name", CHECKS["unlike"])
 def test_on_two_devices(name, tmp_path_factory):
-    child.report(tmp_path_factory, "tests.test_meshes", DEVICES, name, "unlike")
+    child.report(tmp_path_factory, "tests.jopt.test_meshes", DEVICES, name, "unlike")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS["all"])
 def test_all_on_two_devices(name, tmp_path_factory):
-    child.report(tmp_path_factory, "tests.test_meshes", DEVICES, name, "all")
+    child.report(tmp_path_factory, "tests.jopt.test_meshes", DEVICES, name, "all")
 
 
 if __name__ == "__main__":

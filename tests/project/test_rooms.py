@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 # From the bottom: a module may import what stands on its own line or above.
 JOPT = [
     ["_compat"],

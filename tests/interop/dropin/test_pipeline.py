@@ -15,7 +15,7 @@ from interop.dropin import plan  # noqa: E402
 from interop.dropin.leaf import BIG  # noqa: E402
 from jopt._compat import JAX  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_optimizer import assert_equal, backward, network  # noqa: E402
+from tests.interop.dropin.test_optimizer import assert_equal, backward, network  # noqa: E402
 
 DECAY = 0.9
 NORM = {torch.float32: 1e-6, torch.float64: 1e-14}  # some ulps of a sum; torch's own is 4e-5 off at 2 M elements

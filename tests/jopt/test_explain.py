@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jopt
 from tests import cases
-from tests.test_fusion import OPTION, run
+from tests.jopt.test_fusion import OPTION, run
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_bad_arguments():
 
 
 def test_the_page_runs():
-    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, {})
 

@@ -16,8 +16,8 @@ import interop  # noqa: E402
 from interop import optim  # noqa: E402
 from interop._compat import TORCH  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.test_schedules import LR  # noqa: E402
-from tests.test_torch_schedulers import SCHEDULERS, Run  # noqa: E402
+from tests.jopt.test_schedules import LR  # noqa: E402
+from tests.torchs.test_torch_schedulers import SCHEDULERS, Run  # noqa: E402
 
 LEG = 15
 FUNCTIONS = {name: make for name, make in SCHEDULERS.items() if name != "plateau"}
