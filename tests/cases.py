@@ -137,12 +137,12 @@ CASES = [
 TORCH_CASES = [case for case in CASES if case.torch]
 
 
-# One of each rule or two, with the flags that shape it: where each case takes seconds the others are marked slow.
+# One of each rule, with the flags that shape it: where each case takes seconds the others are marked slow.
 FEW = frozenset(
     (
-        *("sgd", "sgd-nesterov", "adam-amsgrad", "adam-decoupled", "adamw", "rmsprop-centered-momentum", "adamax-l2"),
+        *("sgd-nesterov", "adam-amsgrad", "adamw", "rmsprop-centered-momentum", "adamax-l2"),
         *("nadam-l2", "radam-l2", "adagrad-decay", "adadelta", "rprop-etas", "asgd-averaging", "adafactor-l2"),
-        *("muon", "muon-match-rms", "mars", "momentum-scaled"),
+        *("muon", "mars", "momentum-scaled"),
     )
 )
 

@@ -183,7 +183,7 @@ NUMBERS = {"float": 0.5, "numpy": np.float64(0.5), "array": np.full((), 0.5)}
 
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
-@pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor"])
+@pytest.mark.parametrize("name", cases.mostly_slow(["sgd", "adamw", "adafactor"], ["adafactor"]))
 def test_numbers_as_parameters(name, number):
     """Python's and NumPy's are taken as JAX takes them, everywhere, as under jit; and no warning is given."""
     exact = FIRST[name].jopt()

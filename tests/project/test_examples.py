@@ -19,7 +19,7 @@ def jax_as_users_have_it():
 
 
 def test_the_demo_agrees(tmp_path, capsys):
-    assert digits.main(["--out", str(tmp_path / "digits.png")]) == 0
+    assert digits.main(["--epochs", "2", "--out", str(tmp_path / "digits.png")]) == 0
     out = capsys.readouterr().out
     assert "interop.optim agrees with torch.optim" in out
     assert "jopt in JAX agrees with torch.optim" in out

@@ -64,8 +64,12 @@ def test_interop_imports_torch_and_jax_at_the_first_use():
     "code",
     [
         "from interop import optim; optim.AdamW",
-        "import interop; interop.optim.AdamW; interop.amp.GradScaler; interop.wrapping.wrap",
-        "from interop import *; assert wrap.__module__ == 'interop.wrapping.optimizer'",
+        pytest.param(
+            "import interop; interop.optim.AdamW; interop.amp.GradScaler; interop.wrapping.wrap", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "from interop import *; assert wrap.__module__ == 'interop.wrapping.optimizer'", marks=pytest.mark.slow
+        ),
         "import interop.runs.files.description, interop; interop.Checkpoint",
     ],
 )

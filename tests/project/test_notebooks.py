@@ -112,6 +112,8 @@ def test_the_tpu_notebook(colab, devices):
     assert len(picture) > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.notebook
 def test_the_gpu_notebook(colab):
     text, _, found = run(colab, "colab_gpu", f"dict(found=found, difference=difference, file={WHERE})")
     assert str(colab[0].parent.parent) in found["file"]

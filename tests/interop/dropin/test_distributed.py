@@ -152,6 +152,7 @@ def ddp_worker(rank, configurations, ways):
             assert_equal_on_all(ours.parameters())
 
 
+@pytest.mark.slow
 def test_ddp(tmp_path):
     """As torch.optim under the same DDP; its gradients, views of buckets or not, stay where they are."""
     spawn(ddp_worker, [("AdamW", dict(lr=0.01), None)], [(False, True), (True, False)], folder=tmp_path)

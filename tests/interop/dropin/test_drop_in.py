@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import amp, optim  # noqa: E402
 from interop.dropin import options  # noqa: E402
-from tests import cases  # noqa: E402
+from tests import cases, child  # noqa: E402
 from tests.interop.dropin.test_optimizer import network, subprocess_run, train  # noqa: E402
 
 NAMES = optim.CLASSES
@@ -385,15 +385,6 @@ def test_state_comes_in_torchs_order(name):
     assert orders[0] == orders[1]
 
 
-def _work(name, model, state):
-    opt = (optim if name == "interop" else torch.optim).Adam(model.parameters(), lr=0.01)
-    opt.state.update(zip(model.parameters(), state, strict=True))
-    for _ in range(2):
-        opt.zero_grad()
-        model(torch.ones(1, 3)).sum().backward()
-        opt.step()
-
-
 def test_processes_in_turn_share_state():
     context, found = multiprocessing.get_context("spawn"), []
     for name in ("torch", "interop"):
@@ -408,9 +399,9 @@ def test_processes_in_turn_share_state():
                 x.share_memory_()
         for _ in range(2):
             if name == "torch":
-                _work(name, model, state)
+                child.train(name, model, state)
                 continue
-            worker = context.Process(target=_work, args=(name, model, state))
+            worker = context.Process(target=child.train, args=(name, model, state))
             worker.start()
             worker.join()
             assert worker.exitcode == 0

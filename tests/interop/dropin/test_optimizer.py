@@ -1195,7 +1195,7 @@ def test_muons_buffer_is_kept_in_bfloat16_without_nesterov():
         assert torch.allclose(buffer, 0.05 * grad.float(), rtol=2**-7) == kept
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", cases.mostly_slow(["float64", "float32", "bfloat16"], ["bfloat16"]))
 def test_muon_of_many_matrices_is_torchs_of_each(dtype, monkeypatch):
     """Those of a shape and group together, but no more than caches hold; small ones alone, and one without gradient.
 

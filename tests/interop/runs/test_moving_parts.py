@@ -20,6 +20,7 @@ from tests.jopt.test_schedules import LR  # noqa: E402
 from tests.torchs.test_torch_schedulers import SCHEDULERS, Run  # noqa: E402
 
 LEG = 15
+ONE_OF_EACH = {name.split("-")[0]: name for name in SCHEDULERS}.values()  # the last, of the most arguments
 FUNCTIONS = {name: make for name, make in SCHEDULERS.items() if name != "plateau"}
 
 
@@ -41,7 +42,7 @@ def numbers(optimizer):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", cases.mostly_slow(FUNCTIONS, ONE_OF_EACH))
 def test_schedulers_there_and_back(name, x64):
     """Two groups with lr and momentum as the scheduler moves them: torch, JAX, torch is torch."""
     stays = Run(torch.optim, FUNCTIONS[name]).train(range(3 * LEG))
