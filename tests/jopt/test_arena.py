@@ -75,7 +75,7 @@ def test_gradients_come_packed():
 
 
 @pytest.mark.parametrize("dtype", list(cases.FRONT_ENDS))
-@cases.parametrize([case for case in cases.CASES if case.scope == "element"], few=True)
+@cases.parametrize([case for case in cases.CASES if case.scope == "element"], fast=cases.UNLIKE)
 def test_packed_step_is_the_tree_step(case, dtype):
     with enable_x64(dtype == "float64"):
         problem = cases.Problem(dtype)

@@ -51,7 +51,7 @@ def derivative(f, x, h):
     return (8 * (f(x + h) - f(x - h)) - (f(x + 2 * h) - f(x - 2 * h))) / (12 * h)
 
 
-@cases.parametrize(SMOOTH, few=True)
+@cases.parametrize(SMOOTH, fast=cases.FEW)
 def test_with_respect_to_the_start(case, x64):
     given = arguments(case)
     tx = case.jopt(**given)
@@ -64,7 +64,7 @@ def test_with_respect_to_the_start(case, x64):
         assert float(found[i]) == pytest.approx(derivative(final, START[i], 1e-3), rel=1e-6, abs=1e-8)
 
 
-@cases.parametrize(SMOOTH, few=True)
+@cases.parametrize(SMOOTH, fast=cases.FEW)
 def test_with_respect_to_every_hyperparameter(case, x64):
     given = arguments(case)
     tx = case.jopt(**given)

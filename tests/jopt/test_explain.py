@@ -33,7 +33,7 @@ def test_nothing_is_allocated():
     assert found.compile_seconds < 60
 
 
-@cases.parametrize([c for c in cases.CASES if c.scope != "rows"], few=True)
+@cases.parametrize([c for c in cases.CASES if c.scope != "rows"], fast=cases.FEW)
 def test_every_optimizer(case):
     found = jopt.explain(case.jopt(), {"w": jnp.ones((8, 16)), "v": jnp.ones((4, 2))})
     assert found.outputs == found.outputs_in_place

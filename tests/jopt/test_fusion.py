@@ -135,7 +135,7 @@ def loops(program, size):
     return [line for line in made if not re.search(r" (parameter|get-tuple-element|tuple)\(", line)]
 
 
-@cases.parametrize(ELEMENTWISE, few=True)
+@cases.parametrize(ELEMENTWISE, fast=cases.FEW)
 def test_one_loop_a_buffer_in_place(case, monkeypatch, request):
     """With the option, of this compilation alone: no array but those that come and go, each read and written once."""
     if JAX >= (0, 11) and case.id in ("radam-l2", "radam-decoupled"):

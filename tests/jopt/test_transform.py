@@ -47,7 +47,7 @@ def types(tree):
 # --- transformations of JAX
 
 
-@cases.parametrize(cases.CASES, few=True)
+@cases.parametrize(cases.CASES, fast=cases.UNLIKE)
 def test_structure_types_and_eager_jit_scan_agree(case):
     tx, params = case.jopt(), case.tree(tree())
     state = tx.init(params)
@@ -70,7 +70,7 @@ def test_structure_types_and_eager_jit_scan_agree(case):
     assert int(eager[1].count) == 5
 
 
-@cases.parametrize(cases.CASES, few=True)
+@cases.parametrize(cases.CASES, fast=cases.UNLIKE)
 def test_vmap_over_learning_rates(case):
     rates = jnp.array([0.001, 0.01, 0.02])
 
@@ -84,7 +84,7 @@ def test_vmap_over_learning_rates(case):
         )
 
 
-@cases.parametrize(cases.CASES, few=True)
+@cases.parametrize(cases.CASES, fast=cases.UNLIKE)
 def test_grad_through_scan_of_steps(case, x64):
     """d loss / d lr through 8 scanned steps, against central differences.
 
@@ -135,7 +135,7 @@ def test_grad_through_scan_with_x64_off():
         ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"], ["bfloat16", "float64", "complex64"]
     ),
 )
-@cases.parametrize(cases.CASES, few=True)
+@cases.parametrize(cases.CASES, fast=cases.UNLIKE)
 def test_types_are_kept(case, dtype, x64):
     params = case.tree([jnp.ones((3, 2), dtype), jnp.array(1.0, dtype)])
     tx = case.jopt(eps=1e-3) if "eps" in case.jopt().hyperparameters else case.jopt()
@@ -212,7 +212,7 @@ def test_none_and_masked_leaves_are_left_alone():
     assert state.scalars["step"].shape == (1,)
 
 
-@cases.parametrize(cases.CASES, few=True)
+@cases.parametrize(cases.CASES, fast=cases.UNLIKE)
 def test_absent_gradients_skip_the_parameter(case):
     """None and a traced False are the same, and as if the parameter had not been there at that step."""
     tx, params = case.jopt(), case.tree(tree())
@@ -333,7 +333,7 @@ def test_transform_pickles():
 # --- bfloat16: master copies, stochastic rounding
 
 
-@cases.parametrize(cases.CASES, few=True)
+@cases.parametrize(cases.CASES, fast=cases.UNLIKE)
 def test_a_master_copy_is_stepped_as_a_float32_parameter(case):
     """Parameters that are rounded float32 ones, and whose gradients are the same, as if they were float32."""
     low = case.tree(jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree()))

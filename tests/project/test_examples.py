@@ -106,6 +106,7 @@ def test_the_cures_cure(tmp_path, capsys, monkeypatch):
             assert run.final < 0.95 * chance, (run.problem, run.name)
 
 
+@pytest.mark.slow  # tests/interop/runs has what it does
 def test_a_run_moves_and_comes_back(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("what is found is expected, and what is expected is found; " * 100, encoding="utf-8")

@@ -122,6 +122,8 @@ def test_the_gpu_notebook(colab):
     assert found["difference"] < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.notebook
 def test_without_a_wheel_a_notebook_says_what_to_do(colab, tmp_path):
     """The package index has none, or cannot be reached."""
     python, content = colab

@@ -143,35 +143,35 @@ def test_one_low_precision_step_is_bit_equal(case, dtype):
     assert different.mean() <= (0.05 if case.name == "muon" else 1e-3)
 
 
-def test_complex_parameters():
+@cases.parametrize([case for case in cases.TORCH_CASES if case.takes_complex], fast=cases.FEW)
+def test_complex_parameters(case):
     """A complex parameter is stepped as pairs of reals; jax.grad's conjugate is torch's gradient."""
     rng = np.random.default_rng(0)
     start, target = (rng.standard_normal(16) + 1j * rng.standard_normal(16) for _ in range(2))
-    for case in (case for case in cases.TORCH_CASES if case.takes_complex):
-        runs = []
-        for cls in (getattr(torch.optim, case.torch), getattr(optim, case.torch)):
-            p = torch.nn.Parameter(torch.from_numpy(start.copy()))
-            optimizer = cls([p], lr=case.lr, **case.arguments)
-            for _ in range(20):
-                optimizer.zero_grad()
-                (p - torch.from_numpy(target)).abs().pow(2).sum().backward()
-                optimizer.step()
-            runs.append(p.detach().numpy())
-        with enable_x64(True):
-            tx = case.jopt()
-            params = jnp.asarray(start)
-            state = tx.init(params)
-            loss = jax.grad(lambda z: jnp.sum(jnp.abs(z - target) ** 2))
-            step = jax.jit(lambda params, state, tx=tx, loss=loss: tx.step(jnp.conj(loss(params)), state, params))
-            for _ in range(20):
-                params, state = step(params, state)
-            assert params.dtype == jnp.complex128
-            assert all(x.dtype == jnp.complex128 for x in state.slots.values())
-        assert cases.difference(runs[1], runs[0]) <= 1e-13, case.id
-        assert cases.difference(np.asarray(params), runs[0]) <= 1e-13, case.id
+    runs = []
+    for cls in (getattr(torch.optim, case.torch), getattr(optim, case.torch)):
+        p = torch.nn.Parameter(torch.from_numpy(start.copy()))
+        optimizer = cls([p], lr=case.lr, **case.arguments)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (p - torch.from_numpy(target)).abs().pow(2).sum().backward()
+            optimizer.step()
+        runs.append(p.detach().numpy())
+    with enable_x64(True):
+        tx = case.jopt()
+        params = jnp.asarray(start)
+        state = tx.init(params)
+        loss = jax.grad(lambda z: jnp.sum(jnp.abs(z - target) ** 2))
+        step = jax.jit(lambda params, state: tx.step(jnp.conj(loss(params)), state, params))
+        for _ in range(20):
+            params, state = step(params, state)
+        assert params.dtype == jnp.complex128
+        assert all(x.dtype == jnp.complex128 for x in state.slots.values())
+    assert cases.difference(runs[1], runs[0]) <= 1e-13
+    assert cases.difference(np.asarray(params), runs[0]) <= 1e-13
 
 
-@cases.parametrize([case for case in cases.TORCH_CASES if case.slots], few=True)
+@cases.parametrize([case for case in cases.TORCH_CASES if case.slots], fast=cases.FEW)
 def test_float32_state_of_bfloat16_parameters(case):
     """state_dtype: the step in float32 throughout, rounded once; against torch on float32 copies."""
     problem = cases.Problem("bfloat16", matrices=case.matrices)

@@ -1160,6 +1160,7 @@ def test_distributed_data_parallel(tmp_path):
     )
 
 
+@pytest.mark.slow  # as test_processes_in_turn_share_state, in more ways
 def test_two_processes_train_one_model_in_turns(tmp_path):
     """Hogwild, but in turns so that torch's result is known: each has an optimizer over the shared parameters."""
     processes(

@@ -169,7 +169,7 @@ def train(case, extras, on=None):
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "clipped, unscaled and averaged"])
-@cases.parametrize(list({case.name: case for case in cases.TORCH_CASES if case.id in cases.FEW}.values()))
+@cases.parametrize(list({case.name: case for case in cases.TORCH_CASES if case.id in cases.UNLIKE}.values()))
 def test_a_second_device_steps_as_the_first(apart, monkeypatch, case, extras):
     launches = []
     launch = program.launch

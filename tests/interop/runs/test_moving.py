@@ -82,7 +82,7 @@ RUNS = {f"{case.id}-native": (case, torch.optim) for case in cases.CASES if case
 @pytest.mark.parametrize(
     ("case", "module"),
     [
-        pytest.param(*run, id=name, marks=[pytest.mark.slow] * (run[0].id not in cases.FEW and "drop-in" not in name))
+        pytest.param(*run, id=name, marks=[pytest.mark.slow] * (run[0].id not in cases.UNLIKE))
         for name, run in RUNS.items()
     ],
 )
