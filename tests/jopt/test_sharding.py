@@ -6,6 +6,7 @@ test here.
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -381,15 +382,24 @@ def check_absent_devices():
 
 # --- the process ---------------------------------------------------------------------------------------
 
+UNLIKE = {case.name for case in cases.CASES if case.id in cases.UNLIKE}
 STEPS = {f"step of {case.id}": functools.partial(check_step, case) for case in FIRST}
 CHECKS = STEPS | {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
 del CHECKS["step"]
+MANY = {f"step of {case.id}": STEPS[f"step of {case.id}"] for case in FIRST if case.name not in UNLIKE}
+FEW = {name: f for name, f in CHECKS.items() if name not in MANY}
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", FEW)
 def test_on_eight_devices(name, tmp_path_factory):
-    child.report(tmp_path_factory, "tests.jopt.test_sharding", DEVICES, name)
+    child.report(tmp_path_factory, "tests.jopt.test_sharding", DEVICES, name, "few")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MANY)
+def test_the_others_on_eight_devices(name, tmp_path_factory):
+    child.report(tmp_path_factory, "tests.jopt.test_sharding", DEVICES, name, "many")
 
 
 if __name__ == "__main__":
-    child.main(CHECKS)
+    child.main({"few": FEW, "many": MANY}[sys.argv[1]])

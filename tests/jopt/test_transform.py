@@ -251,7 +251,7 @@ def test_all_gradients_absent_changes_only_the_count():
 # --- optax
 
 
-@cases.parametrize(cases.CASES)
+@cases.parametrize(cases.CASES, fast=cases.UNLIKE)
 def test_update_is_step_to_an_ulp(case):
     tx, params = case.jopt(), case.tree(tree())
     state = tx.init(params)

@@ -75,6 +75,7 @@ def short(name, steps):
     return run
 
 
+@pytest.mark.slow
 def test_the_report_names_what_vanishes_and_explodes():
     """30 layers whose weights have standard deviation 1 / sqrt(3 n): a gradient shrinks by about 0.58 a layer."""
     run = short("30 tanh layers, as it is, sgd", 1)

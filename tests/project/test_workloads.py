@@ -38,6 +38,7 @@ def workloads(folder, *arguments):
     return command.main(["--short", "--out", str(folder), *arguments])
 
 
+@pytest.mark.slow
 def test_all_ways_agree_and_a_page_says_so(tmp_path, sounds, capsys):
     assert workloads(tmp_path, "--only", "ratings,speech", "--data-speech", str(sounds), "--steps", "60") == 0
     assert "4 of 4 agree with torch.optim" in capsys.readouterr().out

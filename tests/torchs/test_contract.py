@@ -129,16 +129,16 @@ def test_runs_as_torchs(name, arguments):
         assert_equal(*runs)
 
 
+@pytest.mark.parametrize("groups", cases.mostly_slow([False, True], [True]))
 @every_configuration
-def test_goes_in_the_right_direction(name, arguments):
-    for groups in (False, True) if INFOS[name].supports_param_groups else (False,):
-        run = Run(optim, name, arguments, groups=groups)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.99)
-        first = run.loss().item()
-        for _ in range(20):
-            run.step()
-            scheduler.step()
-        assert (run.loss().item() > first) == bool(arguments.get("maximize"))
+def test_goes_in_the_right_direction(name, arguments, groups):
+    run = Run(optim, name, arguments, groups=groups and INFOS[name].supports_param_groups)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.99)
+    first = run.loss().item()
+    for _ in range(20):
+        run.step()
+        scheduler.step()
+    assert (run.loss().item() > first) == bool(arguments.get("maximize"))
 
 
 @but_lbfgs

@@ -76,8 +76,11 @@ class JaxRun:
             yield from ((f"{name} {i}", np.asarray(x[i])) for name, x in self.state.scalars.items())
 
 
+ALL = {case.id for case in cases.TORCH_CASES}
+
+
 def is_slow(case, dtype):
-    return dtype != "float64" and case.id not in cases.FEW
+    return case.id not in {"float32": cases.UNLIKE, "float64": ALL}.get(dtype, cases.FEW)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,15 @@ def test_the_problem_moves():
     assert all((p - torch.from_numpy(s)).abs().max() > 0.3 for p, s in zip(run.params, problem.start, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@cases.parametrize([case for case in cases.TORCH_CASES if case.name != "rmsprop"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case.id}-{dtype}", marks=[pytest.mark.slow] * slow)
+        for case in cases.TORCH_CASES
+        if case.name != "rmsprop"
+        for dtype, slow in (("bfloat16", False), ("float16", is_slow(case, "float16")))
+    ],
+)
 def test_one_low_precision_step_is_bit_equal(case, dtype):
     """torch's rounding after each operation, on values of any size."""
     torch_dtype = getattr(torch, dtype)

@@ -83,7 +83,7 @@ def trained(**arguments):
 # --- a drop-in
 
 
-@cases.parametrize(cases.TORCH_CASES)
+@cases.parametrize(cases.TORCH_CASES, fast=cases.FEW)
 def test_classes_are_torchs(case):
     ours, theirs = getattr(optim, case.torch), getattr(torch.optim, case.torch)
     assert issubclass(ours, torch.optim.Optimizer)

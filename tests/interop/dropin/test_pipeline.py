@@ -42,7 +42,7 @@ def assert_averages(average, model, opt):
         assert cases.difference(opt.state[q]["ema"].double(), p.detach().double()) <= tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", cases.mostly_slow([torch.float32, torch.float64], [torch.float64]))
 @pytest.mark.parametrize("name", NAMES)
 def test_clipping_and_averages_are_torchs(name, dtype):
     models = [network(dtype, bias=name != "Muon") for _ in range(2)]

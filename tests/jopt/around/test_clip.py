@@ -35,7 +35,9 @@ def in_torch(grads):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf, -1.0])
+@pytest.mark.parametrize(
+    "p", cases.mostly_slow([2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf, -1.0], [2.0, 3.0, 0.0, math.inf])
+)
 @pytest.mark.parametrize("max_norm", [1.0, 0.0, 1e4])
 def test_clip_grad_norm(p, max_norm, dtype):
     with enable_x64(dtype == "float64"):
