@@ -228,6 +228,7 @@ class Problem:
         self.target = [rng.standard_normal(s) for s in shapes]
         self.seed = seed
         self.name = dtype
+        self.noise: dict[int, list[np.ndarray]] = {}  # by step; every run of a problem sees the same
 
     @staticmethod
     def _round(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -237,10 +238,12 @@ class Problem:
 
     def grads(self, step: int, params: list[np.ndarray]) -> list[np.ndarray]:
         """The gradients at `params`, in their type."""
-        rng = np.random.default_rng((self.seed, step))
+        if step not in self.noise:
+            rng = np.random.default_rng((self.seed, step))
+            self.noise[step] = [0.5 * rng.standard_normal(t.shape) for t in self.target]
         return [
-            self._round(0.7 * (np.asarray(p).astype(np.float64) - t) + 0.5 * rng.standard_normal(p.shape), self.name)
-            for p, t in zip(params, self.target, strict=True)
+            self._round(0.7 * (np.asarray(p).astype(np.float64) - t) + noise, self.name)
+            for p, t, noise in zip(params, self.target, self.noise[step], strict=True)
         ]
 
 

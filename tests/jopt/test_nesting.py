@@ -16,7 +16,7 @@ import jopt
 from jopt._compat import enable_x64
 from jopt.around import chaining
 
-FEW, MANY = 8, 1000
+FEW, MANY = 6, 1000
 
 # --- what is drawn
 

@@ -70,7 +70,7 @@ def test_interop_imports_torch_and_jax_at_the_first_use():
         pytest.param(
             "from interop import *; assert wrap.__module__ == 'interop.wrapping.optimizer'", marks=pytest.mark.slow
         ),
-        "import interop.runs.files.description, interop; interop.Checkpoint",
+        pytest.param("import interop.runs.files.description, interop; interop.Checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_ways_to_interops_names(code):

@@ -38,6 +38,15 @@ CONFIGURATIONS = [
 every_configuration = pytest.mark.parametrize(("name", "arguments"), CONFIGURATIONS)
 # L-BFGS near the minimum multiplies an ulp: tests/jopt/test_lbfgs.py compares it with torch as far as that goes.
 but_lbfgs = pytest.mark.parametrize(("name", "arguments"), [c for c in CONFIGURATIONS if c.values[0] != "LBFGS"])
+LAST = {c.values[0]: c.id for c in CONFIGURATIONS}.values()
+few_configurations = pytest.mark.parametrize(  # of each class the first and the last
+    ("name", "arguments"),
+    [
+        pytest.param(*c.values, id=c.id, marks=[pytest.mark.slow] * (c.id not in LAST and not c.id.endswith("-0")))
+        for c in CONFIGURATIONS
+        if c.values[0] != "LBFGS"
+    ],
+)
 every_class = pytest.mark.parametrize("name", INFOS)
 
 
@@ -141,7 +150,7 @@ def test_goes_in_the_right_direction(name, arguments, groups):
     assert (run.loss().item() > first) == bool(arguments.get("maximize"))
 
 
-@but_lbfgs
+@few_configurations
 def test_checkpoints(name, arguments):
     """Both ways, through torch.load(weights_only=True).
 

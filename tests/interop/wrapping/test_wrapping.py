@@ -74,7 +74,7 @@ def pure(tx, problem, steps, extra):
 
 
 @pytest.mark.parametrize("dtype", cases.mostly_slow(["float64", "float32"], ["float64"]))
-@pytest.mark.parametrize("name", FAR_FROM_TORCH)
+@pytest.mark.parametrize("name", cases.mostly_slow(FAR_FROM_TORCH, list(FAR_FROM_TORCH)[::2]))
 def test_equals_optax_in_jax(name, dtype, relaxed):
     tx, problem = FAR_FROM_TORCH[name](), cases.Problem(dtype, matrices=True)
     value = (
