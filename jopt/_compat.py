@@ -92,10 +92,10 @@ def vary(x: Any, axes: Iterable[str]) -> Any:
 if JAX >= (0, 11):
 
     def own_inputs(inputs: Any, n: int) -> tuple[Any, ...]:
-        """The inputs n times, each with operations of its own, so that XLA on CPU does not merge the loops over them.
+        """The inputs n times, each with operations of its own, so that what is computed of them shares nothing.
 
-        A barrier would split the fusion, for this XLA drops it too late. So each copy is chosen by a flag, which is
-        always true, but XLA cannot know that.
+        XLA on CPU then merges the loops, since they read the same arrays. Behind a barrier they would read others: this
+        XLA drops it only later. So each copy is chosen by a flag, which is always true, but XLA cannot know that.
         """
         made = lax.optimization_barrier([jnp.asarray(True)] * (n - 1))  # one of n needs none
 
@@ -107,9 +107,9 @@ if JAX >= (0, 11):
 else:
 
     def own_inputs(inputs: Any, n: int) -> tuple[Any, ...]:
-        """The inputs n times, each with operations of its own, so that XLA on CPU does not merge the loops over them.
+        """The inputs n times, each with operations of its own, so that what is computed of them shares nothing.
 
-        This XLA drops the barrier before it fuses, so that it costs nothing.
+        XLA on CPU then merges the loops, since they read the same arrays: it has dropped the barrier by then.
         """
         return lax.optimization_barrier((inputs,) * n)
 

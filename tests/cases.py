@@ -188,6 +188,8 @@ MUON_OF_LOW_RANK = {"float64": 0.05}
 NETWORK = {"float64": 1e-10, "float32": 1e-4}
 # Between two ways to compute the same in JAX: other fusions, other contractions.
 FRONT_ENDS = {"float64": 1e-14, "float32": 5e-6}
+# An update is a difference of parameters: two of their ulps, in float32.
+UPDATES = 2**-22
 # Values of a schedule over its largest. Two ways to compute one formula in float64 differ by an ulp or two; torch's
 # schedulers that multiply the last value on have a thousand roundings behind them.
 SCHEDULES = {"closed": 1e-15, "recursive": 1e-12}

@@ -11,11 +11,27 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 
 def on_devices(n: int) -> dict[str, str]:
     """The environment of a process on so many simulated devices, beside the options of this one."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n}"
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+
+
+def run(devices: int, *arguments: str, timeout: float | None = None) -> str:
+    """What Python prints with these arguments, in a process on so many simulated devices."""
+    child = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | on_devices(devices),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout
 
 
 def report(tmp_path_factory, module: str, devices: int, name: str, *arguments: str) -> None:
@@ -36,21 +52,9 @@ def _outcomes(path: Path, module: str, devices: int, *arguments: str) -> dict[st
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         if not (text := file.read()):
-            text = _run(module, devices, *arguments)
+            text = run(devices, "-W", "error", "-m", module, *arguments)
             file.write(text)
     return json.loads(text)
-
-
-def _run(module: str, devices: int, *arguments: str) -> str:
-    child = subprocess.run(
-        [sys.executable, "-W", "error", "-m", module, *arguments],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | on_devices(devices),
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    return child.stdout
 
 
 def main(checks) -> None:

@@ -6,21 +6,22 @@ float64 leaves inside `jax.enable_x64(True)`.
 
 import gc
 import os
-import pathlib
 
 import jax
 import pytest
 
 from jopt._compat import JAX, enable_x64
+from tests import ROOT
 
 collect_ignore = ["data"]  # what tests read, among it programs that are not to be run
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+cache = ROOT / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-# Compiling is most of what the suite costs. These options make it a third. Steps then round as before, and run slower.
+# Compiling is most of what the suite costs; with these options it is a third. Steps run slower, and round elsewhere: by
+# either generator they meet the same tolerances.
 QUICK = "--xla_backend_optimization_level=0"
 if JAX < (0, 11):  # which has no other generator any more
     QUICK += " --xla_cpu_use_fusion_emitters=false"

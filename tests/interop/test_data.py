@@ -1,13 +1,9 @@
 """interop.prefetch: what the loader gave, in its order, as JAX arrays; and threads that end."""
 
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +14,7 @@ torch = pytest.importorskip("torch", reason="torch's loaders are what is read")
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import interop  # noqa: E402
-from tests import child  # noqa: E402
+from tests import ROOT, child  # noqa: E402
 
 
 class Pair(NamedTuple):
@@ -196,7 +192,7 @@ def test_bad_arguments():
 
 
 def test_the_page_runs():
-    page = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text()
+    page = (ROOT / "docs" / "data.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, {})
 
@@ -231,11 +227,4 @@ next(left)
 
 def test_sharded_over_eight_devices():
     """In a process of its own: the devices are made as JAX starts."""
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | child.on_devices(8),
-    )
-    assert done.returncode == 0, done.stderr
+    child.run(8, "-c", SHARDED, timeout=120)

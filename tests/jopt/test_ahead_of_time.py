@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ from benchmarks.ahead_of_time import (
     ZERO,
     compiled_elsewhere,
 )
-from tests import cases
+from tests import ROOT, cases
 
 pytestmark = pytest.mark.slow  # minutes of compiling
 
@@ -73,7 +72,7 @@ def explained(platform):
     skip_without(PLATFORMS[platform])
     child = subprocess.run(
         [sys.executable, "-m", "tests.jopt.test_ahead_of_time", platform],
-        cwd=Path(__file__).parent.parent.parent,
+        cwd=ROOT,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,

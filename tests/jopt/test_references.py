@@ -1,16 +1,15 @@
 """Optimizers that torch has not, against numbers of their authors' own code."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jopt
-from tests import cases
+from tests import ROOT, cases
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = ROOT / "tests" / "data"
 
 
 def test_mars(x64):

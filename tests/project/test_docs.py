@@ -2,15 +2,14 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 
 import jopt
 from benchmarks import report
 from jopt._compat import numbers
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 PAGES = ROOT / "docs" / "optimizers"
 OPTIMIZERS = sorted(p.stem for p in PAGES.glob("*.md") if p.stem != "README")
 SHARED = {"state_dtype", "master_copy", "stochastic_rounding", "hyperparams_in_state"}

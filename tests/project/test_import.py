@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+from tests import cases
+
 
 def run(code: str, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *flags, "-c", textwrap.dedent(code)], capture_output=True, text=True)
@@ -60,19 +62,15 @@ def test_interop_imports_torch_and_jax_at_the_first_use():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from interop import optim; optim.AdamW",
-        pytest.param(
-            "import interop; interop.optim.AdamW; interop.amp.GradScaler; interop.wrapping.wrap", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "from interop import *; assert wrap.__module__ == 'interop.wrapping.optimizer'", marks=pytest.mark.slow
-        ),
-        pytest.param("import interop.runs.files.description, interop; interop.Checkpoint", marks=pytest.mark.slow),
-    ],
-)
+WAYS = [
+    "from interop import optim; optim.AdamW",
+    "import interop; interop.optim.AdamW; interop.amp.GradScaler; interop.wrapping.wrap",
+    "from interop import *; assert wrap.__module__ == 'interop.wrapping.optimizer'",
+    "import interop.runs.files.description, interop; interop.Checkpoint",
+]
+
+
+@pytest.mark.parametrize("code", cases.mostly_slow(WAYS, WAYS[:1]))
 def test_ways_to_interops_names(code):
     pytest.importorskip("torch", reason="interop needs it")
     result = run(code)

@@ -1,12 +1,12 @@
 """The rooms of the code: imports point one way, and what is a device's own stays in its room."""
 
 import ast
-import pathlib
 import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests import ROOT
+
 # From the bottom: a module may import what stands on its own line or above.
 JOPT = [
     ["_compat"],

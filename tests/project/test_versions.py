@@ -5,7 +5,6 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +12,7 @@ import pytest
 
 import jopt
 from jopt._compat import NEEDED, numbers
-
-ROOT = Path(__file__).parent.parent.parent
+from tests import ROOT
 
 
 def run(code, **environment):

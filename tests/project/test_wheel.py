@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("build", reason="pip install '.[test]' brings what builds the wheel")
 
 import jopt
-from tests import fresh
+from tests import ROOT, fresh
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def run(python, folder, *arguments):
 
 def readme(heading=None):
     """README's text, or that under a heading."""
-    text = (fresh.ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     return text if heading is None else re.search(rf"^## {heading}\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)[1]
 
 
@@ -51,9 +51,7 @@ def test_what_is_in_it(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"jopt", "interop", f"jopt-{jopt.__version__}.dist-info"}
     assert {"jopt/py.typed", "interop/py.typed", "interop/dropin/reader.cpp"} <= names
-    sources = {
-        str(path.relative_to(fresh.ROOT)) for top in ("jopt", "interop") for path in (fresh.ROOT / top).rglob("*.py")
-    }
+    sources = {str(path.relative_to(ROOT)) for top in ("jopt", "interop") for path in (ROOT / top).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
 
 
@@ -92,7 +90,7 @@ def test_types(wheel, tmp_path):
         pytest.skip("pip install '.[dev]' brings pyright")
     pytest.importorskip("torch", reason="the program uses interop too")
     python = installed(wheel, tmp_path, "torch")
-    (tmp_path / "program.py").write_text((fresh.ROOT / "tests" / "data" / "typed.py").read_text())
+    (tmp_path / "program.py").write_text((ROOT / "tests" / "data" / "typed.py").read_text())
     settings = {"typeCheckingMode": "strict", "include": ["program.py"]}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     run(sys.executable, tmp_path, str(pyright), "--pythonpath", str(python))

@@ -76,11 +76,11 @@ class JaxRun:
             yield from ((f"{name} {i}", np.asarray(x[i])) for name, x in self.state.scalars.items())
 
 
-ALL = {case.id for case in cases.TORCH_CASES}
+FAST = {"float64": {case.id for case in cases.TORCH_CASES}, "float32": cases.UNLIKE}
 
 
 def is_slow(case, dtype):
-    return case.id not in {"float32": cases.UNLIKE, "float64": ALL}.get(dtype, cases.FEW)
+    return case.id not in FAST.get(dtype, cases.FEW)
 
 
 @pytest.mark.parametrize(

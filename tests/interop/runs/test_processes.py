@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch", reason="the run begins and ends in torch")
 
 import interop  # noqa: E402
 import jopt  # noqa: E402
-from tests import cases  # noqa: E402
+from tests import ROOT, cases  # noqa: E402
 from tests.child import on_devices  # noqa: E402
 
 pytestmark = pytest.mark.slow  # five processes that import torch and JAX
@@ -136,7 +136,7 @@ def has_orbax():
 def start(name, folder, *args):
     return subprocess.Popen(
         [sys.executable, "-m", "tests.interop.runs.test_processes", name, str(folder), *args],
-        cwd=Path(__file__).parent.parent.parent.parent,
+        cwd=ROOT,
         env=os.environ | on_devices(2),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

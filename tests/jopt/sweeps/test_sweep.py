@@ -1,10 +1,7 @@
 """A sweep's runs are separate runs', and torch's; what it recommends is what theory says."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -292,14 +289,7 @@ assert [s.data.shape for s in shards] == [(2, 2)] * 4
 
 def test_sharded_over_four_devices():
     """In a process of its own: the devices are made as JAX starts."""
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | child.on_devices(4),
-    )
-    assert done.returncode == 0, done.stderr
+    child.run(4, "-c", DEVICES, timeout=120)
 
 
 def test_chains_groups_optax_and_complex_parameters():
