@@ -5,9 +5,12 @@ This runs at `import interop`, so it imports neither torch nor JAX; jopt, which 
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 NEEDED = {"jax": "0.7.2", "jaxlib": "0.7.2", "optax": "0.2.6", "numpy": "2.0", "torch": "2.9"}  # as in pyproject.toml
 
@@ -42,4 +45,33 @@ def jax_has_started() -> bool:
     """Whether JAX has threads in this process; where a JAX does not tell, that it has."""
     from jax._src import xla_bridge
 
-    return getattr(xla_bridge, "backends_are_initialized", lambda: True)()
+    started = getattr(xla_bridge, "backends_are_initialized", lambda: True)()
+    return started or own_cpu_device.cache_info().currsize > 0
+
+
+@functools.cache
+def own_cpu_device(*, serial: bool) -> Any:
+    """A CPU device beside JAX's, whose programs run in the thread that calls them; JAX's where that cannot be made.
+
+    JAX's own CPU client hands a program to another thread, so that its caller can go on. The drop-in has nothing to do
+    meanwhile, and a small program takes less time than waking a thread. JAX has the choice as an option
+    (`jax_cpu_enable_async_dispatch`), which is the user's and for the whole process. What makes a client is private.
+
+    Args:
+      serial: its programs use no other thread at all.
+    """
+    from jax._src.lib import xla_client  # type: ignore[reportPrivateImportUsage]
+
+    from jopt._compat import device
+
+    before = os.environ.get("NPROC")
+    try:
+        if serial:
+            os.environ["NPROC"] = "1"  # XLA's name for the number of a client's threads; read as it is made
+        return xla_client.make_cpu_client(asynchronous=False).local_devices()[0]
+    except (AttributeError, TypeError):
+        return device("cpu")
+    finally:
+        if serial:
+            os.environ.pop("NPROC")
+            os.environ |= {} if before is None else {"NPROC": before}

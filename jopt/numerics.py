@@ -11,6 +11,8 @@ Source of the operations: torch 2.13, aten/src/ATen/native/cpu/{BinaryOps,Pointw
 from __future__ import annotations
 
 import contextlib
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -164,6 +166,27 @@ def as_float32(x: Array) -> Array:
 # that is converted and converted back; reduce_precision is the rounding it must not drop.
 
 
+class Foreign(ABC):
+    """An operand that is no array of JAX, on which the operations below do something else: `operate`."""
+
+    @abstractmethod
+    def operate(self, name: str, *args: Any, **options: Any) -> Any:
+        """What the operation of this name gives for these arguments, of which this is one."""
+
+
+def operation(f: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation of the rules: of JAX's arrays, or of what a `Foreign` operand says."""
+
+    @functools.wraps(f)
+    def call(*args: Any, **options: Any) -> Any:
+        for x in args:
+            if isinstance(x, Foreign):
+                return x.operate(f.__name__, *args, **options)
+        return f(*args, **options)
+
+    return call
+
+
 def _round(x: Array, dtype: np.dtype) -> Array:
     if dtype in LOW_PRECISION and x.dtype != dtype:
         info = jnp.finfo(dtype)
@@ -188,6 +211,7 @@ def _up(*arrays: Array) -> list[Array]:
     return [a.astype(compute_dtype(a.dtype)) for a in arrays]
 
 
+@operation
 def add(x: Array, y: Array, alpha: Array | None = None) -> Array:
     """torch.add: x + alpha * y (alpha 1 if absent); y an array, or a scalar of the compute type.
 
@@ -198,6 +222,7 @@ def add(x: Array, y: Array, alpha: Array | None = None) -> Array:
     return _round(a + b if alpha is None else a + _up(_round(alpha, x.dtype))[0] * b, x.dtype)
 
 
+@operation
 def mul(x: Array, y: Array) -> Array:
     """torch.mul: x * y."""
     a, b = _up(x, y)
@@ -226,18 +251,21 @@ def _quotient_jvp(primals: Any, tangents: Any) -> Any:
     return quotient, (tangents[0] - quotient * tangents[1]) / primals[1]
 
 
+@operation
 def div(x: Array, y: Array) -> Array:
     """torch.div: x / y."""
     a, b = _up(x, y)
     return _round(_quotient(a, b), x.dtype)
 
 
+@operation
 def reciprocal(x: Array) -> Array:
     """torch.reciprocal: 1 / x, which is also what torch makes of a number divided by a tensor."""
     (a,) = _up(x)
     return _round(_quotient(jnp.ones((), a.dtype), a), x.dtype)
 
 
+@operation
 def cast(scalar: Array, like: Array) -> Array:
     """A scalar of the compute type as an entry of a tensor of `like`'s type."""
     return _round(scalar, like.dtype)
@@ -261,22 +289,35 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
 
 
 @jax.custom_jvp
-def absolute(x: Array) -> Array:
-    """torch.abs. Its derivative at 0 is 0 as torch's is, the mean of both sides'; JAX's own is 1."""
+def _absolute(x: Array) -> Array:
+    """|x|. Its derivative at 0 is 0 as torch's is, the mean of both sides'; JAX's own is 1."""
     return jnp.abs(x)
 
 
-@absolute.defjvp
+@_absolute.defjvp
 def _absolute_jvp(primals: Any, tangents: Any) -> Any:
-    return absolute(*primals), tangents[0] * jnp.sign(primals[0])
+    return _absolute(*primals), tangents[0] * jnp.sign(primals[0])
 
 
+@operation
+def absolute(x: Array) -> Array:
+    """torch.abs."""
+    return _absolute(x)
+
+
+# torch's of the same names: these round nothing.
+where, maximum, minimum, sign = map(operation, (jnp.where, jnp.maximum, jnp.minimum, jnp.sign))
+zeros_like, ones_like, full_like = map(operation, (jnp.zeros_like, jnp.ones_like, jnp.full_like))
+
+
+@operation
 def sqrt(x: Array) -> Array:
     """torch.sqrt."""
     (a,) = _up(x)
     return _round(_root(a), x.dtype)
 
 
+@operation
 def rsqrt(x: Array) -> Array:
     """torch.rsqrt: 1 / sqrt(x)."""
     (a,) = _up(x)
@@ -358,6 +399,7 @@ def varying_alike(tree: Any, outcome: Callable[[], Any]) -> Any:
     return jax.tree.map(lambda x: vary(x, axes - varying(x)), tree)
 
 
+@operation
 def lerp(start: Array, end: Array, weight: Array) -> Array:
     """torch.lerp: start + w * (end - start) for |w| < 0.5, else end - (end - start) * (1 - w)."""
     a, b = _up(start, end)
@@ -366,18 +408,21 @@ def lerp(start: Array, end: Array, weight: Array) -> Array:
     return _round(base + jnp.where(near, weight, weight - 1) * (b - a), start.dtype)
 
 
+@operation
 def addcmul(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
     """torch.addcmul: x + (value * t1) * t2."""
     a, b, c = _up(x, t1, t2)
     return _round(a + value * b * c, x.dtype)
 
 
+@operation
 def addcdiv(x: Array, t1: Array, t2: Array, value: Array | float = 1) -> Array:
     """torch.addcdiv: x + (value * t1) / t2."""
     a, b, c = _up(x, t1, t2)
     return _round(a + _quotient(value * b, c), x.dtype)
 
 
+@operation
 def tied(*outputs: Array) -> tuple[Array, ...]:
     """The arrays as they are, tied together on TPU.
 

@@ -1,8 +1,8 @@
 """The leaves that one program steps: their buffers, and a step of them.
 
-Leaves of `BIG` elements and more have buffers of their own. The rest share some, since dispatch costs by the buffer.
-A leaf lives in its place in the buffers if nothing else refers to its memory. Every other one has a home there: it is
-copied in before the step and out after it.
+Leaves of `Device.big` elements and more have buffers of their own. The rest share some, since dispatch costs by the
+buffer. A leaf lives in its place in the buffers if nothing else refers to its memory. Every other one has a home there:
+it is copied in before the step and out after it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from interop.dropin import dtensor, program
 from interop.dropin.coefficients import Coefficients, Scalars, scalar_dtype
 from interop.dropin.leaf import EMA, Leaf, is_big
 from interop.dropin.reader import Gradients
+from interop.dropin.slots import first_slots
 from interop.dropin.state import is_shared
 from interop.memory import Buffer, Device, Freed, Staging
 from interop.memory.tensors import DTYPES, address, entry, leave, may_move, owned
-from jopt.arena import ROW, Layout
+from jopt.arena import Layout
 from jopt.rule import Rule
 
 Numbers = Sequence[dict[str, float]]  # the hyperparameters of each group
@@ -57,7 +58,7 @@ class Work:
     shared_slots: list[tuple[Tensor, Tensor]]
     shared_scalars: list[tuple[Tensor, Tensor]]
     resident: list[Tensor]
-    counted: jax.Array
+    counted: Any
 
     @functools.cached_property
     def is_active(self) -> bool:
@@ -78,12 +79,12 @@ class Bucket:
     ):
         self.index = index  # among the plan's
         self.device, self.rule = device, rule
-        self.big = [leaf for leaf in leaves if is_big(rule, leaf.size)]
-        self.small = [leaf for leaf in leaves if not is_big(rule, leaf.size)]
+        self.big = [leaf for leaf in leaves if is_big(device, rule, leaf.size)]
+        self.small = [leaf for leaf in leaves if not is_big(device, rule, leaf.size)]
         self.leaves = self.big + self.small
         self.dtypes = {"param": DTYPES[dtype]} | {slot: DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
-        self.layout = Layout(tuple((leaf.size,) for leaf in self.small), ROW)
+        self.layout = Layout(tuple((leaf.size,) for leaf in self.small), device.row)
         self.leaf_of_row = _leaf_of_row(device, self.layout)
         self.spec = program.Spec(
             device,
@@ -108,7 +109,7 @@ class Bucket:
         """
         layout, device = self.layout, self.device
         self.missing = device.zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
-        self.staging, self.gathered = staging, staging.array((layout.size // ROW, ROW))
+        self.staging, self.gathered = staging, staging.array((layout.size // device.row, device.row))
         self.coefficients = Coefficients(self.spec, device, self.leaves, self._first_scalars(optimizer, numbers))
         # Parameters move first: the memory that they leave is given back before the state takes as much, or more.
         shelves = [([leaf], [0]) for leaf in self.big] + [(self.small, list(layout.offsets))] * bool(self.small)
@@ -133,7 +134,7 @@ class Bucket:
 
     def _buffer(self, name: str, leaves: list[Leaf]) -> Buffer:
         """For the parameter or a slot of a big leaf, or of all small ones."""
-        shape: int | tuple[int, int] = (self.spec.rows, ROW)
+        shape: int | tuple[int, int] = (self.spec.rows, self.device.row)
         if leaves is not self.small:
             [leaf] = leaves
             reals = 2 if leaf.dtype.is_complex else 1
@@ -197,9 +198,7 @@ class Bucket:
         first: dict[str, Any] = {}
         if any(values.get(name) is None for name in leaf.views):
             scalars = self.rule.init_scalars(h)
-            slots = program.first_slots(
-                self.rule, len(leaf.shape), leaf.dtype, self.spec.compute_dtype, tuple(h.items())
-            )
+            slots = first_slots(self.rule, len(leaf.shape), leaf.dtype, tuple(h.items()))
             first = scalars | slots | {EMA: leaf.local}
             for name in scalars.keys() - leaf.views.keys():
                 self.coefficients.scalars[name][i] = scalars[name]
@@ -321,7 +320,7 @@ def number_array(device: Device, x: float, dtype: np.dtype) -> jax.Array:
 _leaves_of_rows: weakref.WeakValueDictionary[Any, jax.Array] = weakref.WeakValueDictionary()
 
 
-def _leaf_of_row(device: Device, layout: Layout) -> jax.Array:
+def _leaf_of_row(device: Device, layout: Layout) -> Any:
     """For each row its leaf: one array for all buckets with such rows."""
     found = _leaves_of_rows.get((device, layout.rows))
     if found is None:

@@ -6,16 +6,36 @@ equal rows: such a kind of leaves is computed once.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from interop.dropin.leaf import EMA, Leaf
-from interop.dropin.program import Spec
 from interop.memory import Device
+from jopt.rule import Rule
+
+if TYPE_CHECKING:
+    from interop.dropin.program import Spec
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(rule: Rule) -> tuple[str, ...]:
+    with np.errstate(all="ignore"):
+        h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
+        s = {name: np.full(1, x) for name, x in rule.init_scalars(h).items()}
+        return tuple(rule.scalars(h, s, np, np.asarray)[0])
+
+
+def columns(rule: Rule, slots: Iterable[str]) -> tuple[str, ...]:
+    """The names of a leaf's coefficients: the rule's, the parameter's weight in its average, whether it steps."""
+    return (*_names(rule), *((EMA,) if EMA in slots else ()), "active")
+
 
 Scalars = dict[str, np.ndarray]  # the scalar state by name, an entry a leaf
 
@@ -23,6 +43,36 @@ Scalars = dict[str, np.ndarray]  # the scalar state by name, an entry a leaf
 def scalar_dtype() -> Any:
     """The type of torch's scalar state."""
     return np.float64 if torch.get_default_dtype() is torch.float64 else np.float32
+
+
+def _stored(x: Any) -> Any:
+    """A number as torch's scalar state keeps it."""
+    return np.asarray(x).astype(scalar_dtype()).astype(np.float64)
+
+
+class _Numbers:
+    """What rules ask of NumPy, for Python's numbers. It raises where NumPy's result is infinite or none."""
+
+    sqrt = staticmethod(math.sqrt)
+
+    @staticmethod
+    def where(condition: bool, x: float, y: float) -> float:
+        return x if condition else y
+
+    @staticmethod
+    def maximum(x: float, y: float) -> float:
+        return y if y > x or y != y else x
+
+    @staticmethod
+    def minimum(x: float, y: float) -> float:
+        return y if y < x or y != y else x
+
+    @staticmethod
+    def stored(x: float) -> float:
+        return x if scalar_dtype() is np.float64 else struct.unpack("f", struct.pack("f", x))[0]
+
+
+_BIGGEST = float(np.finfo(np.float32).max)
 
 
 class Coefficients:
@@ -37,14 +87,20 @@ class Coefficients:
         self.spec, self.groups, self.scalars = spec, [leaf.group for leaf in leaves], scalars
         self.table = device.table(len(leaves), len(spec.columns), spec.compute_dtype)
         self.new = np.zeros(len(leaves), bool)
-        self._column = {name: self.table.rows[:, j] for j, name in enumerate(spec.columns)}
+        names = spec.columns
+        self._of_rule = self.table.rows[:, : len(names) - (2 if EMA in names else 1)]
+        self._column = {name: self.table.rows[:, names.index(name)] for name in (EMA, "active") if name in names}
         self._active = np.zeros(len(leaves), bool)
+        self._which: Any = False  # as NumPy takes it: True where all are active, which is quicker
+        # The groups' numbers; those of each kind; those of the first.
+        self._read: tuple[Any, dict[str, list[float]], dict[str, float]] | None = None
         self._kind_of, self._kinds = np.zeros(len(leaves), int), [0]  # each leaf's kind; each kind's first leaf
         self._known: list[bytes] = []  # the scalar state for which the kinds were found
 
     def mark(self, active: np.ndarray) -> None:
         """Note which leaves step from now on."""
         self._column["active"][:] = self._active = active
+        self._which = True if active.all() else active
         self._find_kinds()
 
     def fill(self, hyperparameters: Sequence[Mapping[str, float]], ema: float | None) -> Scalars:
@@ -52,30 +108,51 @@ class Coefficients:
         if self._known != self._bytes():  # the user wrote to the scalar state
             self._find_kinds()
 
-        def of_kinds(values: list[Any]) -> Any:
-            # For one kind, numbers: several times as fast as arrays, and powers are the C library's, as torch's are.
-            return np.float64(values[0]) if len(values) == 1 else np.array(values, np.float64)
-
-        rule, groups = self.spec.rule, [hyperparameters[self.groups[i]] for i in self._kinds]
-        h = {name: of_kinds([group.get(name, math.nan) for group in groups]) for name in rule.hyperparameters}
-        s = {name: of_kinds([x[i] for i in self._kinds]) for name, x in self.scalars.items()}
-        with np.errstate(all="ignore"):
-            c, scalars = rule.scalars(h, s, np, lambda x: np.asarray(x).astype(scalar_dtype()).astype(np.float64))
-        if len(self._kinds) > 1:
-            c, scalars = (
-                {name: np.broadcast_to(x, len(self._kinds))[self._kind_of] for name, x in numbers.items()}
-                for numbers in (c, scalars)
-            )
-        for name, value in c.items():
-            self._column[name][:] = value
+        if self._read is None or self._read[0] is not hyperparameters:
+            groups = [hyperparameters[self.groups[i]] for i in self._kinds]
+            h = {name: [group.get(name, math.nan) for group in groups] for name in self.spec.rule.hyperparameters}
+            self._read = hyperparameters, h, {name: x[0] for name, x in h.items()}
+        scalars = self._of_numbers(self._read[2]) if len(self._kinds) == 1 else None
+        if scalars is None:
+            scalars = self._of_arrays(self._read[1])
         if ema is not None:
             self._column[EMA][:] = np.where(self.new, 1.0, 1 - ema)
+            if self.new.any():
+                self.table.runs = [(i, i + 1) for i in range(len(self.new))]
+                self._known = []  # so that the next step finds the kinds again
+        return scalars
+
+    def _of_numbers(self, h: dict[str, float]) -> Scalars | None:
+        """`fill` where all leaves have the same numbers; None where they are not finite.
+
+        Python's numbers are several times as fast as NumPy's, and powers are the C library's, as torch's are.
+        """
+        first, numbers = self._kinds[0], _Numbers
+        try:
+            s = {name: x.item(first) for name, x in self.scalars.items()}
+            c, scalars = self.spec.rule.scalars(h, s, numbers, numbers.stored)  # type: ignore[arg-type]
+            if not sum(map(abs, c.values())) < _BIGGEST:
+                return None
+        except (ArithmeticError, ValueError, TypeError):  # a root of a negative number may be a complex one
+            return None
+        self._of_rule[:] = list(c.values())
+        return scalars
+
+    def _of_arrays(self, h: dict[str, list[float]]) -> Scalars:
+        s = {name: x[self._kinds].astype(np.float64) for name, x in self.scalars.items()}
+        with np.errstate(all="ignore"):
+            found = self.spec.rule.scalars({name: np.array(x, np.float64) for name, x in h.items()}, s, np, _stored)
+            c, scalars = (
+                {name: np.broadcast_to(x, len(self._kinds))[self._kind_of] for name, x in numbers.items()}
+                for numbers in found
+            )
+            self._of_rule[:] = np.stack(list(c.values()), axis=1)
         return scalars
 
     def finish(self, scalars: Scalars) -> None:
         """Make this the scalar state of the leaves that stepped."""
         for name, vector in self.scalars.items():
-            np.copyto(vector, scalars[name], where=self._active, casting="same_kind")
+            np.copyto(vector, scalars[name], where=self._which, casting="same_kind")
         self._known = self._bytes()
 
     def _find_kinds(self) -> None:
@@ -83,7 +160,9 @@ class Coefficients:
         numbers: dict[Any, int] = {}
         self._kind_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
         self._kinds = np.unique(self._kind_of, return_index=True)[1].tolist()
-        self._known = self._bytes()
+        starts = [0, *(np.flatnonzero(np.diff(self._kind_of)) + 1).tolist(), len(keys)]
+        self.table.runs = list(itertools.pairwise(starts))
+        self._known, self._read = self._bytes(), None
 
     def _bytes(self) -> list[bytes]:
         return [x.tobytes() for x in self.scalars.values()]

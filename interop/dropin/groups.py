@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from typing import Any
 
 from torch import Tensor
 
+from interop.dropin import options
 from jopt.rule import Rule
 
+Numbers = list[dict[str, float]]  # of each group, by name
+_FIXED = (float, int, bool, str, type(None))  # types whose values cannot change
 
-def hyperparameters(optimizer: Any) -> tuple[list[dict[str, float]], list[Rule]]:
+
+class Groups:
+    """What a step reads in an optimizer's groups. It is read again only if one of them holds another object.
+
+    Attributes:
+      numbers: the hyperparameters of each group, tuples taken apart. It is the same object as long as they are.
+      rules: the rule that each group's flags make.
+    """
+
+    def __init__(self, optimizer: Any):
+        groups = optimizer.param_groups
+        options.check_groups(type(optimizer), groups)
+        self.numbers, self.rules = hyperparameters(optimizer)
+        self._objects = _objects(groups) if all(map(_is_fixed, groups)) else None
+
+    def still_hold(self, optimizer: Any) -> bool:
+        """Whether the groups hold what they held, and nothing that may have changed in itself, such as a tensor."""
+        before, now = self._objects, _objects(optimizer.param_groups)
+        return before is not None and len(before) == len(now) and all(map(operator.is_, before, now))
+
+
+def _objects(groups: list[dict[str, Any]]) -> list[Any]:
+    return [*itertools.chain.from_iterable(groups), *itertools.chain.from_iterable(map(dict.values, groups))]
+
+
+def _is_fixed(group: dict[str, Any]) -> bool:
+    values = (x for name, x in group.items() if name not in ("params", "param_names"))
+    return all(type(x) in _FIXED or (type(x) is tuple and all(type(y) in _FIXED for y in x)) for x in values)
+
+
+def hyperparameters(optimizer: Any) -> tuple[Numbers, list[Rule]]:
     """The numbers of each group, tuples taken apart, and the rule that its flags make.
 
     Raises:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import _signal  # type: ignore[reportMissingImports]  # signal without its enumerations, which cost more than all else
 import contextlib
-import ctypes
 import functools
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback  # type: ignore[reportMissingImports]
 
 from interop import _compat
 from jopt._compat import enable_x64
@@ -40,6 +38,11 @@ def check_process() -> None:
         )
 
 
+def is_in_dynamo() -> bool:
+    """Whether torch.compile traces this call, or compiles what is called below it."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
 @functools.cache
 def undynamo(f: Callable[..., Any]) -> Callable[..., Any]:
     """Keep torch.compile out of f. Called at the first step, since importing torch._dynamo is slow."""
@@ -61,37 +64,25 @@ def own_settings() -> Iterator[None]:
 
 
 def settings() -> Any:
-    """The context in which programs run, inside `SignalsWait`: JAX's settings are ours."""
+    """The context in which programs run, inside `SignalsWait`: JAX's settings are ours.
+
+    Raises:
+      RuntimeError: as `check_process`.
+    """
+    check_process()
     unusual = any(getattr(jax.config, name) for name in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs"))
     guarded = getattr(jax.config, "jax_transfer_guard_host_to_device", None) not in (None, "allow")
     # Entering them all costs as much as dispatching a small program.
     return own_settings() if unusual or guarded else enable_x64(True)
 
 
-def pause_openmp() -> None:
-    """End the threads of torch's OpenMP: after a parallel loop they spin, on the processors that XLA needs."""
-    if (pause := _omp_pause()) is not None:
-        pause(1)  # omp_pause_soft
-
-
-@functools.cache
-def _omp_pause() -> Any:
-    """GNU OpenMP's omp_pause_resource_all, if torch runs on that; it ends the calling thread's pool alone."""
-    maps = Path("/proc/self/maps")
-    if not sys.platform.startswith("linux") or not maps.exists():
-        return None
-    for line in maps.read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if "libgomp" in path:
-            return getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
-    return None
-
-
 class SignalsWait:
     """Python's signal handlers run after the block rather than inside it."""
 
+    __slots__ = ("arrived", "handlers")
+
     signals = [
-        getattr(signal, name)
+        int(getattr(signal, name))
         for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP")
         if hasattr(signal, name)
     ]
@@ -99,9 +90,9 @@ class SignalsWait:
     def __enter__(self) -> None:
         self.handlers: dict[int, Any] = {}
         self.arrived: list[tuple[int, Any]] = []
-        if threading.current_thread() is threading.main_thread():
-            for number in self.signals:
-                if callable(handler := _signal.getsignal(number)):
+        if threading.get_ident() == threading.main_thread().ident:
+            for number, handler in zip(self.signals, map(_signal.getsignal, self.signals), strict=True):
+                if handler and callable(handler):  # 0 or 1: the system's own, or none
                     self.handlers[number] = handler
                     _signal.signal(number, lambda *args: self.arrived.append(args))
 

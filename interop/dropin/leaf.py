@@ -11,7 +11,6 @@ from torch import Tensor
 from interop.memory import Device
 from jopt.rule import Rule
 
-BIG = 2**15  # elements: what has as many has buffers of its own
 EMA = "ema"  # the slot of the parameter's exponential moving average
 
 
@@ -44,9 +43,9 @@ def is_lazy(p: Tensor) -> bool:
     return p.is_conj() or p.is_neg()
 
 
-def is_big(rule: Rule, size: int) -> bool:
+def is_big(device: Device, rule: Rule, size: int) -> bool:
     """Whether a leaf has buffers of its own."""
-    return size >= BIG or rule.scope == "tensor"
+    return size >= device.big or rule.scope == "tensor"
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -99,7 +99,7 @@ class Orthogonalizing:
         together = len(x) > 1 and x.shape[1] > 16
         x = self._iterate(x, c) if together else torch.stack([self._iterate(matrix, c) for matrix in x])
         x = (x.mT if rows > columns else x).contiguous()
-        host.pause_openmp()
+        device.begin()  # torch's products have started its threads again
         device.before()
         out = self.move([device.elements(matrix, DTYPES[x.dtype]) for matrix in x], *arguments)
         device.after(out)  # wait: the program reads x, which is freed at the return

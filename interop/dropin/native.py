@@ -85,11 +85,11 @@ class NativeReader(reader.Reader):
     def __init__(self, optimizer: Any, leaves: Sequence[Leaf], views: Sequence[Tensor], works: Sequence[Work]):
         params, stepped = parameters(optimizer), {leaf.param for leaf in leaves}
         places = [(work.places, work.small_places, work.small_views) for work in works]
-        self._objects, self._views = reader.objects(optimizer), list(views)
+        (self._objects, self._lengths), self._views = reader.objects(optimizer), list(views)
         self._reader = extension.Reader(params, [p in stepped for p in params], self._views, places)
 
     def read(self, optimizer: Any) -> reader.Gradients | None:
-        found = self._reader.read(optimizer.param_groups, optimizer.state, self._objects, self._views)
+        found = self._reader.read(optimizer.param_groups, optimizer.state, self._objects, self._lengths, self._views)
         return None if found is None else ReadGradients(found)
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from interop.dropin import dtensor, host, native, program, reader
+from interop.dropin import dtensor, eager, host, native, program, reader
 from interop.dropin.bucket import Bucket, Numbers, Work, number_array
 from interop.dropin.coefficients import Scalars
 from interop.dropin.groups import parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_big, is_lazy, real_dtype
+from interop.dropin.slots import slot_shapes
 from interop.dropin.state import check_state, is_shared, state_dtypes
 from interop.memory import Device, Staging, check_parameter
 from interop.memory.tensors import DTYPES, address, extent, is_alone
-from jopt.arena import ROW
 from jopt.leaf import stack_size
 from jopt.rule import Rule
 
@@ -87,10 +87,14 @@ class Plan:
         self.turn: Turn | None = None
         self.leaves, members, self.passes = self._find_leaves(optimizer, numbers, grads, previous)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
+        self.devices = {leaf.device for leaf in self.leaves.values()}
+        self.uses_torch = any(device.uses_torch for device in self.devices)
+        if not self.uses_torch:
+            host.check_process()
         parts = [
             (device, rule, dtype, dict(slots), part)
             for (_, device, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
-            for part in _shelves(rule, leaves)
+            for part in _shelves(device, rule, leaves)
         ]
         self.buckets = [Bucket(i, *part) for i, part in enumerate(parts)]
         self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
@@ -113,15 +117,18 @@ class Plan:
         ]
         passes = _passes(params)
         leaves: dict[Tensor, Leaf] = {}
-        members: dict[Any, list[Leaf]] = {}
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
-                if p not in passes or p in leaves:
-                    continue
-                leaf = leaves[p] = self._leaf(optimizer, index, p, numbers[index], before.get(p))
-                real = tuple((slot, real_dtype(dtype)) for slot, dtype in leaf.state_dtypes.items())
-                key = passes[p], leaf.device, self.rules[index], real_dtype(p.dtype), real
-                members.setdefault(key, []).append(leaf)
+                if p in passes and p not in leaves:
+                    leaves[p] = self._leaf(optimizer, index, p, numbers[index], before.get(p))
+        small = not measures(optimizer) and eager.suits((self.rules[leaf.group], leaf) for leaf in leaves.values())
+        size = sum(leaf.size for leaf in leaves.values())
+        members: dict[Any, list[Leaf]] = {}
+        for p, leaf in leaves.items():
+            leaf.device = (leaf.device.by_torch if small else None) or leaf.device.of_size(size)
+            real = tuple((slot, real_dtype(dtype)) for slot, dtype in leaf.state_dtypes.items())
+            key = passes[p], leaf.device, self.rules[leaf.group], real_dtype(p.dtype), real
+            members.setdefault(key, []).append(leaf)
         return leaves, members, passes
 
     def _leaf(self, optimizer: Any, index: int, p: Tensor, h: dict[str, float], before: Leaf | None) -> Leaf:
@@ -129,7 +136,7 @@ class Plan:
         x = dtensor.local(p)
         device = check_parameter(name, x)
         rule.check_param(name, tuple(x.shape), DTYPES[x.dtype])
-        shapes = program.slot_shapes(rule, tuple(x.shape)) | ({EMA: tuple(x.shape)} if self.averages else {})
+        shapes = slot_shapes(rule, tuple(x.shape)) | ({EMA: tuple(x.shape)} if self.averages else {})
         state = optimizer.state.get(p) or {}
         check_state(optimizer, name, rule, h, shapes, state)
         placement, lazy = dtensor.placement(p), is_lazy(x)
@@ -179,7 +186,7 @@ class Plan:
             measures: list[Any] = []
             norms: tuple[Any, ...] = ()
             if clip or unscale:
-                if len({bucket.device for bucket in self.buckets}) > 1:
+                if len(self.devices) > 1:
                     raise TypeError(
                         f"interop.optim.{type(optimizer).__name__}: expected all parameters on one device, for a norm "
                         "of all gradients or a loss scale, found several; make one optimizer a device"
@@ -194,12 +201,19 @@ class Plan:
 
     def as_before(self, optimizer: Any, rules: Sequence[Rule]) -> reader.Gradients | None:
         """The gradients, if all is as the last step left it, so that nothing needs to be checked or planned again."""
-        if self.turn is None or rules != self.rules or self.averages != (optimizer.ema is not None):
+        if self.turn is None or not self._is_for(optimizer, rules):
             return None
         for each in self.turn.readers:
             if (grads := each.read(optimizer)) is not None:
                 return grads
         return None
+
+    def _is_for(self, optimizer: Any, rules: Sequence[Rule]) -> bool:
+        return (
+            rules == self.rules
+            and self.averages == (optimizer.ema is not None)
+            and not (self.uses_torch and measures(optimizer))
+        )
 
     def serves(
         self,
@@ -209,7 +223,7 @@ class Plan:
         grads: Mapping[Tensor, Tensor],
     ) -> bool:
         """Whether this plan still fits the optimizer; takes note of parameters that moved."""
-        if rules != self.rules or self.averages != (optimizer.ema is not None):
+        if not self._is_for(optimizer, rules):
             return False
         fits, moved = list(map(address, self.views)) == self.addresses, False
         for index, group in enumerate(optimizer.param_groups):
@@ -266,11 +280,9 @@ class Plan:
 
     # --- a step
 
-    def measure(self, optimizer: Any, grads: reader.Gradients) -> Measured | None:
-        """The norms of the gradients, if the step clips or unscales them."""
+    def measure(self, optimizer: Any, grads: reader.Gradients) -> Measured:
+        """The norms of the gradients, for a step that clips or unscales them."""
         measures, _ = self.programs(optimizer)
-        if not measures:
-            return None
         scale = optimizer.grad_scale
         # In float32, as torch.amp.GradScaler.unscale_
         inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
@@ -315,7 +327,7 @@ class Plan:
 
     def _wait(self, measured: Measured) -> None:
         """Wait for the programs that read gradients, before torch may write to those."""
-        for device in {bucket.device for bucket in self.buckets}:
+        for device in self.devices:
             device.after((measured.norms, measured.overflows))
 
     def _works(self) -> list[Work]:
@@ -323,12 +335,17 @@ class Plan:
         return self.turn.works
 
 
+def measures(optimizer: Any) -> bool:
+    """Whether a step looks at its gradients first, to clip or unscale them."""
+    return optimizer.max_norm is not None or optimizer.grad_scale is not None
+
+
 def averages_begun(optimizer: Any) -> bool:
     """Whether other parameters have averages: a new one then begins before the step, as AveragedModel's would."""
     return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())
 
 
-def _shelves(rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
+def _shelves(device: Device, rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
     """The leaves in parts: the small ones of a part fit into buffers of `SHELF` elements; the big are in the first.
 
     Those that are stepped together are of one shape and group, and of as many elements as caches hold.
@@ -341,14 +358,14 @@ def _shelves(rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
                 found.append([])
             found[-1].append(leaf)
         return [part for found in alike.values() for part in found]
-    parts, room = [[leaf for leaf in leaves if is_big(rule, leaf.size)]], SHELF
+    parts, room = [[leaf for leaf in leaves if is_big(device, rule, leaf.size)]], SHELF
     for leaf in leaves:
-        if not is_big(rule, leaf.size):
+        if not is_big(device, rule, leaf.size):
             if leaf.size > room:
                 parts.append([])
                 room = SHELF
             parts[-1].append(leaf)
-            room -= -(-leaf.size // ROW) * ROW
+            room -= -(-leaf.size // device.row) * device.row
     return parts
 
 

@@ -17,18 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from jax import Array, lax
 
+from interop.dropin import eager
+from interop.dropin.coefficients import columns
 from interop.dropin.host import own_settings
 from interop.dropin.leaf import EMA
-from interop.memory import HOST, Buffer, Device
-from interop.memory.tensors import DTYPES
-from interop.memory.values import to_torch
+from interop.dropin.slots import slot_shapes
+from interop.memory import Buffer, Device
 from jopt import numerics as t
-from jopt.arena import ROW
 from jopt.around.clip import clip_factor, total_norm
-from jopt.leaf import init_leaf, separately, step_leaf, step_leaves
+from jopt.leaf import separately, step_leaf, step_leaves
 from jopt.rule import Rule
 
 Norms = tuple[tuple[int, np.dtype], ...]  # for each bucket how many norms it contributes, and their type
@@ -43,7 +42,7 @@ class Spec:
       rule: what is stepped.
       dtypes: the types of `param` and of each slot, in the order of a leaf's buffers.
       big: the shapes of the leaves with buffers of their own; (size,) where the rule does not ask for it.
-      n_small, rows: how many leaves share buffers, and those buffers' rows of `ROW` elements. Such buffers have two
+      n_small, rows: how many leaves share buffers, and those buffers' rows of `device.row` elements. They have two
         axes from the first: reshaped in the program they would not be written in place.
     """
 
@@ -70,7 +69,7 @@ class Spec:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of a leaf's coefficients: the rule's, the parameter's weight in its average, whether it steps."""
-        return (*_coefficient_names(self.rule), *((EMA,) if EMA in self.names else ()), "active")
+        return columns(self.rule, self.names)
 
     def buffer_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shapes of a leaf's buffers, in their order."""
@@ -82,47 +81,17 @@ class Spec:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.device.sharding)
 
     def gradients(self) -> list[jax.ShapeDtypeStruct]:
-        shapes = [(math.prod(shape),) for shape in self.big] + [(self.rows, ROW)] * bool(self.n_small)
+        shapes = [(math.prod(shape),) for shape in self.big] + [(self.rows, self.device.row)] * bool(self.n_small)
         return [self.array(shape, self.dtype) for shape in shapes]
 
 
-@functools.lru_cache(maxsize=1024)
-def slot_shapes(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a leaf's tensor state, in torch's order, which a JAX tree would sort."""
-    slots: dict[str, tuple[int, ...]] = {}
-
-    def init(param: Array) -> None:
-        state = rule.init(dict.fromkeys(rule.hyperparameters, jnp.zeros(())), param)
-        slots.update((name, x.shape) for name, x in state.items())
-
-    jax.eval_shape(init, jax.ShapeDtypeStruct(shape, np.float32))
-    return slots
-
-
-@functools.lru_cache(maxsize=1024)
-def first_slots(
-    rule: Rule, axes: int, dtype: torch.dtype, compute: np.dtype, h: tuple[tuple[str, float], ...]
-) -> dict[str, torch.Tensor]:
-    """The tensor state before the first step of a leaf of so many axes, in tensors of one element each, on the host.
-
-    In each of its slots all elements are equal (`Rule.init`), so that an array of the leaf's size is not needed.
-    """
-    with own_settings(), jax.default_device(HOST.jax_device):
-        param = jnp.zeros((1,) * axes, DTYPES[dtype])
-        return to_torch(init_leaf(rule, {name: jnp.asarray(x, compute) for name, x in h}, param))
-
-
-@functools.lru_cache(maxsize=1024)
-def _coefficient_names(rule: Rule) -> tuple[str, ...]:
-    with np.errstate(all="ignore"):
-        h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
-        s = {name: np.full(1, x) for name, x in rule.init_scalars(h).items()}
-        return tuple(rule.scalars(h, s, np, np.asarray)[0])
+def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
+    """What steps a bucket: a program, for any optimizer with one like it, or torch's operations."""
+    return eager.Update(spec) if spec.device.uses_torch else compile_program(spec, clip, unscale, norms)
 
 
 @functools.lru_cache(maxsize=256)
-def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
-    """The program that steps a bucket, for any optimizer with one like it: an `Update`, compiled."""
+def compile_program(spec: Spec, clip: bool, unscale: bool, norms: Norms) -> Any:
     update = Update(spec, clip, unscale, norms)
     with own_settings():
         return compile_on(spec.device, update, *update.arguments(), donate_argnums=0)
@@ -155,7 +124,7 @@ class Update:
         """What it takes, in shapes and types."""
         spec = self.spec
         sizes = [[(math.prod(s),) for s in spec.buffer_shapes(shape)] for shape in spec.big]
-        sizes += [[(spec.rows, ROW)] * len(spec.names)] * bool(spec.n_small)
+        sizes += [[(spec.rows, spec.device.row)] * len(spec.names)] * bool(spec.n_small)
         found: dict[str, Any] = {}
         if self.norms:
             found["norms"] = [spec.array((n,), dtype) for n, dtype in self.norms]
@@ -275,7 +244,7 @@ def compile_norms(spec: Spec, unscale: bool) -> Any:
         sums = [jnp.sum(squares(grad))[None] for grad in grads[: len(spec.big)]]
         if spec.n_small:
             row, column = (lax.broadcasted_iota(np.int32, grads[-1].shape, axis) for axis in (0, 1))
-            inside = row * ROW + column < ends[leaf_of_row][:, None]
+            inside = row * spec.device.row + column < ends[leaf_of_row][:, None]
             grads = [*grads[:-1], jnp.where(inside, grads[-1], jnp.zeros_like(grads[-1]))]
             rows = jnp.sum(squares(grads[-1]), axis=1)
             sums.append(jax.ops.segment_sum(rows, leaf_of_row, spec.n_small, indices_are_sorted=True))

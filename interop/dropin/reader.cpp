@@ -84,14 +84,16 @@ struct Gradients {
   void gather(size_t bucket) const;
 };
 
-// Goes through a list while it holds the objects that are asked for.
+// Goes through what `objects` of reader.py found, while it is what is asked for.
 struct Same {
   PyObject* objects;
+  const std::vector<Py_ssize_t>& lengths;
   Py_ssize_t next = 0;
+  size_t next_length = 0;
 
-  bool operator()(PyObject* object) {
-    return next < PyList_GET_SIZE(objects) && PyList_GET_ITEM(objects, next++) == object;
-  }
+  bool is(PyObject* object) { return next < PyList_GET_SIZE(objects) && PyList_GET_ITEM(objects, next++) == object; }
+  bool has(Py_ssize_t length) { return next_length < lengths.size() && lengths[next_length++] == length; }
+  bool is_all() const { return next == PyList_GET_SIZE(objects) && next_length == lengths.size(); }
 };
 
 class Reader : public std::enable_shared_from_this<Reader> {
@@ -117,10 +119,15 @@ class Reader : public std::enable_shared_from_this<Reader> {
 
   // The gradients, or None if anything is other than `objects` (of `objects` in reader.py), the parameters
   // and the views were, or is nothing to be read here.
-  py::object read(const py::object& groups, const py::object& state, const py::list& objects, const py::list& views)
-      const {
+  py::object read(
+      const py::object& groups,
+      const py::object& state,
+      const py::list& objects,
+      const std::vector<Py_ssize_t>& lengths,
+      const py::list& views) const {
     try {
-      if (std::optional<std::vector<at::Tensor>> grads = find(groups.ptr(), state.ptr(), objects, views))
+      Same same{objects.ptr(), lengths};
+      if (std::optional<std::vector<at::Tensor>> grads = find(groups.ptr(), state.ptr(), same, views))
         return py::cast(Gradients{shared_from_this(), std::move(*grads)});
     } catch (const c10::Error&) {  // a tensor of a kind without what was asked for
     }
@@ -135,10 +142,10 @@ class Reader : public std::enable_shared_from_this<Reader> {
   std::vector<Bucket> buckets_;
 
   std::optional<std::vector<at::Tensor>> find(
-      PyObject* groups, PyObject* state, const py::list& objects, const py::list& views) const {
+      PyObject* groups, PyObject* state, Same& same, const py::list& views) const {
     std::vector<const at::Tensor*> params;
     params.reserve(params_.size());
-    if (views.size() != views_.size() || !are_same(groups, state, objects.ptr(), params)) return std::nullopt;
+    if (views.size() != views_.size() || !are_same(groups, state, same, params)) return std::nullopt;
     std::vector<at::Tensor> grads(params_.size());
     for (size_t i = 0; i < params_.size(); ++i) {
       const Param& before = params_[i];
@@ -154,36 +161,32 @@ class Reader : public std::enable_shared_from_this<Reader> {
   }
 
   // Collects the parameters, which are then those that the constructor was given.
-  bool are_same(PyObject* groups, PyObject* state, PyObject* objects, std::vector<const at::Tensor*>& params) const {
-    Same same{objects};
+  bool are_same(PyObject* groups, PyObject* state, Same& same, std::vector<const at::Tensor*>& params) const {
     if (!PyList_Check(groups)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
       PyObject* group = PyList_GET_ITEM(groups, i);
       PyObject* list = PyDict_Check(group) ? PyDict_GetItemString(group, "params") : nullptr;
-      if (list == nullptr || !PyList_Check(list)) return false;
+      if (list == nullptr || !PyList_Check(list) || !same.has(PyList_GET_SIZE(list))) return false;
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j) {
         PyObject* param = PyList_GET_ITEM(list, j);
-        if (!same(param)) return false;
+        if (!same.is(param)) return false;
         params.push_back(&THPVariable_Unpack(param));
       }
-      if (!same(Py_None)) return false;
     }
     if (!PyDict_Check(state)) return false;
     PyObject *key, *value, *name, *item;
     for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, nullptr);)
-      if (!same(key)) return false;
+      if (!same.is(key)) return false;
     for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-      if (!PyDict_Check(value)) {
-        if (!same(value)) return false;
-        continue;
-      }
+      if (!PyDict_Check(value)) return false;
+      if (!same.has(PyDict_Size(value))) return false;
       for (Py_ssize_t i = 0; PyDict_Next(value, &i, &name, nullptr);)
-        if (!same(name)) return false;
-      for (Py_ssize_t i = 0; PyDict_Next(value, &i, &name, &item);)
-        if (!same(item)) return false;
-      if (!same(Py_None)) return false;
+        if (!same.is(name)) return false;
     }
-    return same.next == PyList_GET_SIZE(objects) && params.size() == params_.size();
+    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);)
+      for (Py_ssize_t i = 0; PyDict_Next(value, &i, &name, &item);)
+        if (!same.is(item)) return false;
+    return same.is_all() && params.size() == params_.size();
   }
 };
 

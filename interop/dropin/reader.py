@@ -6,6 +6,7 @@ hands out the gradients if nothing changed. `PythonReader` is always there; `nat
 
 from __future__ import annotations
 
+import itertools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from interop.dropin import dtensor
 from interop.dropin.groups import parameter_name, parameters
 from interop.dropin.leaf import Leaf, is_lazy
-from interop.memory import check
+from interop.memory import Staging, check
 from interop.memory.tensors import address, in_type_of
 
 if TYPE_CHECKING:
@@ -29,21 +30,22 @@ class Gradients(ABC):
 
     def __init__(self) -> None:
         self._big: dict[int, list[Any]] = {}  # by bucket
-        self._lie: dict[int, Work] = {}  # by the id of a staging: whose gradients lie in it
+        self._lie: dict[Staging, Work] = {}  # by staging: whose gradients lie in it
 
     def arrays(self, work: Work) -> list[Any]:
         """A bucket's gradients as its programs take them; the small leaves' are gathered, if they are not yet."""
-        bucket = work.bucket
-        if bucket.index not in self._big:
-            self._big[bucket.index] = [
-                bucket.missing[: leaf.size] if grad is None else grad
-                for leaf, grad in zip(bucket.big, self.of_big(work), strict=True)
-            ]
-        arrays = list(self._big[bucket.index])
+        bucket, arrays = work.bucket, []
+        if bucket.big:
+            if bucket.index not in self._big:
+                self._big[bucket.index] = [
+                    bucket.missing[: leaf.size] if grad is None else grad
+                    for leaf, grad in zip(bucket.big, self.of_big(work), strict=True)
+                ]
+            arrays += self._big[bucket.index]
         if bucket.small:
-            if self._lie.get(id(bucket.staging)) is not work:
+            if self._lie.get(bucket.staging) is not work:
                 self.gather(work)
-                self._lie[id(bucket.staging)] = work
+                self._lie[bucket.staging] = work
             arrays.append(bucket.gathered)
         return arrays
 
@@ -71,16 +73,19 @@ class Reader(ABC):
 
 class PythonReader(Reader):
     def __init__(self, optimizer: Any, leaves: Sequence[Leaf], views: Sequence[Tensor], works: Sequence[Work]):
+        self._params = parameters(optimizer)
         self._stepped = [leaf.param for leaf in leaves]
         self._may_be_lazy = [leaf.param for leaf in leaves if leaf.dtype.is_complex or leaf.lazy]
         self._views = views
-        self._looks = self._look([p.grad for p in parameters(optimizer)])
-        self._objects = objects(optimizer)
+        self._looks = self._look(list(map(_grad_of, self._params)))
+        self._objects, self._lengths = objects(optimizer)
 
     def read(self, optimizer: Any) -> Gradients | None:
-        grads = [p.grad for p in parameters(optimizer)]
-        same = self._looks == self._look(grads) and _are_same(self._objects, objects(optimizer))
-        return ListedGradients(grads) if same else None
+        found, lengths = objects(optimizer)
+        if lengths != self._lengths or not all(map(operator.is_, found, self._objects)):
+            return None
+        grads = list(map(_grad_of, self._params))
+        return ListedGradients(grads) if self._looks == self._look(grads) else None
 
     def _look(self, grads: list[Any]) -> Any:
         present = [g for g in grads if g is not None]
@@ -112,7 +117,7 @@ class ListedGradients(Gradients):
 
     def gather(self, work: Work) -> None:
         if work.small_views:
-            torch._foreach_copy_(work.small_views, [self._grads[i] for i in work.small_places])  # type: ignore[attr-defined]
+            torch._foreach_copy_(work.small_views, list(map(self._grads.__getitem__, work.small_places)))  # type: ignore[attr-defined]
 
 
 def checked(optimizer: Any) -> dict[Tensor, Tensor]:
@@ -139,28 +144,20 @@ def checked(optimizer: Any) -> dict[Tensor, Tensor]:
     return grads
 
 
-def objects(optimizer: Any) -> list[Any]:
-    """What is compared by identity: parameters, group by group, and all that the state holds."""
-    found: list[Any] = []
-    for group in optimizer.param_groups:
-        found += group["params"]
-        found.append(None)  # where the group ends
-    found += optimizer.state
-    for state in optimizer.state.values():
-        if isinstance(state, dict):  # what its user puts beside the parameters' may be anything
-            found += state
-            found += state.values()
-            found.append(None)  # where it ends
-        else:
-            found.append(state)
-    return found
+def objects(optimizer: Any) -> tuple[list[Any], list[int]]:
+    """What is compared by identity: parameters, group by group, and all that the state holds; and how many each has."""
+    params = [group["params"] for group in optimizer.param_groups]
+    states: Any = optimizer.state.values()
+    flat = itertools.chain.from_iterable
+    try:
+        values = [*flat(map(dict.values, states))]
+    except TypeError:  # what its user puts beside the parameters' states may be anything
+        states = [x if isinstance(x, dict) else {None: x} for x in states]
+        values = [*flat(map(dict.values, states))]
+    return [*flat(params), *optimizer.state, *flat(states), *values], [*map(len, params), *map(len, states)]
 
 
-def _are_same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-_dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("dtype", "layout", "shape"))
+_grad_of, _dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("grad", "dtype", "layout", "shape"))
 
 
 def _dense(grad: Tensor) -> Tensor:

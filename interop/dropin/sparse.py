@@ -16,7 +16,7 @@ from jax import Array
 from torch import Tensor
 
 from interop.dropin import host, program
-from interop.dropin.groups import hyperparameters, parameter_name
+from interop.dropin.groups import Groups, parameter_name
 from interop.dropin.state import check_slot, check_state
 from interop.memory import Buffer, Device, check, check_parameter
 from interop.memory.tensors import DTYPES, address
@@ -31,7 +31,9 @@ SMALLEST = 1024  # elements
 def step(optimizer: Any) -> None:
     """Step every parameter that has a gradient, after all were checked."""
     stepped = []
-    numbers, rules = hyperparameters(optimizer)
+    host.check_process()
+    groups = Groups(optimizer)
+    numbers, rules = groups.numbers, groups.rules
     for index, group in enumerate(optimizer.param_groups):
         h, rule = {name: np.float64(x) for name, x in numbers[index].items()}, rules[index]
         for p in group["params"]:

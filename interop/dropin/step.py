@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from interop.dropin import host, options, program
-from interop.dropin.groups import hyperparameters
-from interop.dropin.plan import Plan, plan_for
+from interop.dropin.groups import Groups
+from interop.dropin.plan import Plan, measures, plan_for
 from interop.dropin.state import KeepsWideState
 from jopt.rule import Rule
 
@@ -33,14 +33,17 @@ L = TypeVar("L")  # a loss
 
 def step(optimizer: Any) -> None:
     """A step of `CompiledStep`."""
-    host.pause_openmp()  # before all else: spinning threads slow Python too
-    numbers, rules = hyperparameters(optimizer)
-    plan, grads = plan_for(optimizer, rules, numbers)
+    for device in optimizer._plan.devices if optimizer._plan else ():
+        device.begin()
+    groups: Groups | None = optimizer._groups
+    if groups is None or not groups.still_hold(optimizer):
+        groups = optimizer._groups = Groups(optimizer)
+    plan, grads = plan_for(optimizer, groups.rules, groups.numbers)
     norm, skipped = None, False
     if plan is not None:
-        with host.SignalsWait(), host.settings():
-            measured = plan.measure(optimizer, grads)
-            norm, skipped = plan.update(optimizer, grads, numbers, measured)
+        with host.SignalsWait(), contextlib.nullcontext() if plan.uses_torch else host.settings():
+            measured = plan.measure(optimizer, grads) if measures(optimizer) else None
+            norm, skipped = plan.update(optimizer, grads, groups.numbers, measured)
     optimizer._around.grad_norm, optimizer._around.skipped = norm, skipped
 
 
@@ -93,7 +96,7 @@ class Stepped(OfTorch):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        host.undynamo(_guarded)(self)
+        (host.undynamo(_guarded) if host.is_in_dynamo() else _guarded)(self)
         return loss
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_quiet_step)
@@ -141,11 +144,12 @@ def _like_torchs(cls: type) -> Callable[..., None]:
 
 
 def _guarded(optimizer: Stepped) -> None:
-    host.check_process()
-    options.check_groups(type(optimizer), optimizer.param_groups)
-    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-    with inference, torch.no_grad():
-        optimizer._step()
+    with torch.no_grad():
+        if not torch.is_inference_mode_enabled():
+            optimizer._step()
+        else:
+            with torch.inference_mode(False):
+                optimizer._step()
 
 
 @dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
@@ -181,6 +185,7 @@ class CompiledStep(Stepped):
     Both are attributes too, and may be changed at any time. With `interop.amp.GradScaler` the step also unscales.
     """
 
+    _groups: Groups | None = None
     _plan: Plan | None = None
     compile_update: ClassVar[Callable[..., Any]] = staticmethod(program.compile_update)
     _around: Around

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 import mmap
@@ -16,6 +17,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +26,14 @@ import torch
 from jax import Array
 from torch import Tensor
 
+import jopt._compat
+from interop import _compat
 from interop.memory import device, tensors, values
-from jopt import _compat
 from jopt._compat import enable_x64
 from jopt.fusion import fuses_outputs, multi_output_fusion
+
+PARALLEL = 2**21  # elements: from so many on two threads are quicker than one, torch's threads being started anew
+OFTEN = 50
 
 
 class Buffer(device.Buffer):
@@ -39,10 +45,10 @@ class Buffer(device.Buffer):
 
     __slots__ = ("_memory", "address")
 
-    def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
+    def __init__(self, program_device: Any, shape: int | tuple[int, ...], dtype: np.dtype):
         # Not jnp.zeros, which compiles a program a shape: 25 ms and 1.6 MB that stay. XLA takes no such array as it is.
         zeros = np.broadcast_to(aligned_zeros(2, dtype)[1:], shape)
-        self.array: Array = put(zeros)
+        self.array: Array = put(zeros, program_device)
         self.address: int = self.array.unsafe_buffer_pointer()
         self._memory: Callable[[], Any] = lambda: None  # what the views keep, and it this; one for all is smaller
 
@@ -61,20 +67,20 @@ def _memory_type(nbytes: int) -> Any:
 
 
 class Staging(device.Staging):
-    def __init__(self, size: int, dtype: np.dtype):
-        self._memory = aligned_zeros(size, dtype)
+    def __init__(self, owner: Cpu, size: int, dtype: np.dtype):
+        self._owner, self._memory = owner, aligned_zeros(size, dtype)
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
         return tensors.view(self._memory.view(np.uint8), dtype, shape, offset)
 
     def array(self, shape: tuple[int, ...]) -> Any:
-        return alias(self._memory[: math.prod(shape)].reshape(shape))
+        return self._owner.alias(self._memory[: math.prod(shape)].reshape(shape))
 
 
 class Table(device.Table):
-    def __init__(self, rows: int, columns: int, dtype: np.dtype):
+    def __init__(self, owner: Cpu, rows: int, columns: int, dtype: np.dtype):
         self.rows = aligned_zeros(rows * columns, dtype).reshape(rows, columns)
-        self._array = alias(self.rows)
+        self._array = owner.alias(self.rows)
 
     def array(self) -> Any:
         return self._array
@@ -108,13 +114,41 @@ def _malloc_trim() -> Any:
 
 
 class Cpu(device.Device):
-    """The host's memory."""
+    """The host's memory.
+
+    Args:
+      serial: its programs use one thread.
+    """
 
     torch_device = torch.device("cpu")
 
+    def __init__(self, *, serial: bool = False):
+        self._serial = serial
+
     @property
     def jax_device(self) -> Any:
-        return _compat.device("cpu")
+        return jopt._compat.device("cpu")
+
+    @property
+    def program_device(self) -> Any:
+        return _compat.own_cpu_device(serial=self._serial)
+
+    def of_size(self, size: int) -> Cpu:
+        return _SERIAL if size < PARALLEL else self
+
+    @property
+    def by_torch(self) -> Cpu:
+        from interop.memory.eager import EAGER
+
+        return EAGER
+
+    def begin(self) -> None:
+        """End the threads of torch's OpenMP: after a parallel loop they spin, on the processors that XLA needs.
+
+        They start again with the next parallel loop, which takes time: so small steps use one thread.
+        """
+        if not self._serial and (pause := _omp_pause()) is not None:
+            pause(1)  # omp_pause_soft
 
     @property
     def fuses_outputs(self) -> bool:
@@ -130,7 +164,7 @@ class Cpu(device.Device):
         jax.block_until_ready(results)
 
     def buffer(self, shape: int | tuple[int, ...], dtype: np.dtype) -> Buffer:
-        return Buffer(shape, dtype)
+        return Buffer(self.program_device, shape, dtype)
 
     def replace(self, buffers: Sequence[Any], results: Sequence[Array]) -> None:
         for buffer, array, address in zip(buffers, results, map(_address_of, results), strict=True):
@@ -142,13 +176,13 @@ class Cpu(device.Device):
                 ctypes.memmove(buffer.address, address, array.nbytes)
 
     def staging(self, size: int, dtype: np.dtype) -> Staging:
-        return Staging(size, dtype)
+        return Staging(self, size, dtype)
 
     def table(self, rows: int, columns: int, dtype: np.dtype) -> Table:
-        return Table(rows, columns, dtype)
+        return Table(self, rows, columns, dtype)
 
     def put(self, x: np.ndarray) -> Array:
-        return put(x)
+        return put(x, self.program_device)
 
     def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
         return aligned_zeros(size, dtype)
@@ -161,8 +195,25 @@ class Cpu(device.Device):
         """
         return self.elements_at(x.data_ptr(), x.numel() * x.element_size() // dtype.itemsize, dtype)
 
-    def elements_at(self, address: int, size: int, dtype: np.dtype) -> np.ndarray:
-        return _elements_at(address, size, dtype)
+    def elements_at(self, address: int, size: int, dtype: np.dtype) -> Any:
+        found = _elements_at(address, size, dtype)
+        if found.arrays is None:
+            found.seen += 1
+            if found.seen < OFTEN:
+                return found.numpy
+            found.arrays = {}
+        if self._serial not in found.arrays:
+            found.arrays[self._serial] = self.alias(found.numpy)
+        return found.arrays[self._serial]
+
+    def alias(self, x: np.ndarray) -> Any:
+        """A JAX array over NumPy's aligned memory, to be written to only while no program runs that takes it.
+
+        It costs a program less than a NumPy array, which JAX puts on the device at each call and waits for. If JAX will
+        not take the memory as it is, this is `x` itself.
+        """
+        array = self.put(x)
+        return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
 
     def tensor(self, x: Array) -> Tensor:
         return values.array_to_torch("x", x, copy=None)
@@ -174,34 +225,64 @@ class Cpu(device.Device):
 _address_of = operator.methodcaller("unsafe_buffer_pointer")
 
 
-@functools.lru_cache(maxsize=4096)  # torch's allocator gives a backward pass the addresses of the one before
-def _elements_at(address: int, size: int, dtype: np.dtype) -> np.ndarray:
+@dataclasses.dataclass(slots=True)
+class _Elements:
+    """Memory at an address, which torch's allocator gives to one backward pass after the other.
+
+    Attributes:
+      seen: how often it was asked for.
+      arrays: JAX's arrays over it, serial and not. One takes as long to make as 50 launches with NumPy's array: so they
+        are made for what is seen `OFTEN`.
+    """
+
+    numpy: np.ndarray
+    seen: int = 0
+    arrays: dict[bool, Any] | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def _elements_at(address: int, size: int, dtype: np.dtype) -> _Elements:
+    return _Elements(np.frombuffer(memory_at(address, size, dtype), dtype, size))
+
+
+def check_memory(address: int, size: int) -> None:
+    """Raise RuntimeError for a gradient without values."""
     if size and not address:
         raise RuntimeError(
             "expected a gradient with its values in memory, found one without: its storage was freed by resize_(0), or "
             "never there; assign one that has values, or None"
         )
-    memory: Any = (ctypes.c_char * (size * dtype.itemsize)).from_address(address)
-    return np.frombuffer(memory, dtype, size)
 
 
-def alias(x: np.ndarray) -> Any:
-    """A JAX array over NumPy's aligned memory, to be written to only while no program runs that takes it.
-
-    It costs a program less than a NumPy array, which JAX puts on the device at each call and waits for. If JAX will
-    not take the memory as it is, this is `x` itself.
-    """
-    array = put(x)
-    return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
+def memory_at(address: int, size: int, dtype: np.dtype) -> Any:
+    """A gradient's memory; RuntimeError if it has none."""
+    check_memory(address, size)
+    return (ctypes.c_char * (size * dtype.itemsize)).from_address(address)
 
 
-def put(x: np.ndarray) -> Array:
-    """Values as a JAX array on the CPU, ready for programs; aligned ones where they are, not to be written to again."""
+def put(x: np.ndarray, where: Any) -> Array:
+    """Values as a JAX array on a CPU device, ready for programs; aligned ones where they are, not to be written to."""
     with enable_x64(True), jax.transfer_guard("allow"):
-        return jax.device_put(x, _compat.device("cpu")).block_until_ready()
+        return jax.device_put(x, where).block_until_ready()
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros that JAX takes without copying, in pages of their own: untouched ones cost no memory, as malloc's may."""
     memory = mmap.mmap(-1, max(1, size * dtype.itemsize), access=mmap.ACCESS_COPY)
     return np.frombuffer(memory, np.uint8, size * dtype.itemsize).view(dtype)
+
+
+@functools.cache
+def _omp_pause() -> Any:
+    """GNU OpenMP's omp_pause_resource_all, if torch runs on that; it ends the calling thread's pool alone."""
+    maps = Path("/proc/self/maps")
+    if not sys.platform.startswith("linux") or not maps.exists():
+        return None
+    for line in maps.read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if "libgomp" in path:
+            return getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
+    return None
+
+
+_SERIAL = Cpu(serial=True)

@@ -20,6 +20,8 @@ import torch
 from jax import Array
 from torch import Tensor
 
+from jopt.arena import ROW
+
 
 class Buffer(ABC):
     """Zeros that programs write in place, and that torch sees at one address for as long as any of its views lives.
@@ -52,9 +54,11 @@ class Table(ABC):
 
     Attributes:
       rows: of NumPy, to be written to.
+      runs: where rows that are equal follow each other: the first, and the one after the last.
     """
 
     rows: np.ndarray
+    runs: Sequence[tuple[int, int]] = ()
 
     @abstractmethod
     def array(self) -> Any:
@@ -74,17 +78,31 @@ class Device(ABC):
     torch_device: ClassVar[torch.device]
     """Where torch has its tensors; another of the same type is another device of this kind."""
 
+    row: ClassVar[int] = ROW
+    """Small tensors share buffers, each from a multiple of so many elements on."""
+
+    big: ClassVar[int] = 2**15
+    """Tensors of so many elements have buffers of their own."""
+
+    uses_torch: ClassVar[bool] = False
+    """Whether torch's operations take the place of programs: arrays then are tensors."""
+
     # --- programs
 
     @property
     @abstractmethod
     def jax_device(self) -> Any:
-        """JAX's device, on which its programs run."""
+        """JAX's device, on which values that cross to JAX lie."""
+
+    @property
+    def program_device(self) -> Any:
+        """The device on which the programs run, which may be of another client of XLA."""
+        return self.jax_device
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
         """Where the arrays of its programs lie."""
-        return jax.sharding.SingleDeviceSharding(self.jax_device)
+        return jax.sharding.SingleDeviceSharding(self.program_device)
 
     @property
     @abstractmethod
@@ -102,6 +120,19 @@ class Device(ABC):
     @abstractmethod
     def after(self, results: Any) -> None:
         """Let what torch does next see what programs wrote, of whose results this is a tree."""
+
+    def of_size(self, size: int) -> Device:
+        """What steps an optimizer's parameters of so many elements in all: this, or one of its kind for small steps."""
+        return self
+
+    @property
+    def by_torch(self) -> Device | None:
+        """The same memory stepped by torch's operations, if that is quicker for little work."""
+        return None
+
+    @abstractmethod
+    def begin(self) -> None:
+        """A step begins."""
 
     # --- memory for programs
 

@@ -24,6 +24,8 @@ DTYPES = {
 }
 """The types that an optimizer steps."""
 
+TORCH_DTYPES = {dtype: found for found, dtype in DTYPES.items()}
+
 
 def is_plain(x: Tensor) -> bool:
     """Whether its memory is its own and torch's operations are: of torch.Tensor, or a subclass that leaves both be."""

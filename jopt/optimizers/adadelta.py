@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.common import decay, regularize
 from jopt.rule import Hyperparameter, Limit, Rule, at_least_zero
@@ -29,7 +27,7 @@ class Adadelta(Rule):
     }
 
     def init(self, h, param):
-        return {"square_avg": jnp.zeros_like(param), "acc_delta": jnp.zeros_like(param)}
+        return {"square_avg": t.zeros_like(param), "acc_delta": t.zeros_like(param)}
 
     def scalars(self, h, s, xp, stored):
         c = {"decay": decay(self, h), "rho": h["rho"], "eps": h["eps"]}

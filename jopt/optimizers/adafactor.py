@@ -48,10 +48,10 @@ class Adafactor(Rule):
 
     def init(self, h, param):
         if param.ndim < 2:
-            return {"variance": jnp.zeros_like(param)}
+            return {"variance": t.zeros_like(param)}
         return {
-            "row_var": jnp.zeros((*param.shape[:-1], 1), param.dtype),
-            "col_var": jnp.zeros((*param.shape[:-2], 1, param.shape[-1]), param.dtype),
+            "row_var": t.zeros_like(param, shape=(*param.shape[:-1], 1)),
+            "col_var": t.zeros_like(param, shape=(*param.shape[:-2], 1, param.shape[-1])),
         }
 
     def scalars(self, h, s, xp, stored):
@@ -70,7 +70,7 @@ class Adafactor(Rule):
     def update(self, c, grad, state, param):
         if not self.eps1_given:
             eps = float(jnp.finfo(param.dtype).eps)
-            c = c | {"eps1": jnp.full_like(c["d"], eps), "eps1^2": jnp.full_like(c["d"], eps * eps)}
+            c = c | {"eps1": t.full_like(c["d"], eps), "eps1^2": t.full_like(c["d"], eps * eps)}
         root_size = math.sqrt(param.size)
         if self.maximize:
             grad = -grad
@@ -89,15 +89,15 @@ class Adafactor(Rule):
             row_var = t.lerp(state["row_var"], mean_square(-1), c["1-beta2"])
             col_var = t.lerp(state["col_var"], mean_square(-2), c["1-beta2"])
             new = {"row_var": row_var, "col_var": col_var}
-            v = t.div(t.mul(row_var, col_var), jnp.maximum(t.mean(row_var, -2), t.cast(c["eps1"], param)))
-        u = t.mul(t.rsqrt(jnp.maximum(v, t.cast(c["eps1^2"], v))), grad)
+            v = t.div(t.mul(row_var, col_var), t.maximum(t.mean(row_var, -2), t.cast(c["eps1"], param)))
+        u = t.mul(t.rsqrt(t.maximum(v, t.cast(c["eps1^2"], v))), grad)
         clip = largest(1, t.norm(u).astype(c["d"].dtype) / (root_size * c["d"]))
         return t.add(param, u, alpha=-alpha / clip), new
 
 
 def largest(floor, x):
     """Python's max(floor, x), which torch takes of numbers: a nan is the floor, and stays where it is in the tensor."""
-    return jnp.where(x > floor, x, floor)
+    return t.where(x > floor, x, floor)
 
 
 @optimizer

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.common import decay, regularize
 from jopt.rule import Hyperparameter, Rule, at_least_zero
@@ -30,7 +28,7 @@ class Adagrad(Rule):
     }
 
     def init(self, h, param):
-        return {"sum": jnp.full_like(param, h["initial_accumulator_value"])}
+        return {"sum": t.full_like(param, h["initial_accumulator_value"])}
 
     def scalars(self, h, s, xp, stored):
         clr = h["lr"] / (1 + s["step"] * h["lr_decay"])

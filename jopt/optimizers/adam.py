@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.common import decay, moments, regularize
 from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
@@ -34,7 +32,7 @@ class Adam(Rule):
 
     def init(self, h, param):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
-        return {name: jnp.zeros_like(param) for name in names}
+        return {name: t.zeros_like(param) for name in names}
 
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
@@ -54,7 +52,7 @@ class Adam(Rule):
         exp_avg, exp_avg_sq = moments(c, grad, state)
         new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if self.amsgrad:
-            new["max_exp_avg_sq"] = exp_avg_sq = jnp.maximum(state["max_exp_avg_sq"], exp_avg_sq)
+            new["max_exp_avg_sq"] = exp_avg_sq = t.maximum(state["max_exp_avg_sq"], exp_avg_sq)
         denom = t.add(t.mul(t.sqrt(exp_avg_sq), c["1/sqrt(bias_correction2)"]), c["eps"])
         return t.addcdiv(param, exp_avg, denom, c["-step_size"]), new
 

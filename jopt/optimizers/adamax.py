@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.adam import Adam
 from jopt.optimizers.common import decay, regularize
@@ -26,7 +24,7 @@ class Adamax(Rule):
     limits = Adam.limits
 
     def init(self, h, param):
-        return {"exp_avg": jnp.zeros_like(param), "exp_inf": jnp.zeros_like(param)}
+        return {"exp_avg": t.zeros_like(param), "exp_inf": t.zeros_like(param)}
 
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
@@ -36,7 +34,7 @@ class Adamax(Rule):
     def update(self, c, grad, state, param):
         grad, param = regularize(self, c, grad, param)
         exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
-        exp_inf = jnp.maximum(t.mul(state["exp_inf"], c["beta2"]), t.add(t.absolute(grad), c["eps"]))
+        exp_inf = t.maximum(t.mul(state["exp_inf"], c["beta2"]), t.add(t.absolute(grad), c["eps"]))
         return t.addcdiv(param, exp_avg, exp_inf, c["-clr"]), {"exp_avg": exp_avg, "exp_inf": exp_inf}
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.common import decay, regularize
 from jopt.rule import Hyperparameter, Rule, at_least_zero
@@ -27,7 +25,7 @@ class ASGD(Rule):
     }
 
     def init(self, h, param):
-        return {"ax": jnp.zeros_like(param)}
+        return {"ax": t.zeros_like(param)}
 
     def init_scalars(self, h):
         return {"step": 0.0, "eta": h["lr"], "mu": 1.0}
@@ -48,7 +46,7 @@ class ASGD(Rule):
         grad, param = regularize(self, c, grad, param)
         param = t.add(t.mul(param, c["1-lambd*eta"]), grad, alpha=c["-eta"])
         averaged = t.add(state["ax"], t.mul(t.add(param, -state["ax"]), c["mu"]))
-        return param, {"ax": jnp.where(c["mu"] == 1, param, averaged)}
+        return param, {"ax": t.where(c["mu"] == 1, param, averaged)}
 
 
 @optimizer

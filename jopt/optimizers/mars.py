@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
 from jopt.transform import Options, Transform, optimizer, transform
@@ -37,7 +35,7 @@ class Mars(Rule):
 
     def init(self, h, param):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
-        return {name: jnp.zeros_like(param) for name in names + ["last_grad"] * self._corrects(param)}
+        return {name: t.zeros_like(param) for name in names + ["last_grad"] * self._corrects(param)}
 
     def _corrects(self, param):
         return self.optimize_1d or param.ndim == 2
@@ -64,13 +62,13 @@ class Mars(Rule):
         if "last_grad" in state:
             new["last_grad"] = grad
             grad = t.add(t.mul(t.add(grad, -state["last_grad"]), c["correction"]), grad)
-            grad = t.div(grad, jnp.maximum(t.norm(grad), 1).astype(grad.dtype))
+            grad = t.div(grad, t.maximum(t.norm(grad), 1).astype(grad.dtype))
         else:
             c = {name: c.get(name + "_1d", x) for name, x in c.items()}
         new["exp_avg"] = t.add(t.mul(state["exp_avg"], c["beta1"]), grad, alpha=c["1-beta1"])
         new["exp_avg_sq"] = v = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
         if self.amsgrad:
-            new["max_exp_avg_sq"] = v = jnp.maximum(state["max_exp_avg_sq"], v)
+            new["max_exp_avg_sq"] = v = t.maximum(state["max_exp_avg_sq"], v)
         denom = t.mul(t.add(t.mul(t.sqrt(v), c["1/sqrt(bias_correction2)"]), c["eps"]), c["bias_correction1"])
         direction = t.add(t.mul(param, c["weight_decay"]), t.div(new["exp_avg"], denom))
         return t.add(param, t.mul(direction, c["-lr"])), new

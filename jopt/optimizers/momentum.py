@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
 from jopt.transform import Options, Transform, optimizer, transform
@@ -27,7 +25,7 @@ class Momentum(Rule):
     }
 
     def init(self, h, param):
-        return {name: jnp.zeros_like(param) for name in ["exp_avg"] + ["exp_avg_sq"] * self.scaled}
+        return {name: t.zeros_like(param) for name in ["exp_avg"] + ["exp_avg_sq"] * self.scaled}
 
     def init_scalars(self, h):
         return {}

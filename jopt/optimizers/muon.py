@@ -67,7 +67,7 @@ class Muon(Rule):
             )
 
     def init(self, h, param):
-        return {"momentum_buffer": jnp.zeros_like(param)}
+        return {"momentum_buffer": t.zeros_like(param)}
 
     def init_scalars(self, h):
         return {}
@@ -108,7 +108,7 @@ def orthogonalize(c: Scalars, matrix: Array, steps: int) -> Array:
     x = t.gathered(matrix)
     if rows > columns:
         x = x.T
-    x = t.div(x, jnp.maximum(t.norm(x), t.cast(c["eps"], x)))
+    x = t.div(x, t.maximum(t.norm(x), t.cast(c["eps"], x)))
 
     def iterate(_, pair):
         x, transpose = pair

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.adam import Adam
 from jopt.optimizers.common import decay, moments, regularize
@@ -27,7 +25,7 @@ class NAdam(Rule):
     limits = {**Adam.limits, "momentum_decay": at_least_zero("Invalid momentum_decay value: {}")}
 
     def init(self, h, param):
-        return {"exp_avg": jnp.zeros_like(param), "exp_avg_sq": jnp.zeros_like(param)}
+        return {"exp_avg": t.zeros_like(param), "exp_avg_sq": t.zeros_like(param)}
 
     def init_scalars(self, h):
         return {"step": 0.0, "mu_product": 1.0}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.adam import Adam
 from jopt.optimizers.common import decay, moments, regularize
@@ -27,7 +25,7 @@ class RAdam(Rule):
     limits = Adam.limits
 
     def init(self, h, param):
-        return {"exp_avg": jnp.zeros_like(param), "exp_avg_sq": jnp.zeros_like(param)}
+        return {"exp_avg": t.zeros_like(param), "exp_avg_sq": t.zeros_like(param)}
 
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
@@ -56,10 +54,10 @@ class RAdam(Rule):
         exp_avg, exp_avg_sq = moments(c, grad, state)
         plain = t.mul(t.mul(exp_avg, c["1/bias_correction1"]), c["lr"])
         denom = t.add(t.sqrt(exp_avg_sq), c["eps"])
-        denom = jnp.where(c["rectified"] != 0, denom, jnp.ones_like(denom))  # 0 with an eps of 0: its derivative is nan
+        denom = t.where(c["rectified"] != 0, denom, t.ones_like(denom))  # 0 with an eps of 0: its derivative is nan
         adaptive = t.mul(t.reciprocal(denom), c["sqrt(bias_correction2)"])
         rectified = t.mul(t.mul(plain, adaptive), c["rect"])
-        param = t.add(param, -jnp.where(c["rectified"] != 0, rectified, plain))
+        param = t.add(param, -t.where(c["rectified"] != 0, rectified, plain))
         return param, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 

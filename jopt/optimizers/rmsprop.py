@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.optimizers.common import decay, regularize
 from jopt.rule import Hyperparameter, Rule, at_least_zero
@@ -33,7 +31,7 @@ class RMSprop(Rule):
 
     def init(self, h, param):
         names = ["square_avg"] + ["momentum_buffer"] * self.momentum + ["grad_avg"] * self.centered
-        return {name: jnp.zeros_like(param) for name in names}
+        return {name: t.zeros_like(param) for name in names}
 
     def scalars(self, h, s, xp, stored):
         c = {name: h[name] for name in ("alpha", "eps", "momentum")}

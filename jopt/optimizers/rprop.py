@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from jopt import numerics as t
 from jopt.rule import Hyperparameter, Rule, at_least_zero
 from jopt.transform import Options, Transform, optimizer, transform
@@ -30,7 +28,7 @@ class Rprop(Rule):
             raise ValueError(f"Invalid eta values: {low}, {high}")
 
     def init(self, h, param):
-        return {"prev": jnp.zeros_like(param), "step_size": jnp.full_like(param, h["lr"])}
+        return {"prev": t.zeros_like(param), "step_size": t.full_like(param, h["lr"])}
 
     def scalars(self, h, s, xp, stored):
         return {name: h[name] for name in self.hyperparameters if name != "lr"}, {"step": s["step"] + 1}
@@ -39,14 +37,14 @@ class Rprop(Rule):
         if self.maximize:
             grad = -grad
         product = t.mul(grad, state["prev"])
-        factor = jnp.where(product == 0, jnp.ones_like(product), product)  # nan stays nan, as torch's sign does
-        factor = jnp.where(product > 0, t.cast(c["etaplus"], grad), factor)
-        factor = jnp.where(product < 0, t.cast(c["etaminus"], grad), factor)
+        factor = t.where(product == 0, t.ones_like(product), product)  # nan stays nan, as torch's sign does
+        factor = t.where(product > 0, t.cast(c["etaplus"], grad), factor)
+        factor = t.where(product < 0, t.cast(c["etaminus"], grad), factor)
         step_size = t.mul(state["step_size"], factor)
-        step_size = jnp.maximum(step_size, t.cast(c["step_size_min"], grad))
-        step_size = jnp.minimum(step_size, t.cast(c["step_size_max"], grad))
-        grad = jnp.where(product < 0, jnp.zeros_like(grad), grad)
-        return t.addcmul(param, jnp.sign(grad), step_size, -1.0), {"prev": grad, "step_size": step_size}
+        step_size = t.maximum(step_size, t.cast(c["step_size_min"], grad))
+        step_size = t.minimum(step_size, t.cast(c["step_size_max"], grad))
+        grad = t.where(product < 0, t.zeros_like(grad), grad)
+        return t.addcmul(param, t.sign(grad), step_size, -1.0), {"prev": grad, "step_size": step_size}
 
 
 @optimizer

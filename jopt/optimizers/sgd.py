@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Unpack
 
-import jax.numpy as jnp
 from jax import Array
 
 from jopt import numerics as t
@@ -32,7 +31,7 @@ class SGD(Rule):
     }
 
     def init(self, h, param):
-        return {"momentum_buffer": jnp.zeros_like(param)} if self.momentum else {}
+        return {"momentum_buffer": t.zeros_like(param)} if self.momentum else {}
 
     def init_scalars(self, h):
         return {"step": 0.0} if self.momentum else {}
@@ -57,7 +56,7 @@ class SGD(Rule):
         if self.momentum:
             buf = t.add(t.mul(state["momentum_buffer"], c["buffer weight"]), grad, alpha=c["grad weight"])
             # A step without momentum leaves torch's buffer as it is.
-            kept = jnp.where(c["buffer kept"] != 0, state["momentum_buffer"], buf) if "buffer kept" in c else buf
+            kept = t.where(c["buffer kept"] != 0, state["momentum_buffer"], buf) if "buffer kept" in c else buf
             state = {"momentum_buffer": kept}
             grad = t.add(grad, buf, alpha=c["momentum"]) if self.nesterov else buf
         return t.add(param, grad, alpha=c["-lr"]), state

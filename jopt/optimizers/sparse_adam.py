@@ -35,7 +35,7 @@ class SparseAdam(Rule):
             raise ValueError(f"{name}: expected a parameter with rows, found a scalar; step it with adam")
 
     def init(self, h, param):
-        return {"exp_avg": jnp.zeros_like(param), "exp_avg_sq": jnp.zeros_like(param)}
+        return {"exp_avg": t.zeros_like(param), "exp_avg_sq": t.zeros_like(param)}
 
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1

@@ -198,7 +198,7 @@ def test_a_shared_view_keeps_donation_from_being_in_place():
     view = interop.to_torch(array, copy=False)
     out = jax.jit(lambda a: a + 1, donate_argnums=0)(array)
     assert out.unsafe_buffer_pointer() != view.data_ptr()
-    buffer = cpu.Buffer(1000, np.dtype(np.float32))
+    buffer = memory.HOST.buffer(1000, np.dtype(np.float32))
     view = buffer.view(torch.float32, (1000,))
     memory.HOST.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])
     assert buffer.array.unsafe_buffer_pointer() == view.data_ptr()
@@ -207,18 +207,18 @@ def test_a_shared_view_keeps_donation_from_being_in_place():
 
 def test_an_alias_sees_what_is_written_to_its_memory():
     x = cpu.aligned_zeros(1000, np.dtype(np.float32))
-    alias = cpu.alias(x)
+    alias = memory.HOST.alias(x)
     assert isinstance(alias, jax.Array)
     assert alias.unsafe_buffer_pointer() == x.ctypes.data
     x[:] = 1
     double = jax.jit(lambda a: 2 * a)
     assert (double(alias) == 2).all()
     unaligned = x.view(np.uint8)[1:].copy()[3:]
-    assert (double(cpu.alias(unaligned)) == 2 * unaligned).all()
+    assert (double(memory.HOST.alias(unaligned)) == 2 * unaligned).all()
 
 
 def test_a_buffer_held_elsewhere_is_still_what_torch_sees():
-    buffer = cpu.Buffer(1000, np.dtype(np.float32))
+    buffer = memory.HOST.buffer(1000, np.dtype(np.float32))
     view = buffer.view(torch.float32, (1000,))
     held = torch.from_dlpack(buffer.array)  # now XLA may not donate it
     memory.HOST.replace([buffer], [jax.block_until_ready(jax.jit(lambda a: a + 1, donate_argnums=0)(buffer.array))])

@@ -166,7 +166,7 @@ def _restore(path: Path, size: int) -> Any:
         declared = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
         if declared > RATIO * size:
             raise CheckpointError(f"its arrays declare {declared} bytes, the folder has {size}")
-        sharding = HOST.sharding
+        sharding = jax.sharding.SingleDeviceSharding(HOST.jax_device)
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if hasattr(x, "shape") else x, saved
         )

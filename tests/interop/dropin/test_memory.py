@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import memory, optim  # noqa: E402
-from interop.dropin import program  # noqa: E402
+from interop.dropin.slots import first_slots  # noqa: E402
 from interop.memory import cpu  # noqa: E402
 from interop.memory.tensors import DTYPES  # noqa: E402
 from interop.memory.values import to_jax, to_torch  # noqa: E402
@@ -84,9 +84,8 @@ def test_the_first_state_of_a_leaf_is_one_element_repeated(case):
     for shape in ((3, 4),) if case.matrices else ((3, 4), (5,), (), (2, 3, 4)):
         for dtype in dtypes:
             param = to_jax(torch.randn(shape).to(dtype))
-            compute = np.dtype(np.float32)
             whole = to_torch(init_leaf(transform.rule, {k: np.float32(x) for k, x in h.items()}, param))
-            one = program.first_slots(transform.rule, len(shape), dtype, compute, tuple(h.items()))
+            one = first_slots(transform.rule, len(shape), dtype, tuple(h.items()))
             assert one.keys() == whole.keys()
             for name, expected in whole.items():
                 assert one[name].numel() == 1

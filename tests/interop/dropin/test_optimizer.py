@@ -22,8 +22,8 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 import jopt  # noqa: E402
 from interop import optim  # noqa: E402
 from interop.dropin import host, program  # noqa: E402
-from interop.dropin.leaf import BIG  # noqa: E402
 from interop.dropin.step import CompiledStep  # noqa: E402
+from interop.memory import HOST  # noqa: E402
 from jopt import leaf as leaf_module  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
@@ -70,7 +70,7 @@ def assert_equal(theirs, ours, tolerances=cases.NETWORK):
 
 
 def compilations():
-    return program.compile_update.cache_info().misses
+    return program.compile_program.cache_info().misses
 
 
 def trained(**arguments):
@@ -346,7 +346,7 @@ def make_parameter(kind):
     if kind == "shared memory":
         return torch.nn.Parameter(base.clone().share_memory_())
     if kind == "big view":
-        return torch.nn.Parameter(torch.randn(2 * BIG + 3)[3:])
+        return torch.nn.Parameter(torch.randn(2 * HOST.big + 3)[3:])
     if kind == "empty":
         return torch.nn.Parameter(torch.zeros(0, 3))
     if kind == "scalar":
@@ -964,19 +964,23 @@ def test_a_forked_child_is_told_rather_than_hung():
         """
         import os, torch
         from interop import optim
-        p = torch.nn.Parameter(torch.ones(3))
-        opt = optim.SGD([p], lr=0.1)
-        p.grad = torch.ones(3)
-        opt.step()
+        p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+        by_torch, by_program = optim.SGD([p], lr=0.1), optim.SGD([q], lr=0.1, max_norm=10.0)
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        by_torch.step()
+        by_program.step()
         pid = os.fork()
         if pid == 0:
+            by_torch.step()
+            torch.testing.assert_close(p.data, torch.full((3,), 0.8))
             try:
-                opt.step()
+                by_program.step()
             except RuntimeError as error:
-                os._exit(7 if "forked child" in str(error) and p.sum() < 3 else 1)
+                os._exit(7 if "forked child" in str(error) and q.sum() < 3 else 1)
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-        opt.step()
+        by_torch.step()
+        by_program.step()
         """
     )
     assert result.returncode == 0, result.stderr

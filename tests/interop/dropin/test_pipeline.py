@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import amp, optim  # noqa: E402
 from interop.dropin import plan  # noqa: E402
-from interop.dropin.leaf import BIG  # noqa: E402
+from interop.memory import HOST  # noqa: E402
 from jopt._compat import JAX  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.interop.dropin.test_optimizer import assert_equal, backward, network  # noqa: E402
@@ -285,7 +285,7 @@ def test_a_wrapper_that_takes_on_the_class_sees_the_optimizers_own():
 
 def test_large_finite_gradients_are_no_infinities():
     """Their squares overflow; torch looks at the gradients themselves."""
-    p = torch.nn.Parameter(torch.ones(BIG))
+    p = torch.nn.Parameter(torch.ones(HOST.big))
     small = torch.nn.Parameter(torch.ones(3))
     opt, scaler = optim.SGD([p, small], lr=1e-30), amp.GradScaler("cpu", init_scale=2.0)
     scaler.scale(torch.ones(()))

@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 from interop import amp, optim  # noqa: E402
 from interop.dropin import plan as plan_module  # noqa: E402
 from interop.dropin import reader  # noqa: E402
-from interop.dropin.leaf import BIG  # noqa: E402
+from interop.memory import HOST  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.interop.dropin.test_optimizer import backward, network, subprocess_run  # noqa: E402
 
@@ -774,7 +774,7 @@ def test_every_change_after_unchanged_steps_is_noticed(monkeypatch, change, extr
     assert_same(*both)
 
 
-@pytest.mark.parametrize("n", [10, BIG])
+@pytest.mark.parametrize("n", [10, HOST.big])
 @pytest.mark.parametrize("change", ["conj", "neg", "conj and neg", "strided", "data conj", "data neg"])
 def test_changes_of_complex_tensors_are_noticed(n, change):
     results = []
@@ -801,11 +801,11 @@ def test_changes_of_complex_tensors_are_noticed(n, change):
     assert cases.difference(results[1], results[0]) <= cases.NETWORK["float32"]
 
 
-@pytest.mark.parametrize(("i", "n"), [(0, BIG + 1), (0, 5), (1, 11), (1, 5)])
+@pytest.mark.parametrize(("i", "n"), [(0, HOST.big + 1), (0, 5), (1, 11), (1, 5)])
 def test_a_gradient_of_another_size_is_refused(i, n):
     """It can only come to be by `grad.data`; nothing is read past its end."""
     for module in (torch.optim, optim):
-        params = [torch.nn.Parameter(torch.ones(size)) for size in (BIG, 10)]
+        params = [torch.nn.Parameter(torch.ones(size)) for size in (HOST.big, 10)]
         opt = module.AdamW(params, lr=0.1)
         for step in range(4):
             for p in params:
@@ -923,7 +923,7 @@ def test_two_optimizers_in_threads(extras):
 @extras
 def test_a_thread_reads_while_another_steps(extras):
     """Each element counts down by one a step: a reader finds whole numbers that never rise."""
-    params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 1000, BIG)]
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 1000, HOST.big)]
     options = dict(max_norm=1e9, ema=0.0) if extras else {}
     opt = optim.SGD(params, lr=1.0, **options)
     steps, done = 300, []

@@ -24,7 +24,7 @@ from tests import cases  # noqa: E402
 def put(x):
     """A copy that JAX owns."""
     with enable_x64(True):
-        return jax.device_put(x.copy(), memory.HOST.jax_device).block_until_ready()
+        return jax.device_put(x.copy(), Apart.program_device).block_until_ready()
 
 
 class Buffer(device.Buffer):
@@ -64,7 +64,7 @@ class Table(device.Table):
 
 class Apart(device.Device):
     torch_device = torch.device("cpu")  # there is no other here
-    jax_device = memory.HOST.jax_device
+    jax_device, program_device = memory.HOST.jax_device, memory.HOST.of_size(0).program_device
     fuses_outputs = memory.HOST.fuses_outputs
     compiling = memory.HOST.compiling
 
@@ -72,6 +72,9 @@ class Apart(device.Device):
         self.calls = collections.Counter()
         self.buffers, self.stagings = weakref.WeakSet(), weakref.WeakSet()
         self.is_ready = False
+
+    def begin(self):
+        self.calls["begin"] += 1
 
     def before(self):
         self.calls["before"] += 1

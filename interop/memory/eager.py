@@ -1,0 +1,95 @@
+"""The host's memory where torch's own operations take the place of programs: arrays are tensors, and nothing waits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jax import Array
+from torch import Tensor
+
+from interop.memory import device, tensors
+from interop.memory.cpu import Cpu, aligned_zeros, check_memory, memory_at
+
+
+class Buffer(device.Buffer):
+    def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
+        shape = (shape,) if isinstance(shape, int) else shape
+        self._memory = aligned_zeros(math.prod(shape), dtype).view(np.uint8)
+        self.array: Any = self.view(tensors.TORCH_DTYPES[dtype], shape)
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+        return tensors.view(self._memory, dtype, shape, offset)
+
+
+class Staging(device.Staging):
+    def __init__(self, size: int, dtype: np.dtype):
+        self._memory, self._dtype = aligned_zeros(size, dtype).view(np.uint8), tensors.TORCH_DTYPES[dtype]
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+        return tensors.view(self._memory, dtype, shape, offset)
+
+    def array(self, shape: tuple[int, ...]) -> Tensor:
+        return self.view(self._dtype, shape, 0)
+
+
+class Table(device.Table):
+    def __init__(self, rows: int, columns: int):
+        self.rows = np.zeros((rows, columns))
+
+    def array(self) -> Any:
+        return self.rows, self.runs
+
+
+class Eager(Cpu):
+    """The host's memory, stepped by torch's operations."""
+
+    row = 16  # one line of the cache
+    big = 2**13  # to copy as many takes as long as some operations' calls
+    uses_torch = True
+
+    def begin(self) -> None:
+        """torch's threads may spin: they are the ones that work."""
+
+    def after(self, results: Any) -> None:
+        """What torch has called is done."""
+
+    def buffer(self, shape: int | tuple[int, ...], dtype: np.dtype) -> Any:
+        return Buffer(shape, dtype)
+
+    def replace(self, buffers: Sequence[Any], results: Sequence[Any]) -> None:
+        """They were written in place."""
+
+    def staging(self, size: int, dtype: np.dtype) -> Any:
+        return Staging(size, dtype)
+
+    def table(self, rows: int, columns: int, dtype: np.dtype) -> Any:
+        return Table(rows, columns)
+
+    def put(self, x: np.ndarray) -> Any:
+        return x
+
+    def zeros(self, size: int, dtype: np.dtype) -> Any:
+        return Staging(size, dtype).array((size,))
+
+    def elements(self, x: Tensor, dtype: np.dtype) -> Any:
+        check_memory(x.data_ptr(), x.numel())
+        return x.reshape(-1)
+
+    def elements_at(self, address: int, size: int, dtype: np.dtype) -> Any:
+        return _elements_at(address, size, dtype)
+
+    def tensor(self, x: Array) -> Tensor:
+        raise AssertionError("nothing is computed but the step")
+
+
+@functools.lru_cache(maxsize=4096)
+def _elements_at(address: int, size: int, dtype: np.dtype) -> Tensor:
+    return tensors.view(memory_at(address, size, dtype), tensors.TORCH_DTYPES[dtype], (size,), 0)
+
+
+EAGER = Eager()
