@@ -9,6 +9,7 @@ interop.wrap(tx, params)               # any optax transformation as a torch opt
 interop.sweep(model, loss, batches, lr=...)   # many learning rates, optimizers and seeds at once
 interop.prefetch(loader)               # a DataLoader's batches as JAX arrays, ahead of use
 interop.enable_native_reader()         # steps that read their gradients in C++
+interop.explain(optimizer)             # what a step is made of
 """
 
 import importlib
@@ -19,6 +20,7 @@ from interop import _compat  # noqa: F401  it says which version of what is need
 if TYPE_CHECKING:
     from interop.data import prefetch
     from interop.dropin.native import enable_native_reader
+    from interop.explaining import StepExplanation, explain
     from interop.modules import to_jax, to_torch
     from interop.runs.averages import average_to_jax, average_to_torch, scaler_to_jax, scaler_to_torch
     from interop.runs.files import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "StepExplanation",
     "WrappedOptimizer",
     "average_to_jax",
     "average_to_torch",
     "enable_native_reader",
+    "explain",
     "load_checkpoint",
     "optimizer_from_optax",
     "optimizer_to_jax",

@@ -3,6 +3,7 @@
 # ruff: noqa: F401
 from interop.data import prefetch
 from interop.dropin.native import enable_native_reader
+from interop.explaining import StepExplanation, explain
 from interop.modules import to_jax, to_torch
 from interop.runs.averages import average_to_jax, average_to_torch, scaler_to_jax, scaler_to_torch
 from interop.runs.files import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint

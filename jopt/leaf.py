@@ -10,16 +10,18 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.sparse import BCOO
 
 from jopt import numerics
 from jopt._compat import own_inputs, varying
 from jopt.rule import LeafState, Rule, Scalars
+
+if TYPE_CHECKING:
+    from jax.experimental.sparse import BCOO
 
 MASTER = "master"  # the slot of a leaf's float32 copy
 STACKED = 2**20  # elements that CPU steps at once; with more, no operation would find the result of the last in a cache

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +24,6 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jopt._compat import enable_x64, manual_axes, trace_state_clean, undivided, vary, varying
@@ -128,6 +128,8 @@ def _evaluate(f: Callable[..., Any], n_elementwise: int, dtype: np.dtype, *args:
 
 def _dependents(f: Callable[..., Any], i: int, args: Sequence[Any]) -> list[int]:
     """The outputs of f in which argument i appears."""
+    from jax.extend.core import Literal  # slow to import
+
     with enable_x64(True), jax.numpy_dtype_promotion("standard"):
         jaxpr = jax.make_jaxpr(lambda *args: f(*map(_widen, args)))(*args).jaxpr
     changing = {jaxpr.invars[i]}
@@ -158,6 +160,12 @@ def as_float32(x: Array) -> Array:
     """
     rounded = lax.optimization_barrier(lax.convert_element_type(x, jnp.float32))
     return lax.convert_element_type(rounded, jnp.float64)
+
+
+def is_sparse(x: Any) -> bool:
+    """Whether it is a BCOO. One has imported its module; nothing here does, for that takes longer than all of jopt."""
+    module = sys.modules.get("jax.experimental.sparse")
+    return module is not None and isinstance(x, module.BCOO)
 
 
 # --- torch's tensor operations -----------------------------------------------------------------------
@@ -324,6 +332,7 @@ def rsqrt(x: Array) -> Array:
     return _round(_quotient(jnp.ones((), a.dtype), _root(a)), x.dtype)
 
 
+@operation
 def norm(x: Array, axis: int | None = None) -> Array:
     """torch.norm: the Euclidean norm over one axis, which is kept, or over all; a real number of complex ones too."""
     if jnp.iscomplexobj(x):
@@ -332,6 +341,7 @@ def norm(x: Array, axis: int | None = None) -> Array:
     return _round(_root(jnp.sum(a * a, axis=axis, keepdims=axis is not None)), x.dtype)
 
 
+@operation
 def mean(x: Array, axis: int) -> Array:
     """torch.mean over an axis, which is kept."""
     (a,) = _up(x)

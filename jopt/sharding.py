@@ -17,7 +17,6 @@ import numpy as np
 import optax
 from jax import Array
 from jax.core import Tracer
-from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 
@@ -213,7 +212,7 @@ class _Layout:
     def constrained(self, tree: Tree, specs: Sequence[PartitionSpec]) -> Tree:
         """A tree like the parameters, in the trace of a step, its arrays laid out so."""
         leaves = [
-            x if x is None or isinstance(x, BCOO) else numerics.constrain(x, spec)
+            x if x is None or numerics.is_sparse(x) else numerics.constrain(x, spec)
             for x, spec in zip(self.treedef.flatten_up_to(tree), specs, strict=True)
         ]
         return self.treedef.unflatten(leaves)

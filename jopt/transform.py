@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.experimental.sparse import BCOO
 
 from jopt import _compat, numerics, valued
 from jopt.arena import is_packed
@@ -21,6 +20,9 @@ from jopt.fusion import fuses_outputs
 from jopt.leaf import init_leaf, step_leaves
 from jopt.rule import Hyperparameter, Rule, at_count
 from jopt.valued import Valued
+
+if TYPE_CHECKING:
+    from jax.experimental.sparse import BCOO
 
 Tree = Any
 A = ParamSpec("A")
@@ -567,14 +569,14 @@ def check_array(name: str, x: Any) -> None:
 
 def _check_grad(rule: Rule, path: str, grad: Any, param: Array) -> Array | BCOO:
     name = f"grads{path}"
-    if isinstance(grad, BCOO) != (rule.scope == "rows"):
-        if isinstance(grad, BCOO):
+    if numerics.is_sparse(grad) != (rule.scope == "rows"):
+        if numerics.is_sparse(grad):
             raise RuntimeError(f"{name}: {type(rule).__name__} does not support sparse gradients")
         raise RuntimeError(
             f"{name}: {type(rule).__name__} does not support dense gradients, please consider Adam instead, or give "
             "jax.experimental.sparse.BCOO((rows, indices[:, None]), shape=param.shape)"
         )
-    if isinstance(grad, BCOO):
+    if numerics.is_sparse(grad):
         if grad.n_batch or not grad.n_sparse:
             raise ValueError(
                 f"{name}: expected n_batch=0 and n_sparse>=1, found n_batch={grad.n_batch}, n_sparse={grad.n_sparse}"

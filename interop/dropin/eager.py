@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ from torch import Tensor
 
 from interop.dropin.coefficients import columns
 from interop.dropin.leaf import EMA, Leaf, real_dtype
+from interop.dropin.orthogonal import orthogonalize
+from interop.dropin.slots import slot_shapes
+from interop.memory.tensors import DTYPES, TORCH_DTYPES
 from jopt import numerics as t
 from jopt.rule import Rule
 
@@ -41,23 +45,42 @@ class Operand(t.Foreign):
 
     Attributes:
       text: it in the function.
+      shape, dtype: of a tensor, where the rule may ask for them.
       last: the operation that reads it last; none does so far.
-      slot: whose memory it lies in; None for memory that is its own, and for numbers.
+      slot: whose memory it lies in; None for memory of its own, and for numbers.
       writable: whether it may be overwritten once it is read.
     """
 
     record: Record
     text: str
     is_number: bool = False
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
     last: int = -1
     slot: str | None = None
     writable: bool = True
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
     def operate(self, name: str, *args: Any, **options: Any) -> Any:
         return self.record.add(name, *args, **options)
 
+    def astype(self, dtype: Any) -> Operand:
+        return self if self.is_number or self.dtype == dtype else self.operate("astype", self, dtype)
+
     def __neg__(self) -> Operand:
         return self.operate("neg", self)
+
+    def __mul__(self, other: Any) -> Operand:
+        return self.operate("*", self, other)
+
+    def __rmul__(self, other: Any) -> Operand:
+        return self.operate("*", other, self)
+
+    def __truediv__(self, other: Any) -> Operand:
+        return self.operate("/", self, other)
 
     def __eq__(self, other: object) -> Operand:  # type: ignore[override]
         return self.operate("==", self, other)
@@ -74,27 +97,43 @@ class Operand(t.Foreign):
 
 METHODS = {"absolute": "abs"}  # else torch has the operation's name
 CLAMPS = {"maximum": "clamp_min", "minimum": "clamp_max"}
+# What torch has in place too.
+IN_PLACE = {"add", "mul", "div", "lerp", "addcmul", "addcdiv", "sqrt", "rsqrt", "reciprocal", "absolute", "sign", "neg"}
+IN_PLACE |= CLAMPS.keys()
 
 
 class Record:
-    """The operations of a rule, in their order."""
+    """The operations of a rule, in their order: name, arguments, options, result."""
 
     def __init__(self) -> None:
         self.operations: list[tuple[str, list[Any], dict[str, Any], Operand]] = []
 
-    def add(self, name: str, *args: Any, **options: Any) -> Any:
+    def add(self, name: str, *given: Any, **options: Any) -> Any:
+        """Take down an operation; returns its result. Numbers are computed where they are used."""
+        args = list(given)
         if name == "tied":
             return args
         if name == "cast":  # torch rounds a number itself
             return args[0]
-        if all(x.is_number for x in args if isinstance(x, Operand)):
-            x, *others = map(_text, args)
-            return Operand(self, f"({x} {name} {others[0]})" if others else f"(-{x})", is_number=True)
-        result = Operand(self, f"v{len(self.operations)}")
-        for x in (*args, *options.values()):
+        if name == "orthogonalize":
+            c, matrix, steps = args
+            args = [matrix, c["a"], c["b"], c["c"], c["eps"], steps]
+        operands = [x for x in args if isinstance(x, Operand)]
+        tensors = [x for x in operands if not x.is_number]
+        if not tensors:
+            return Operand(self, _number(name, list(map(_text, args))), is_number=True)
+        shape, dtype = tensors[0].shape, tensors[0].dtype
+        if name in ("norm", "mean") and len(args) > 1:
+            shape = tuple(1 if i == args[1] % len(shape) else n for i, n in enumerate(shape))
+        elif len(tensors) > 1:
+            shape = tuple(np.broadcast_shapes(*(x.shape for x in tensors)))
+        is_number = name == "norm" and len(args) == 1
+        dtype = args[1] if name == "astype" else dtype
+        result = Operand(self, f"v{len(self.operations)}", is_number, shape, dtype)
+        for x in (*operands, *options.values()):
             if isinstance(x, Operand):
                 x.last = len(self.operations)
-        self.operations.append((name, list(args), options, result))
+        self.operations.append((name, args, options, result))
         return result
 
 
@@ -102,19 +141,43 @@ def _text(x: Any) -> str:
     return x.text if isinstance(x, Operand) else repr(x)
 
 
+def _number(name: str, texts: list[str]) -> str:
+    """What an operation on numbers gives."""
+    match name, texts:
+        case "full_like", [_, value]:
+            return value
+        case "where", [condition, x, y]:
+            return f"({x} if {condition} else {y})"
+        case "neg", [x]:
+            return f"(-{x})"
+        case _:
+            return f"({texts[0]} {name} {texts[1]})"
+
+
 @functools.lru_cache(maxsize=1024)
 def compile_rule(
-    rule: Rule | None, slots: tuple[str, ...], columns: tuple[str, ...]
+    rule: Rule | None,
+    slots: tuple[str, ...],
+    columns: tuple[str, ...],
+    shape: tuple[int, ...] = (),
+    dtype: np.dtype | None = None,
 ) -> tuple[Callable[..., None], int]:
     """The function that steps a leaf in place, and how often it passes over a leaf's memory more than it must.
 
-    The function takes the parameter, its gradient, the slots, and the numbers of the columns. Without a rule it updates
-    the parameter's average alone.
+    The function takes the parameter, its gradient, the slots, and the numbers of the columns.
+
+    Args:
+      rule: without one, the parameter's average alone is updated.
+      slots, columns: the names of the leaf's tensor state and of its coefficients.
+      shape, dtype: of the leaf, for a rule that looks at whole tensors.
     """
     record = Record()
-    c: Any = {name: Operand(record, f"c[{i}]", True) for i, name in enumerate(columns)}
-    param, *old = (Operand(record, name, slot=name) for name in ("param", *slots))
-    grad, state = Operand(record, "grad", writable=False), dict(zip(slots, old, strict=True))
+    c: Any = {name: Operand(record, f"c[{i}]", is_number=True) for i, name in enumerate(columns)}
+    shapes = slot_shapes(rule, shape) if rule is not None else {}
+    param, *old = (
+        Operand(record, name, shape=shapes.get(name, shape), dtype=dtype, slot=name) for name in ("param", *slots)
+    )
+    grad, state = Operand(record, "grad", shape=shape, dtype=dtype, writable=False), dict(zip(slots, old, strict=True))
     average = state.pop(EMA, None)
     new_param: Any = param
     new: Any = state
@@ -123,51 +186,58 @@ def compile_rule(
     outputs: dict[str, Any] = {"param": new_param} | new
     if average is not None:
         outputs[EMA] = t.lerp(average, new_param, c[EMA])  # type: ignore[arg-type]
-    n = len(record.operations)
     for x in outputs.values():
-        x.last = n
+        x.last = len(record.operations)
     for name, (condition, *chosen), _, result in reversed(record.operations):
         if name == "where" and condition.is_number:  # the result is one of them, not a copy
             for x in chosen:
                 x.last = max(x.last, result.last)
     lines, passes = [], 0
     for i, (name, args, options, result) in enumerate(record.operations):
-        tensors = [x for x in args if isinstance(x, Operand) and not x.is_number]
-        in_place = args[0] is tensors[0] and args[0].writable and args[0].last == i and name in _WRITING
-        result.slot = args[0].slot if in_place else None
-        result.writable = not (name == "where" and args[0].is_number)
-        passes += (len(tensors) + 1) * result.writable
-        lines.append(f"{result.text} = {_call(name, args, options, in_place)}")
+        x, whole = args[0], [y for y in args if isinstance(y, Operand) and not y.is_number and y.shape == shape]
+        writes = name in IN_PLACE and x.writable and x.last == i and x.shape == result.shape
+        result.slot = x.slot if writes else None
+        result.writable = not (name == "where" and x.is_number)
+        passes += len(whole) + (result.writable and not result.is_number and result.shape == shape)
+        lines.append(f"{result.text} = {_call(name, args, options, writes)}")
     for name, x in outputs.items():
         if x.slot != name:
             lines.append(f"{name}.copy_({x.text})")
-            passes += 2
+            passes += 2 * (x.shape == shape)
     body = "".join(f"    {line}\n" for line in lines)
-    scope: dict[str, Any] = {"torch": torch}
-    exec(f"def step({', '.join(['param', 'grad', *slots])}, c):\n{body}", scope)
-    return scope["step"], passes - 3 - 2 * len(slots)
-
-
-# What torch has in place too.
-_WRITING = {"add", "mul", "div", "lerp", "addcmul", "addcdiv", "sqrt", "rsqrt", "reciprocal", "absolute", "sign", "neg"}
-_WRITING |= CLAMPS.keys()
+    source = f"def step({', '.join(['param', 'grad', *slots])}, c):\n{body}"
+    scope: dict[str, Any] = {"torch": torch, "orthogonalize": orthogonalize}
+    exec(source, scope)
+    scope["step"].__doc__ = source
+    return scope["step"], passes - 3 - 2 * sum(x.shape == shape for x in old)
 
 
 def _call(name: str, args: Sequence[Any], options: dict[str, Any], in_place: bool) -> str:
-    x, *others = map(_text, args)
-    if name in ("==", "!=", "<", ">"):
-        return f"{x} {name} {others[0]}"
-    if name == "where":
-        a, b = others
-        return f"{a} if {x} else {b}" if args[0].is_number else f"torch.where({x}, {a}, {b})"
-    if name in ("zeros_like", "ones_like"):
-        return f"torch.{name}({x})"
-    if name in CLAMPS:
-        if isinstance(args[1], Operand) and not args[1].is_number:
+    """An operation on tensors, in torch's words."""
+    x, *others = texts = list(map(_text, args))
+    match name:
+        case "==" | "!=" | "<" | ">" | "*" | "/":
+            return f"{x} {name} {others[0]}"
+        case "where" if args[0].is_number:
+            return f"{others[0]} if {x} else {others[1]}"
+        case "where" | "zeros_like" | "ones_like":
+            return f"torch.{name}({', '.join(texts)})"
+        case "maximum" | "minimum" if isinstance(args[1], Operand) and not args[1].is_number:
             return f"torch.{name}({x}, {others[0]}{f', out={x}' * in_place})"
-        return f"{x}.{CLAMPS[name]}{'_' * in_place}({others[0]})"
-    if name in ("addcmul", "addcdiv"):
-        others = [*others[:2], f"value={others[2]}" if len(others) > 2 else "value=1"]
+        case "maximum" | "minimum":
+            return f"{x}.{CLAMPS[name]}{'_' * in_place}({others[0]})"
+        case "norm" if not others:
+            return f"{x}.norm(2).item()"
+        case "norm":
+            return f"torch.norm({x}, dim={others[0]}, keepdim=True)"
+        case "mean":
+            return f"{x}.mean(dim={others[0]}, keepdim=True)"
+        case "astype":
+            return f"{x}.to({TORCH_DTYPES[np.dtype(args[1])]})"
+        case "orthogonalize":
+            return f"orthogonalize({', '.join(texts)})"
+        case "addcmul" | "addcdiv":
+            others = [*others[:2], f"value={others[2] if len(others) > 2 else 1}"]
     keywords = [f"{key}={_text(value)}" for key, value in options.items() if value is not None]
     return f"{x}.{METHODS.get(name, name)}{'_' * in_place}({', '.join([*others, *keywords])})"
 
@@ -177,24 +247,30 @@ def suits(leaves: Iterable[tuple[Rule, Leaf]]) -> bool:
     extra = 0
     for rule, leaf in leaves:
         # An operation of torch's rounds to the parameter's type, which wider state is to be kept from.
-        if rule.scope != "element" or {*map(real_dtype, leaf.state_dtypes.values())} - {real_dtype(leaf.dtype)}:
+        if {*map(real_dtype, leaf.state_dtypes.values())} - {real_dtype(leaf.dtype)}:
             return False
-        extra += compile_rule(rule, tuple(leaf.state_dtypes), columns(rule, leaf.state_dtypes))[1] * leaf.size
+        names = tuple(leaf.state_dtypes)
+        whole = (tuple(leaf.shape), DTYPES[leaf.dtype]) if rule.scope == "tensor" else ()
+        extra += compile_rule(rule, names, columns(rule, names), *whole)[1] * leaf.size
     return extra <= ROOM
+
+
+def sources(spec: Spec) -> tuple[str, ...]:
+    """The functions that step a bucket, as Python's text."""
+    wholes = dict.fromkeys((shape, spec.dtype) for shape in spec.big) if spec.rule.scope == "tensor" else [()]
+    functions = [compile_rule(spec.rule, tuple(spec.names[1:]), spec.columns, *whole)[0] for whole in wholes]
+    return tuple(str(f.__doc__) for f in functions)
 
 
 class Update:
     """Steps a bucket, as `program.Update` compiled does; nothing clips or unscales here.
 
-    It is of one bucket, for it keeps the parts of its buffers.
+    It is of one bucket, for it keeps views of its buffers.
     """
 
     def __init__(self, spec: Spec):
         self._spec = spec
-        slots = tuple(spec.names[1:])
-        self._step, _ = compile_rule(spec.rule, slots, spec.columns)
-        self._average = compile_rule(None, slots, spec.columns)[0] if EMA in slots else None
-        self._parts: dict[tuple[int, int], list[Tensor]] = {}
+        self._kept: dict[Any, Any] = {}  # functions, and the tensors that they take
 
     def __call__(
         self,
@@ -204,19 +280,45 @@ class Update:
         leaf_of_row: np.ndarray,
         found: dict[str, Any],
     ) -> list[Tensor]:
-        (rows, runs), n, big = table, len(self._spec.names), len(self._spec.big)
+        (rows, runs), big = table, len(self._spec.big)
         for begin, end in runs:
             c = rows[begin].tolist()
-            step = self._step if c[-1] else self._average  # the last says whether it has a gradient
-            if step is None:
+            is_active = bool(c[-1])
+            if not is_active and EMA not in self._spec.names:
                 continue
             for i in range(begin, min(end, big)):
-                step(buffers[n * i], grads[i], *buffers[n * i + 1 : n * i + n], c)
+                step, param, slots = self._kept.get((i, is_active)) or self._keep_big(i, is_active, buffers, grads[i])
+                step(param, grads[i], *slots, c)
             if end > big:
-                part = self._parts.get((begin, end))
-                if part is None:
-                    first, last = np.searchsorted(leaf_of_row, (max(begin - big, 0), end - big))
-                    small = [buffers[n * big], grads[big], *buffers[n * big + 1 :]]
-                    part = self._parts[begin, end] = [x[first:last].view(-1) for x in small]
-                step(*part, c)
+                leaves = max(begin - big, 0), end - big
+                step, small = self._kept.get((*leaves, is_active)) or self._keep_small(
+                    *leaves, is_active, buffers, grads[big], leaf_of_row
+                )
+                step(*small, c)
         return buffers
+
+    def _function(self, is_active: bool, *whole: Any) -> Callable[..., None]:
+        """The function for a leaf that has a gradient, or the one for its average alone."""
+        spec = self._spec
+        return compile_rule(spec.rule if is_active else None, tuple(spec.names[1:]), spec.columns, *whole)[0]
+
+    def _keep_big(self, i: int, is_active: bool, buffers: list[Tensor], grad: Tensor) -> Any:
+        """In the leaf's shape, which its gradient has too, if it has one."""
+        spec, shapes, whole = self._spec, [grad.shape] * len(self._spec.names), ()
+        if spec.rule.scope == "tensor":
+            shapes, whole = spec.buffer_shapes(spec.big[i]), (spec.big[i], spec.dtype)
+        first = i * len(shapes)
+        own = buffers[first : first + len(shapes)]
+        param, *slots = (x.view(shape) for x, shape in zip(own, shapes, strict=True))
+        found = self._kept[i, is_active] = self._function(is_active, *whole), param, slots
+        return found
+
+    def _keep_small(
+        self, first: int, last: int, is_active: bool, buffers: list[Tensor], grads: Tensor, leaf_of_row: np.ndarray
+    ) -> Any:
+        """Of the small leaves from one to another, as one."""
+        begin, end = np.searchsorted(leaf_of_row, (first, last))
+        param, *slots = buffers[-len(self._spec.names) :]
+        small = [x[begin:end].view(-1) for x in (param, grads, *slots)]
+        found = self._kept[first, last, is_active] = self._function(is_active), small
+        return found

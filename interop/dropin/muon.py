@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from jax import Array, lax
 
 from interop.dropin import host
+from interop.dropin.orthogonal import orthogonalize
 from interop.dropin.program import Norms, Spec, Update, compile_on
 from interop.dropin.program import compile_update as compile_plain
 from interop.memory.tensors import DTYPES
@@ -88,30 +88,12 @@ class Orthogonalizing:
         device = self.spec.device
         c = dict(zip(self.spec.columns, np.asarray(table)[0].tolist(), strict=True))
         arguments = (buffers, grads, table, leaf_of_row, found)
-        rows, columns = self.spec.big[0]
         bits = self.direct(*arguments)
         device.after(bits)
-        x = device.tensor(bits).view(torch.bfloat16).view(-1, rows, columns)
-        if rows > columns:
-            x = x.mT
-        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=c["eps"])
-        # torch adds up products of 16 rows or fewer in another order for a batch than for one matrix.
-        together = len(x) > 1 and x.shape[1] > 16
-        x = self._iterate(x, c) if together else torch.stack([self._iterate(matrix, c) for matrix in x])
-        x = (x.mT if rows > columns else x).contiguous()
+        x = device.tensor(bits).view(torch.bfloat16).view(-1, *self.spec.big[0])
+        x = orthogonalize(x, c["a"], c["b"], c["c"], c["eps"], self.ns_steps)
         device.begin()  # torch's products have started its threads again
         device.before()
         out = self.move([device.elements(matrix, DTYPES[x.dtype]) for matrix in x], *arguments)
         device.after(out)  # wait: the program reads x, which is freed at the return
         return out
-
-    def _iterate(self, x: torch.Tensor, c: dict[str, float]) -> torch.Tensor:
-        """The iteration of `jopt.optimizers.muon.orthogonalize`, for one matrix or a batch."""
-        addmm = torch.addmm if x.dim() == 2 else torch.baddbmm
-        gram, polynomial = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))
-        results = itertools.cycle(x.new_empty(x.shape) for _ in range(2))  # not x: it may be a transpose
-        for _ in range(self.ns_steps):
-            torch.matmul(x, x.mT, out=gram)
-            addmm(gram, gram, gram, beta=c["b"], alpha=c["c"], out=polynomial)
-            x = addmm(x, polynomial, x, beta=c["a"], out=next(results))
-        return x

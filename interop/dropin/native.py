@@ -102,6 +102,9 @@ class ReadGradients(reader.Gradients):
 
     def of_big(self, work: Work) -> list[Any]:
         bucket = work.bucket
+        if bucket.device.uses_torch:
+            grads = self._grads.tensors(bucket.index)
+            return [x if x is None or not x.is_complex() else torch.view_as_real(x) for x in grads]
         return [
             None if address is None else bucket.device.elements_at(address, leaf.size, bucket.dtype)
             for leaf, address in zip(bucket.big, self._grads.addresses(bucket.index), strict=True)

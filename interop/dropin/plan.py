@@ -193,7 +193,12 @@ class Plan:
                     )
                 norms = tuple((len(bucket.leaves), bucket.dtype) for bucket in self.buckets)
                 measures = [program.compile_norms(bucket.spec, unscale) for bucket in self.buckets]
-            updates = [optimizer.compile_update(bucket.spec, clip, unscale, norms) for bucket in self.buckets]
+            updates = [
+                eager.Update(bucket.spec)
+                if bucket.device.uses_torch
+                else optimizer.compile_update(bucket.spec, clip, unscale, norms)
+                for bucket in self.buckets
+            ]
             self._compiled[clip, unscale] = measures, updates
         return self._compiled[clip, unscale]
 

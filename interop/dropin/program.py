@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from interop.dropin import eager
 from interop.dropin.coefficients import columns
 from interop.dropin.host import own_settings
 from interop.dropin.leaf import EMA
@@ -85,13 +84,9 @@ class Spec:
         return [self.array(shape, self.dtype) for shape in shapes]
 
 
-def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
-    """What steps a bucket: a program, for any optimizer with one like it, or torch's operations."""
-    return eager.Update(spec) if spec.device.uses_torch else compile_program(spec, clip, unscale, norms)
-
-
 @functools.lru_cache(maxsize=256)
-def compile_program(spec: Spec, clip: bool, unscale: bool, norms: Norms) -> Any:
+def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
+    """The program that steps a bucket, for any optimizer with one like it: an `Update`, compiled."""
     update = Update(spec, clip, unscale, norms)
     with own_settings():
         return compile_on(spec.device, update, *update.arguments(), donate_argnums=0)

@@ -81,6 +81,7 @@ struct Gradients {
   std::vector<at::Tensor> grads;
 
   py::list addresses(size_t bucket) const;
+  py::list tensors(size_t bucket) const;
   void gather(size_t bucket) const;
 };
 
@@ -202,6 +203,18 @@ py::list Gradients::addresses(size_t bucket) const {
   return found;
 }
 
+py::list Gradients::tensors(size_t bucket) const {
+  py::list found;
+  for (const std::optional<size_t>& place : reader->bucket(bucket).big) {
+    if (place) {
+      found.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(grads.at(*place))));
+    } else {
+      found.append(py::none());
+    }
+  }
+  return found;
+}
+
 void Gradients::gather(size_t bucket) const {
   for (const Small& small : reader->bucket(bucket).small)
     if (small.nbytes) std::memcpy(small.target, grads.at(small.place).const_data_ptr(), small.nbytes);
@@ -210,7 +223,10 @@ void Gradients::gather(size_t bucket) const {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  py::class_<Gradients>(m, "Gradients").def("addresses", &Gradients::addresses).def("gather", &Gradients::gather);
+  py::class_<Gradients>(m, "Gradients")
+      .def("addresses", &Gradients::addresses)
+      .def("tensors", &Gradients::tensors)
+      .def("gather", &Gradients::gather);
   py::class_<Reader, std::shared_ptr<Reader>>(m, "Reader")
       .def(py::init<const py::list&, const std::vector<bool>&, const py::list&, const std::vector<Reader::Places>&>())
       .def("read", &Reader::read);

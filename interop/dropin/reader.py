@@ -77,7 +77,9 @@ class PythonReader(Reader):
         self._stepped = [leaf.param for leaf in leaves]
         self._may_be_lazy = [leaf.param for leaf in leaves if leaf.dtype.is_complex or leaf.lazy]
         self._views = views
-        self._looks = self._look(list(map(_grad_of, self._params)))
+        grads = list(map(_grad_of, self._params))
+        self._looks = self._look(grads)
+        self._are_dense = all(g is None or _is_dense(g) for g in grads)
         self._objects, self._lengths = objects(optimizer)
 
     def read(self, optimizer: Any) -> Gradients | None:
@@ -85,7 +87,7 @@ class PythonReader(Reader):
         if lengths != self._lengths or not all(map(operator.is_, found, self._objects)):
             return None
         grads = list(map(_grad_of, self._params))
-        return ListedGradients(grads) if self._looks == self._look(grads) else None
+        return ListedGradients(grads, self._are_dense) if self._looks == self._look(grads) else None
 
     def _look(self, grads: list[Any]) -> Any:
         present = [g for g in grads if g is not None]
@@ -93,6 +95,8 @@ class PythonReader(Reader):
             list(map(type, grads)),
             list(map(_dtype_of, present)),
             list(map(_layout_of, present)),
+            list(map(Tensor.is_contiguous, present)),
+            list(map(Tensor.is_neg, present)),
             list(map(address, self._stepped)),
             list(map(_dtype_of, self._stepped)),
             list(map(_shape_of, self._stepped)),
@@ -105,15 +109,18 @@ class PythonReader(Reader):
 class ListedGradients(Gradients):
     """Gradients as a list, in the order of their parameters."""
 
-    def __init__(self, grads: Sequence[Any]):
+    def __init__(self, grads: Sequence[Any], are_dense: bool = False):
         super().__init__()
-        self._grads = grads
+        self._grads, self._are_dense = grads, are_dense
         self._dense: list[Tensor] = []  # copies that were made to be read
 
     def of_big(self, work: Work) -> list[Any]:
-        grads = [None if i is None else _dense(self._grads[i]) for i in work.places]
-        self._dense += [x for x in grads if x is not None]
-        return [None if x is None else work.bucket.device.elements(x, work.bucket.dtype) for x in grads]
+        grads = [None if i is None else self._grads[i] for i in work.places]
+        if not self._are_dense:
+            grads = [None if x is None else _dense(x) for x in grads]
+            self._dense += [x for x in grads if x is not None]
+        elements, dtype = work.bucket.device.elements, work.bucket.dtype
+        return [None if x is None else elements(x, dtype) for x in grads]
 
     def gather(self, work: Work) -> None:
         if work.small_views:
@@ -158,6 +165,11 @@ def objects(optimizer: Any) -> tuple[list[Any], list[int]]:
 
 
 _grad_of, _dtype_of, _layout_of, _shape_of = map(operator.attrgetter, ("grad", "dtype", "layout", "shape"))
+
+
+def _is_dense(grad: Tensor) -> bool:
+    """Whether its elements are its memory, as `_dense` makes it."""
+    return grad.is_contiguous() and not grad.is_complex() and not grad.is_neg()
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from jax import Array
 from torch import Tensor
 
-from interop.dropin import host, program
+from interop.dropin import eager, host, program
 from interop.dropin.groups import Groups, parameter_name
 from interop.dropin.state import check_slot, check_state
 from interop.memory import Buffer, Device, check, check_parameter
@@ -31,7 +31,6 @@ SMALLEST = 1024  # elements
 def step(optimizer: Any) -> None:
     """Step every parameter that has a gradient, after all were checked."""
     stepped = []
-    host.check_process()
     groups = Groups(optimizer)
     numbers, rules = groups.numbers, groups.rules
     for index, group in enumerate(optimizer.param_groups):
@@ -75,20 +74,35 @@ def _step_rows(
     tensors = [p, *(state[slot] for slot in SLOTS)]
     tables = [x.flatten(0, lead - 1) for x in tensors]  # views where the leading axes lie so
     rows = grad.values()
-    buffers = work.buffers(device, rows.numel(), [grad.dtype, *(x.dtype for x in tensors)])
-    views = [b.view(x.dtype, tuple(rows.shape)) for b, x in zip(buffers, (grad, *tensors), strict=True)]
+    by_torch, extra = eager.compile_rule(rule, SLOTS, tuple(c))
+    if extra * rows.numel() <= eager.ROOM and {x.dtype for x in tensors} == {rows.dtype}:
+        views = [rows, *(table.index_select(0, index) for table in tables)]
+        by_torch(views[1], rows, *views[2:], list(map(float, c.values())))
+    else:
+        views = _by_program(device, work, rule, c, index, [rows, *tables])
+    for x, table, view in zip(tensors, tables, views[1:], strict=True):
+        table.index_copy_(0, index, view)
+        if address(table) != address(x):
+            x.copy_(table.view_as(x))
+
+
+def _by_program(
+    device: Device, work: _Work, rule: Rule, c: dict[str, Any], index: Tensor, tables: list[Tensor]
+) -> list[Tensor]:
+    """The rows after the step, behind their gradient; `tables` is that and what the others are taken from."""
+    host.check_process()
+    rows = tables[0]
+    buffers = work.buffers(device, rows.numel(), [x.dtype for x in tables])
+    views = [b.view(x.dtype, tuple(rows.shape)) for b, x in zip(buffers, tables, strict=True)]
     views[0].copy_(rows)
-    for table, view in zip(tables, views[1:], strict=True):
+    for table, view in zip(tables[1:], views[1:], strict=True):
         torch.index_select(table, 0, index, out=view)
     compiled = _compile(device, rule, tuple(b.array.dtype for b in buffers), tuple(c), buffers[0].array.size)
     compute = numerics.widest(b.array.dtype for b in buffers)
     with host.SignalsWait(), host.settings():
         device.before()
         device.after(program.launch(device, compiled, buffers, np.array(list(c.values())).astype(compute)))
-    for x, table, view in zip(tensors, tables, views[1:], strict=True):
-        table.index_copy_(0, index, view)
-        if address(table) != address(x):
-            x.copy_(table.view_as(x))
+    return views
 
 
 class _Work:

@@ -124,6 +124,7 @@ class Cpu(device.Device):
 
     def __init__(self, *, serial: bool = False):
         self._serial = serial
+        self.steps_by = "a program of one thread" if serial else "a program"
 
     @property
     def jax_device(self) -> Any:

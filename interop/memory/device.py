@@ -84,6 +84,9 @@ class Device(ABC):
     big: ClassVar[int] = 2**15
     """Tensors of so many elements have buffers of their own."""
 
+    steps_by: str = "a program"
+    """How `interop.explain` calls what steps here."""
+
     uses_torch: ClassVar[bool] = False
     """Whether torch's operations take the place of programs: arrays then are tensors."""
 

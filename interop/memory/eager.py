@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from jax import Array
 from torch import Tensor
 
 from interop.memory import device, tensors
-from interop.memory.cpu import Cpu, aligned_zeros, check_memory, memory_at
+from interop.memory.cpu import Cpu, aligned_zeros, check_memory
 
 
 class Buffer(device.Buffer):
@@ -52,6 +51,10 @@ class Eager(Cpu):
     big = 2**13  # to copy as many takes as long as some operations' calls
     uses_torch = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps_by = "torch's operations"
+
     def begin(self) -> None:
         """torch's threads may spin: they are the ones that work."""
 
@@ -78,18 +81,10 @@ class Eager(Cpu):
 
     def elements(self, x: Tensor, dtype: np.dtype) -> Any:
         check_memory(x.data_ptr(), x.numel())
-        return x.reshape(-1)
-
-    def elements_at(self, address: int, size: int, dtype: np.dtype) -> Any:
-        return _elements_at(address, size, dtype)
+        return x
 
     def tensor(self, x: Array) -> Tensor:
         raise AssertionError("nothing is computed but the step")
-
-
-@functools.lru_cache(maxsize=4096)
-def _elements_at(address: int, size: int, dtype: np.dtype) -> Tensor:
-    return tensors.view(memory_at(address, size, dtype), tensors.TORCH_DTYPES[dtype], (size,), 0)
 
 
 EAGER = Eager()

@@ -17,7 +17,6 @@ import optax
 from jax import Array
 from jax.core import Tracer
 from jax.experimental import checkify
-from jax.experimental.sparse import BCOO
 
 from jopt import numerics
 from jopt.arena import is_packed
@@ -227,6 +226,6 @@ def _check_number(name: str, value: Any, at_least: float = 0.0) -> None:
 
 
 def _dense(function: str, updates: Tree) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: isinstance(x, BCOO)):
-        if isinstance(x, BCOO):
+    for path, x in jax.tree_util.tree_leaves_with_path(updates, is_leaf=numerics.is_sparse):
+        if numerics.is_sparse(x):
             raise TypeError(f"{function}: expected dense gradients, found BCOO at {jax.tree_util.keystr(path)}")

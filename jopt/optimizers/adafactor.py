@@ -80,7 +80,7 @@ class Adafactor(Rule):
 
         def mean_square(axis):
             norm = t.norm(grad, axis)
-            return t.div(t.mul(norm, norm), jnp.full((), grad.shape[axis], c["d"].dtype))
+            return t.div(t.mul(norm, norm), t.full_like(c["d"], grad.shape[axis]))
 
         if "variance" in state:
             new = {"variance": t.lerp(state["variance"], t.mul(grad, grad), c["1-beta2"])}

@@ -83,7 +83,7 @@ class Muon(Rule):
 
     def update(self, c, grad, state, param):
         direction, state = self.direct(c, grad, state)
-        x = orthogonalize(c, direction, self.ns_steps)
+        x = t.operation(orthogonalize)(c, direction, self.ns_steps)
         return self.move(c, param, x, self.adjustment(param.shape)), state
 
     def direct(self, c, grad, state):

@@ -9,8 +9,15 @@ from tests import cases  # noqa: E402
 
 # torch divides by a number where these rules multiply by its reciprocal, which is a digit's difference at most.
 DIVIDING = ("Adam", "AdamW", "NAdam", "RAdam")
-ELEMENTS = [case for case in cases.TORCH_CASES if case.jopt().rule.scope == "element" and not case.matrices]
+CASES = [case for case in cases.TORCH_CASES if case.torch not in ("LBFGS", "SparseAdam")]
 SIZES = ((64, 32), (64,), (96, 96))  # the last has buffers of its own
+# torch.optim.Muon writes to the momentum of a parameter in bfloat16, where that is what it makes orthogonal.
+TO_THE_BIT = [
+    pytest.param(case, dtype, id=f"{case.id}-{dtype}")
+    for case in CASES
+    for dtype in ("float32", "float64", "bfloat16")
+    if case.torch not in DIVIDING and not (case.matrices and dtype == "bfloat16")
+]
 
 
 @pytest.fixture
@@ -20,6 +27,7 @@ def stepped_by():
 
 def pair(case, shapes, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
+    shapes = [shape for shape in shapes if len(shape) == 2 or not case.matrices]
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     found = []
     for module in (torch.optim, optim):
@@ -28,8 +36,7 @@ def pair(case, shapes, dtype=torch.float32):
     return found, generator
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("case", [case for case in ELEMENTS if case.torch not in DIVIDING], ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), TO_THE_BIT)
 def test_a_step_is_torchs_to_the_bit(case, dtype):
     dtype = getattr(torch, dtype)
     ((theirs, a), (ours, b)), generator = pair(case, SIZES, dtype)
@@ -46,7 +53,7 @@ def test_a_step_is_torchs_to_the_bit(case, dtype):
                 assert torch.equal(x, b.state[q][name]), name
 
 
-@pytest.mark.parametrize("case", ELEMENTS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_gradients_stay_as_they_are(case):
     (_, (params, optimizer)), generator = pair(case, SIZES)
     for _ in range(3):
@@ -70,7 +77,8 @@ def test_which_steps_they_take():
     assert not steps("AdamW", 10**6)  # more passes over memory than a program makes
     assert steps("SGD", 10**6, lr=0.1)  # one operation, one pass
     assert not steps("SGD", 10**6, lr=0.1, momentum=0.9)
-    assert not steps("Adafactor", 100)  # it looks at whole tensors
+    assert steps("Adafactor", 100)
+    assert not steps("Adafactor", 10**5)
     assert not steps("SGD", 10, lr=0.1, max_norm=1.0)
 
 

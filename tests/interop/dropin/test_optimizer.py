@@ -70,7 +70,7 @@ def assert_equal(theirs, ours, tolerances=cases.NETWORK):
 
 
 def compilations():
-    return program.compile_program.cache_info().misses
+    return program.compile_update.cache_info().misses
 
 
 def trained(**arguments):

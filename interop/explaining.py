@@ -1,0 +1,84 @@
+"""What a step of `interop.optim` is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from interop.dropin import eager
+from interop.dropin.step import CompiledStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters that are stepped together.
+
+    Attributes:
+      by: "torch's operations", "a program of one thread" or "a program".
+      tensors, elements: how many there are.
+      device: where they lie, as torch names it.
+      operations: of torch's operations the function, in Python, for each shape that it is made for; else none.
+    """
+
+    by: str
+    tensors: int
+    elements: int
+    device: str
+    operations: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepExplanation:
+    """What `explain` returns. Printed, it is a line a part, and the operations.
+
+    Attributes:
+      optimizer: the name of the class.
+      parts: in the order in which they are stepped.
+    """
+
+    optimizer: str
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        lines = [f"a step of {self.optimizer}:"]
+        for part in self.parts:
+            lines.append(f"  {part.tensors} tensors, {part.elements} elements, on {part.device}, by {part.by}")
+            lines += [f"    {line}" for source in part.operations for line in source.rstrip().split("\n")]
+        return "\n".join(lines)
+
+
+def explain(optimizer: Any) -> StepExplanation:
+    """What the next step of an optimizer of `interop.optim` does, if nothing changes before it.
+
+    Small steps are torch's own operations, the rest programs that XLA compiled: docs/performance.md says where one
+    begins to be quicker.
+
+    Raises:
+      TypeError: an optimizer without such a step: of another library, or LBFGS or SparseAdam.
+      ValueError: it has not made a step yet, so that nothing is planned.
+
+    >>> import torch
+    >>> from interop import explain, optim
+    >>> p = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = optim.SGD([p], lr=0.1)
+    >>> p.grad = torch.ones(3)
+    >>> optimizer.step()
+    >>> print(explain(optimizer))
+    a step of SGD:
+      1 tensors, 3 elements, on cpu, by torch's operations
+        def step(param, grad, c):
+            v0 = param.add_(grad, alpha=c[0])
+    """
+    if not isinstance(optimizer, CompiledStep):
+        raise TypeError(
+            f"optimizer: expected one of interop.optim but LBFGS and SparseAdam, found {type(optimizer).__name__}"
+        )
+    if optimizer._plan is None:
+        raise ValueError("optimizer: expected one that has made a step, found one without; what it steps is not known")
+    parts = []
+    for bucket in optimizer._plan.buckets:
+        operations = eager.sources(bucket.spec) if bucket.device.uses_torch else ()
+        elements = sum(leaf.size for leaf in bucket.leaves)
+        where = str(bucket.device.torch_device)
+        parts.append(Part(bucket.device.steps_by, len(bucket.leaves), elements, where, operations))
+    return StepExplanation(type(optimizer).__name__, tuple(parts))
