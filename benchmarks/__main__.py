@@ -23,6 +23,7 @@ from benchmarks import (
     measure,
     memory,
     report,
+    small,
     special,
     sweeping,
     training,
@@ -37,6 +38,7 @@ SECTIONS = {
     "compile": compiling.run,
     "memory": memory.run,
     "special": special.run,
+    "small": small.run,
     "loading": loading.run,
     "sweep": sweeping.run,
 }

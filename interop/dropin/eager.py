@@ -249,6 +249,8 @@ def suits(leaves: Iterable[tuple[Rule, Leaf]]) -> bool:
         # An operation of torch's rounds to the parameter's type, which wider state is to be kept from.
         if {*map(real_dtype, leaf.state_dtypes.values())} - {real_dtype(leaf.dtype)}:
             return False
+        if not leaf.size:
+            continue
         names = tuple(leaf.state_dtypes)
         whole = (tuple(leaf.shape), DTYPES[leaf.dtype]) if rule.scope == "tensor" else ()
         extra += compile_rule(rule, names, columns(rule, names), *whole)[1] * leaf.size
@@ -257,7 +259,9 @@ def suits(leaves: Iterable[tuple[Rule, Leaf]]) -> bool:
 
 def sources(spec: Spec) -> tuple[str, ...]:
     """The functions that step a bucket, as Python's text."""
-    wholes = dict.fromkeys((shape, spec.dtype) for shape in spec.big) if spec.rule.scope == "tensor" else [()]
+    wholes: Iterable[tuple[Any, ...]] = [()]
+    if spec.rule.scope == "tensor":
+        wholes = dict.fromkeys((shape, spec.dtype) for shape in spec.big if math.prod(shape))
     functions = [compile_rule(spec.rule, tuple(spec.names[1:]), spec.columns, *whole)[0] for whole in wholes]
     return tuple(str(f.__doc__) for f in functions)
 
@@ -270,6 +274,7 @@ class Update:
 
     def __init__(self, spec: Spec):
         self._spec = spec
+        self._has_elements = [math.prod(shape) > 0 for shape in spec.big]
         self._kept: dict[Any, Any] = {}  # functions, and the tensors that they take
 
     def __call__(
@@ -287,6 +292,8 @@ class Update:
             if not is_active and EMA not in self._spec.names:
                 continue
             for i in range(begin, min(end, big)):
+                if not self._has_elements[i]:
+                    continue
                 step, param, slots = self._kept.get((i, is_active)) or self._keep_big(i, is_active, buffers, grads[i])
                 step(param, grads[i], *slots, c)
             if end > big:

@@ -57,5 +57,5 @@ def test_what_is_not_explained():
     with pytest.raises(ValueError, match="has made a step"):
         interop.explain(optim.SGD([p], lr=0.1))
     for other in (torch.optim.SGD([p], lr=0.1), optim.LBFGS([p])):
-        with pytest.raises(TypeError, match="one of interop.optim but LBFGS and SparseAdam"):
+        with pytest.raises(TypeError, match=r"one of interop.optim but LBFGS and SparseAdam"):
             interop.explain(other)
