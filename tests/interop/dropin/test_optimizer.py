@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import jopt  # noqa: E402
 from interop import optim  # noqa: E402
-from interop.dropin import host, program  # noqa: E402
+from interop.dropin import eager, host, program  # noqa: E402
 from interop.dropin.step import CompiledStep  # noqa: E402
 from interop.memory import HOST  # noqa: E402
 from jopt import leaf as leaf_module  # noqa: E402
