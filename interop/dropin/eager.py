@@ -36,7 +36,11 @@ from jopt.rule import Rule
 if TYPE_CHECKING:
     from interop.dropin.program import Spec
 
-ROOM = 2**19  # elements that a step may pass over more often than a program, which reads and writes each array once
+ROOM = 2**19
+"""Elements that a step may pass over more often than a program, which reads and writes each array once."""
+
+RENT = 2**31
+"""Elements that steps after a change of shapes may pass over so, all together: in the time that compiling takes."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -194,7 +198,7 @@ def compile_rule(
                 x.last = max(x.last, result.last)
     lines, passes = [], 0
     for i, (name, args, options, result) in enumerate(record.operations):
-        x, whole = args[0], [y for y in args if isinstance(y, Operand) and not y.is_number and y.shape == shape]
+        x, whole = args[0], {id(y) for y in args if isinstance(y, Operand) and not y.is_number and y.shape == shape}
         writes = name in IN_PLACE and x.writable and x.last == i and x.shape == result.shape
         result.slot = x.slot if writes else None
         result.writable = not (name == "where" and x.is_number)
@@ -242,19 +246,19 @@ def _call(name: str, args: Sequence[Any], options: dict[str, Any], in_place: boo
     return f"{x}.{METHODS.get(name, name)}{'_' * in_place}({', '.join([*others, *keywords])})"
 
 
-def suits(leaves: Iterable[tuple[Rule, Leaf]]) -> bool:
-    """Whether the rules' operations on these leaves take no longer than programs."""
+def extra_passes(leaves: Iterable[tuple[Rule, Leaf]]) -> int | None:
+    """How many elements the rules' operations pass over more often than programs; None where programs are needed."""
     extra = 0
     for rule, leaf in leaves:
         # An operation of torch's rounds to the parameter's type, which wider state is to be kept from.
         if {*map(real_dtype, leaf.state_dtypes.values())} - {real_dtype(leaf.dtype)}:
-            return False
+            return None
         if not leaf.size:
             continue
         names = tuple(leaf.state_dtypes)
         whole = (tuple(leaf.shape), DTYPES[leaf.dtype]) if rule.scope == "tensor" else ()
         extra += compile_rule(rule, names, columns(rule, names), *whole)[1] * leaf.size
-    return extra <= ROOM
+    return extra
 
 
 def sources(spec: Spec) -> tuple[str, ...]:

@@ -85,18 +85,16 @@ class Plan:
     ):
         self.rules, self.averages = list(rules), optimizer.ema is not None
         self.turn: Turn | None = None
-        self.leaves, members, self.passes = self._find_leaves(optimizer, numbers, grads, previous)
+        self.leaves, self.passes = self._find_leaves(optimizer, numbers, grads, previous)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
-        self.devices = {leaf.device for leaf in self.leaves.values()}
-        self.uses_torch = any(device.uses_torch for device in self.devices)
+        extra = None if measures(optimizer) else eager.extra_passes((rules[x.group], x) for x in self.leaves.values())
+        self._make_buckets(by_torch=extra is not None and extra <= eager.ROOM)
+        self.rent: int | None = None
+        if extra and previous is not None and not self.uses_torch and self._rents(previous):
+            self.rent = eager.RENT // extra
+            self._make_buckets(by_torch=self.rent > 0)
         if not self.uses_torch:
             host.check_process()
-        parts = [
-            (device, rule, dtype, dict(slots), part)
-            for (_, device, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
-            for part in _shelves(device, rule, leaves)
-        ]
-        self.buckets = [Bucket(i, *part) for i, part in enumerate(parts)]
         self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
         self.programs(optimizer)
         with host.SignalsWait():
@@ -106,8 +104,8 @@ class Plan:
 
     def _find_leaves(
         self, optimizer: Any, numbers: Numbers, grads: Mapping[Tensor, Tensor], previous: Plan | None
-    ) -> tuple[dict[Tensor, Leaf], dict[Any, list[Leaf]], dict[Tensor, int]]:
-        """Check everything; returns the leaves, grouped by what one program may step together, and the pass of each."""
+    ) -> tuple[dict[Tensor, Leaf], dict[Tensor, int]]:
+        """Check everything; returns the leaves, and the pass of each."""
         before = previous.leaves if previous else {}
         params = [
             p
@@ -121,15 +119,34 @@ class Plan:
             for p in group["params"]:
                 if p in passes and p not in leaves:
                     leaves[p] = self._leaf(optimizer, index, p, numbers[index], before.get(p))
-        small = not measures(optimizer) and eager.suits((self.rules[leaf.group], leaf) for leaf in leaves.values())
-        size = sum(leaf.size for leaf in leaves.values())
+        return leaves, passes
+
+    def _make_buckets(self, *, by_torch: bool) -> None:
+        """Put the leaves that one program may step together into a bucket; by torch's operations, where it can."""
+        size = sum(leaf.size for leaf in self.leaves.values())
         members: dict[Any, list[Leaf]] = {}
-        for p, leaf in leaves.items():
-            leaf.device = (leaf.device.by_torch if small else None) or leaf.device.of_size(size)
+        for p, leaf in self.leaves.items():
+            device = (leaf.device.by_torch if by_torch else None) or leaf.device.of_size(size)
             real = tuple((slot, real_dtype(dtype)) for slot, dtype in leaf.state_dtypes.items())
-            key = passes[p], leaf.device, self.rules[leaf.group], real_dtype(p.dtype), real
+            key = self.passes[p], device, self.rules[leaf.group], real_dtype(p.dtype), real
             members.setdefault(key, []).append(leaf)
-        return leaves, members, passes
+        parts = [
+            (device, rule, dtype, dict(slots), part)
+            for (_, device, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
+            for part in _shelves(device, rule, leaves)
+        ]
+        self.buckets = [Bucket(i, *part) for i, part in enumerate(parts)]
+        self.devices = {bucket.device for bucket in self.buckets}
+        self.uses_torch = any(device.uses_torch for device in self.devices)
+
+    def _rents(self, previous: Plan) -> bool:
+        """Whether torch's operations take the first steps, for shapes changed, and might change again before long.
+
+        When what they cost more is as much as compiling, the next plan is by programs.
+        """
+        exchanged = any(p not in self.leaves or self.leaves[p].shape != x.shape for p, x in previous.leaves.items())
+        made = all(program.is_made(bucket.spec) for bucket in self.buckets)
+        return exchanged and not made and previous.rent != 0
 
     def _leaf(self, optimizer: Any, index: int, p: Tensor, h: dict[str, float], before: Leaf | None) -> Leaf:
         name, rule = parameter_name(optimizer, index, p), self.rules[index]
@@ -170,7 +187,9 @@ class Plan:
             if leaf.state_dtypes or scalars:
                 optimizer.state[leaf.param]  # in the order in which torch makes them
         freed = {
-            device: device.freeing(sum(leaf.local.nbytes for leaf in self.leaves.values() if leaf.device is device))
+            device: device.freeing(
+                sum(leaf.local.nbytes for bucket in self.buckets if bucket.device is device for leaf in bucket.leaves)
+            )
             for device, _ in sizes
         }
         for bucket in self.buckets:
@@ -217,7 +236,7 @@ class Plan:
         return (
             rules == self.rules
             and self.averages == (optimizer.ema is not None)
-            and not (self.uses_torch and measures(optimizer))
+            and not (self.uses_torch and (measures(optimizer) or self.rent == 0))
         )
 
     def serves(
@@ -321,6 +340,8 @@ class Plan:
         finally:
             if measured is not None:
                 self._wait(measured)
+        if self.rent:
+            self.rent -= 1
         if measured is None:
             return None, False
         first, (norm, found_inf), _ = results[0]

@@ -84,10 +84,19 @@ class Spec:
         return [self.array(shape, self.dtype) for shape in shapes]
 
 
+_made: set[Spec] = set()
+
+
+def is_made(spec: Spec) -> bool:
+    """Whether the program that steps a bucket, and no more, was compiled in this process."""
+    return spec in _made
+
+
 @functools.lru_cache(maxsize=256)
 def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
     """The program that steps a bucket, for any optimizer with one like it: an `Update`, compiled."""
     update = Update(spec, clip, unscale, norms)
+    _made.add(spec)
     with own_settings():
         return compile_on(spec.device, update, *update.arguments(), donate_argnums=0)
 
@@ -194,9 +203,10 @@ class Update:
         return self._after(step_leaf(self.spec.rule, *inputs), average)
 
     def _step_elements(self, leaves: list[Any]) -> list[Array]:
-        if not self.separates:
-            return [x for leaf in leaves for x in self._step_one(*leaf)]
-        return [x for leaf in leaves for x in separately(self._step_one, len(self.spec.names), *leaf)]
+        # Under jit, leaves of one size are traced once.
+        one = functools.partial(separately, self._step_one, len(self.spec.names)) if self.separates else self._step_one
+        step = jax.jit(one)
+        return [x for leaf in leaves for x in step(*leaf)]
 
     def _step_tensors(self, leaves: list[Any]) -> list[Array]:
         inputs, averages = [], []

@@ -8,4 +8,5 @@ def stepped_by(request, monkeypatch):
     eager = pytest.importorskip("interop.dropin.eager", reason="the drop-in is for torch")
     if request.param == "programs":
         monkeypatch.setattr(eager, "ROOM", -1)
+        monkeypatch.setattr(eager, "RENT", 0)
     return request.param

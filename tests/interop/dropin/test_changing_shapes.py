@@ -1,5 +1,7 @@
 """Parameters whose rows change during training, and the state that follows them: docs/changing-shapes.md."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,8 @@ import jax.numpy as jnp  # noqa: E402
 
 import jopt  # noqa: E402
 from interop import optim  # noqa: E402
-from tests.cases import FRONT_ENDS, TOLERANCES, TORCH_CASES, difference, parametrize  # noqa: E402
+from interop.dropin import eager, program  # noqa: E402
+from tests.cases import FRONT_ENDS, NETWORK, TOLERANCES, TORCH_CASES, difference, parametrize  # noqa: E402
 
 WIDTHS = (3, 700)  # of 100 rows the first shares a buffer, the second has its own
 ELEMENTWISE = list({case.torch: case for case in TORCH_CASES if case.scope == "element"}.values())
@@ -115,3 +118,70 @@ def test_spare_rows_compute_what_added_rows_do():
         spare, state = tx.step(jnp.where(alive[:, None], g, 0), state, spare)
         grown, grown_state = tx.step(g[: len(grown)], grown_state, grown)
     assert difference(spare, grown) <= FRONT_ENDS["float32"]
+
+
+@pytest.fixture
+def rented(monkeypatch, stepped_by):
+    """After a change of shapes torch's operations take two steps of 2 x 300 x 100 elements; programs all others."""
+    if stepped_by == "operations":
+        pytest.skip("only programs are replaced")
+    monkeypatch.setattr(eager, "RENT", 2 * 13 * 2 * 300 * 100)
+
+
+def test_operations_take_the_steps_until_compiling_pays(rented):
+    torch.manual_seed(0)
+    sides = []
+    for module in (torch.optim, optim):
+        params = [torch.nn.Parameter(torch.ones(300, 100)) for _ in range(2)]
+        sides.append(module.AdamW(params, lr=0.01))
+    ours = sides[1]
+
+    def step():
+        for i, shape in enumerate(tuple(p.shape) for p in ours.param_groups[0]["params"]):
+            grad = torch.randn(shape)
+            for side in sides:
+                side.param_groups[0]["params"][i].grad = grad.clone()
+        for side in sides:
+            side.step()
+        for p, q in zip(*(side.param_groups[0]["params"] for side in sides), strict=True):
+            assert difference(q.detach().double(), p.detach().double()) <= NETWORK["float32"]
+        return ours._plan.uses_torch
+
+    def resize(rows):
+        for side in sides:
+            for i, old in enumerate(side.param_groups[0]["params"]):
+                state = side.state.pop(old)
+                more = max(0, rows - len(old))
+                change = functools.partial(torch.nn.functional.pad, pad=(0, 0, 0, more))
+                new = side.param_groups[0]["params"][i] = torch.nn.Parameter(change(old.detach()[:rows]))
+                side.state[new] = {k: change(x[:rows]) if x.dim() else x for k, x in state.items()}
+
+    assert not step()
+    before = program.compile_update.cache_info().misses
+    resize(299)
+    assert step()
+    assert step()
+    assert program.compile_update.cache_info().misses == before
+    assert not step()
+    assert not step()
+    assert program.compile_update.cache_info().misses == before + 1
+    resize(300)  # whose program is there
+    assert not step()
+    resize(298)
+    assert step()
+    resize(297)
+    assert step()
+    assert step()
+    assert not step()
+    assert program.compile_update.cache_info().misses == before + 2
+
+
+def test_a_first_gradient_is_no_change_of_shapes(rented):
+    """A run that is resumed makes the same programs as the one that goes on."""
+    params = [torch.nn.Parameter(torch.ones(300, 100)) for _ in range(2)]
+    optimizer = optim.AdamW(params)
+    for i in range(2):
+        for p in params[: i + 1]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert not optimizer._plan.uses_torch
