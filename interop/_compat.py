@@ -51,7 +51,7 @@ def jax_has_started() -> bool:
 
 @functools.cache
 def own_cpu_device(*, serial: bool) -> Any:
-    """A CPU device beside JAX's, whose programs run in the thread that calls them; JAX's where that cannot be made.
+    """A CPU device beside JAX's, whose programs run in the thread that calls them; None where that cannot be made.
 
     JAX's own CPU client hands a program to another thread, so that its caller can go on. The drop-in has nothing to do
     meanwhile, and a small program takes less time than waking a thread. JAX has the choice as an option
@@ -62,15 +62,13 @@ def own_cpu_device(*, serial: bool) -> Any:
     """
     from jax._src.lib import xla_client  # type: ignore[reportPrivateImportUsage]
 
-    from jopt._compat import device
-
     before = os.environ.get("NPROC")
     try:
         if serial:
             os.environ["NPROC"] = "1"  # XLA's name for the number of a client's threads; read as it is made
         return xla_client.make_cpu_client(asynchronous=False).local_devices()[0]
     except (AttributeError, TypeError):
-        return device("cpu")
+        return None
     finally:
         if serial:
             os.environ.pop("NPROC")

@@ -11,18 +11,16 @@ import numpy as np
 from torch import Tensor
 
 from interop.dropin import dtensor, eager, host, native, program, reader
+from interop.dropin.arranging import passes_of, shelves
 from interop.dropin.bucket import Bucket, Numbers, Work, number_array
 from interop.dropin.coefficients import Scalars
 from interop.dropin.groups import parameter_name, parameters
-from interop.dropin.leaf import EMA, Leaf, is_big, is_lazy, real_dtype
+from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
 from interop.dropin.slots import slot_shapes
 from interop.dropin.state import check_state, is_shared, state_dtypes
 from interop.memory import Device, Staging, check_parameter
-from interop.memory.tensors import DTYPES, address, extent, is_alone
-from jopt.leaf import stack_size
+from interop.memory.tensors import DTYPES, address, is_alone
 from jopt.rule import Rule
-
-SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are gathered in as much memory
 
 
 @dataclasses.dataclass
@@ -113,7 +111,7 @@ class Plan:
             for p in group["params"]
             if p in grads or (p in before and (optimizer.state.get(p) or not before[p].views))
         ]
-        passes = _passes(params)
+        passes = passes_of(params)
         leaves: dict[Tensor, Leaf] = {}
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
@@ -133,7 +131,7 @@ class Plan:
         parts = [
             (device, rule, dtype, dict(slots), part)
             for (_, device, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
-            for part in _shelves(device, rule, leaves)
+            for part in shelves(device, rule, leaves)
         ]
         self.buckets = [Bucket(i, *part) for i, part in enumerate(parts)]
         self.devices = {bucket.device for bucket in self.buckets}
@@ -281,7 +279,7 @@ class Plan:
                     moves = leaf.placement is not None or leaf.homes or any(map(is_shared, state.values()))
                     # An array over the old state has to show the old values.
                     fits = fits and not moves and all(is_alone(leaf.views[slot]) for slot in exchanged)
-        return fits and not (moved and _passes(list(self.leaves)) != self.passes)
+        return fits and not (moved and passes_of(list(self.leaves)) != self.passes)
 
     def begin(self, optimizer: Any, numbers: Numbers, present: Mapping[Tensor, Tensor]) -> reader.Gradients:
         """Note which parameters step, and take in state that its user exchanged; returns the gradients."""
@@ -369,48 +367,3 @@ def measures(optimizer: Any) -> bool:
 def averages_begun(optimizer: Any) -> bool:
     """Whether other parameters have averages: a new one then begins before the step, as AveragedModel's would."""
     return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())
-
-
-def _shelves(device: Device, rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
-    """The leaves in parts: the small ones of a part fit into buffers of `SHELF` elements; the big are in the first.
-
-    Those that are stepped together are of one shape and group, and of as many elements as caches hold.
-    """
-    if rule.batched:
-        alike: dict[Any, list[list[Leaf]]] = {}
-        for leaf in leaves:
-            found = alike.setdefault((leaf.shape, leaf.group), [[]])
-            if len(found[-1]) == stack_size(leaf.size):
-                found.append([])
-            found[-1].append(leaf)
-        return [part for found in alike.values() for part in found]
-    parts, room = [[leaf for leaf in leaves if is_big(device, rule, leaf.size)]], SHELF
-    for leaf in leaves:
-        if not is_big(device, rule, leaf.size):
-            if leaf.size > room:
-                parts.append([])
-                room = SHELF
-            parts[-1].append(leaf)
-            room -= -(-leaf.size // device.row) * device.row
-    return parts
-
-
-def _passes(params: Sequence[Tensor]) -> dict[Tensor, int]:
-    """For each parameter in which pass it is stepped: one that shares memory with an earlier one comes after it.
-
-    torch steps parameters one after the other, which shows there.
-    """
-    extents = [extent(dtensor.local(p)) for p in params]
-    overlapping: list[list[int]] = [[] for _ in params]  # the earlier parameters in the memory of each
-    still: list[int] = []
-    for i in sorted(range(len(params)), key=extents.__getitem__):
-        begin, end = extents[i]
-        still = [j for j in still if extents[j][1] > begin]
-        if end > begin:
-            for j in still:
-                overlapping[max(i, j)].append(min(i, j))
-            still.append(i)
-    passes: list[int] = []
-    for earlier in overlapping:
-        passes.append(1 + max((passes[j] for j in earlier), default=-1))
-    return dict(zip(params, passes, strict=True))

@@ -132,7 +132,7 @@ class Cpu(device.Device):
 
     @property
     def program_device(self) -> Any:
-        return _compat.own_cpu_device(serial=self._serial)
+        return _compat.own_cpu_device(serial=self._serial) or self.jax_device
 
     def of_size(self, size: int) -> Cpu:
         return _SERIAL if size < PARALLEL else self
@@ -153,7 +153,7 @@ class Cpu(device.Device):
 
     @property
     def fuses_outputs(self) -> bool:
-        return fuses_outputs(own=True)
+        return fuses_outputs(own=True, device=_compat.own_cpu_device(serial=True))
 
     def compiling(self) -> contextlib.AbstractContextManager[Any]:
         return multi_output_fusion()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -103,7 +104,7 @@ def rows_of_zeros():
         mesh = mesh_of(kind)
         with jax.set_mesh(mesh):
             params = jax.device_put(placed()["w"], NamedSharding(mesh, P()))
-            rows = jax.experimental.sparse.BCOO((params[:1], jnp.array([[2]])), shape=params.shape)
+            rows = BCOO((params[:1], jnp.array([[2]])), shape=params.shape)
             tx = jopt.sparse_adam()
             found, _ = jax.jit(tx.step)(rows, tx.init(params), params)
             assert (jax.device_get(found) != jax.device_get(params)).any(axis=1).tolist() == [False, False, True, False]

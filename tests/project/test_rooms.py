@@ -28,7 +28,7 @@ INTEROP = [
     ["modules"],
     ["dropin"],
     ["optim"],
-    ["amp", "data", "sweeping", "wrapping", "runs"],
+    ["amp", "data", "explaining", "sweeping", "wrapping", "runs"],
     ["_public", "__main__"],
     ["__init__"],
 ]

@@ -1,9 +1,21 @@
-"""Each test runs twice: by torch's operations, which step what is as small as most tests' tensors, and by programs."""
+"""Tests run twice: by torch's operations, which step what is as small as most tests' tensors, and by programs.
+
+Those that start a process run once, for in that process nothing is set.
+"""
+
+import inspect
 
 import pytest
 
 
-@pytest.fixture(params=["operations", "programs"], autouse=True)
+def pytest_generate_tests(metafunc):
+    if "stepped_by" in metafunc.fixturenames and "stepped_by" not in vars(metafunc.module):
+        starts_a_process = "subprocess_run(" in inspect.getsource(metafunc.function)
+        ways = ["operations"] if starts_a_process else ["operations", "programs"]
+        metafunc.parametrize("stepped_by", ways, indirect=True)
+
+
+@pytest.fixture(autouse=True)
 def stepped_by(request, monkeypatch):
     eager = pytest.importorskip("interop.dropin.eager", reason="the drop-in is for torch")
     if request.param == "programs":

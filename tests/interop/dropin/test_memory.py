@@ -38,7 +38,7 @@ def test_a_first_step_has_no_tensor_twice():
             return optim.AdamW(params)
 
         torch.set_num_threads(2)
-        model([(8, 8), (200, 200)]).step()  # starts JAX
+        model([(8, 8), (1500, 1500)]).step()  # starts JAX
         start = memory("VmRSS")
         optimizer = model([(1000, 1001 + i) for i in range(8)] + [(125, 256)] * 256)
         tensors = 16 * sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import amp, optim  # noqa: E402
-from interop.dropin import plan  # noqa: E402
+from interop.dropin import arranging  # noqa: E402
 from interop.memory import HOST  # noqa: E402
 from jopt._compat import JAX  # noqa: E402
 from tests import cases  # noqa: E402
@@ -91,10 +91,10 @@ def test_bfloat16_is_clipped_in_bfloat16():
         assert all(torch.equal(p, q) for p, q in zip(*params, strict=True))
 
 
-@pytest.mark.parametrize("shelf", [plan.SHELF, 256])
+@pytest.mark.parametrize("shelf", [arranging.SHELF, 256])
 def test_one_norm_over_types_groups_and_shelves(monkeypatch, shelf):
     """Small leaves on several shelves share the memory that their gradients are gathered in."""
-    monkeypatch.setattr(plan, "SHELF", shelf)
+    monkeypatch.setattr(arranging, "SHELF", shelf)
     shapes = [(70,), (130,), (40000,), (200,), (3, 5), (100,)]
     dtypes = [torch.float32, torch.float32, torch.float32, torch.float64, torch.float64, torch.float32]
     results = []
@@ -125,7 +125,7 @@ def test_one_norm_over_types_groups_and_shelves(monkeypatch, shelf):
 
 
 def test_shelves_without_clipping(monkeypatch):
-    monkeypatch.setattr(plan, "SHELF", 256)
+    monkeypatch.setattr(arranging, "SHELF", 256)
     models = [torch.nn.Sequential(*[torch.nn.Linear(9, 9) for _ in range(8)]) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model, module in zip(models, (torch.optim, optim), strict=True):

@@ -21,8 +21,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import amp, optim  # noqa: E402
-from interop.dropin import plan as plan_module  # noqa: E402
-from interop.dropin import reader  # noqa: E402
+from interop.dropin import arranging, reader  # noqa: E402
 from interop.memory import HOST  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.interop.dropin.test_optimizer import backward, network, subprocess_run  # noqa: E402
@@ -405,10 +404,10 @@ def test_a_freed_optimizer_leaves_a_model_for_the_next(extras, last):
 
 
 @extras
-@pytest.mark.parametrize("shelf", [plan_module.SHELF, 256])
+@pytest.mark.parametrize("shelf", [arranging.SHELF, 256])
 def test_views_outlive_model_and_optimizer(monkeypatch, extras, shelf):
     """Each keeps the memory by itself."""
-    monkeypatch.setattr(plan_module, "SHELF", shelf)
+    monkeypatch.setattr(arranging, "SHELF", shelf)
     side = Side(True, extras=extras)
     side.train(2)
     held = []
@@ -528,7 +527,7 @@ def test_two_optimizers_on_one_model(over, extras):
 @extras
 def test_small_tensors_on_several_shelves(monkeypatch, extras):
     """Exchanged, absent, late and reset parameters, each on a shelf of its own."""
-    monkeypatch.setattr(plan_module, "SHELF", 64)
+    monkeypatch.setattr(arranging, "SHELF", 64)
     both = []
     for ours in (False, True):
         torch.manual_seed(0)
