@@ -25,8 +25,11 @@ def run(code, **environment):
         capture_output=True,
         text=True,
     )
-    assert (done.returncode == 0) == (not done.stderr.strip()), done.stderr
-    return (done.stderr.strip().splitlines() or [""])[-1]
+    # Where the plugin for CUDA is installed and no GPU is there, it says so.
+    log = re.compile(r"WARNING: All log messages before absl|[IW]\d{4} .*cudart_stub")
+    lines = [line for line in done.stderr.strip().splitlines() if not log.match(line)]
+    assert (done.returncode == 0) == (not lines), done.stderr
+    return (lines or [""])[-1]
 
 
 def pretending(found, then):
@@ -175,18 +178,18 @@ def test_both_read_a_version_alike(version):
 
 
 @pytest.mark.slow
-def test_a_step_without_a_cpu_device():
-    code = """
+@pytest.mark.parametrize("platforms", ["cuda", "tpu", "cuda,cpu"])
+@pytest.mark.parametrize("arguments", ["", ", max_norm=1.0"])
+def test_a_step_asks_for_none_of_jaxs_devices(platforms, arguments):
+    code = f"""
         import torch
         from interop import optim
         p = torch.nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
-        optim.Adam([p]).step()
+        optim.Adam([p]{arguments}).step()
+        assert p.sum() < 3
     """
-    assert run(code, JAX_PLATFORMS="cuda").startswith(
-        "RuntimeError: JAX finds no CPU device here. JAX_PLATFORMS is 'cuda': unset it, or set it to 'cuda,cpu'; "
-    )
-    assert run(code, JAX_PLATFORMS="cuda,cpu") == ""
+    assert run(code, JAX_PLATFORMS=platforms) == ""
 
 
 def test_every_option_of_every_class_is_known():

