@@ -67,8 +67,8 @@ class Side:
         self.ours = module is optim
         self.kept = []  # what else looks at the memory
         self.params = [self.make(rng, shape, layout, model["dtype"]) for shape, layout in model["params"]]
-        # In bfloat16 gradient and decay may cancel but for the last digit, which RMSprop divides by its own size.
-        decay = 0.0 if model["optimizer"] == "RMSprop" and model["dtype"] == "bfloat16" else 0.1
+        # Gradient and decay may cancel but for the last digit, which RMSprop and Adagrad divide by its own size.
+        decay = 0.1 if model["optimizer"] in ("SGD", "AdamW") else 0.0
         groups = [{"params": self.params[:1], "weight_decay": decay}, {"params": self.params[1:]}]
         arguments = OPTIMIZERS[model["optimizer"]]
         cls = getattr(module, model["optimizer"])
