@@ -21,6 +21,7 @@ from torch import Tensor
 
 from interop.dropin import dtensor, program
 from interop.dropin.coefficients import Coefficients, Scalars, scalar_dtype
+from interop.dropin.groups import Numbers
 from interop.dropin.leaf import EMA, Leaf, is_big
 from interop.dropin.reader import Gradients
 from interop.dropin.slots import first_slots
@@ -29,8 +30,6 @@ from interop.memory import Buffer, Device, Freed, Staging
 from interop.memory.tensors import DTYPES, address, entry, leave, may_move, owned
 from jopt.arena import Layout
 from jopt.rule import Rule
-
-Numbers = Sequence[dict[str, float]]  # the hyperparameters of each group
 
 
 @dataclasses.dataclass

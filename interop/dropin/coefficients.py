@@ -107,7 +107,6 @@ class Coefficients:
         """Write the table for a step; returns the next scalar state, for `finish`."""
         if self._known != self._bytes():  # the user wrote to the scalar state
             self._find_kinds()
-
         if self._read is None or self._read[0] is not hyperparameters:
             groups = [hyperparameters[self.groups[i]] for i in self._kinds]
             h = {name: [group.get(name, math.nan) for group in groups] for name in self.spec.rule.hyperparameters}

@@ -255,19 +255,25 @@ def extra_passes(leaves: Iterable[tuple[Rule, Leaf]]) -> int | None:
             return None
         if not leaf.size:
             continue
-        names = tuple(leaf.state_dtypes)
-        whole = (tuple(leaf.shape), DTYPES[leaf.dtype]) if rule.scope == "tensor" else ()
-        extra += compile_rule(rule, names, columns(rule, names), *whole)[1] * leaf.size
+        _, extra_of_one = _compile_for(rule, leaf.state_dtypes, tuple(leaf.shape), DTYPES[leaf.dtype])
+        extra += extra_of_one * leaf.size
     return extra
+
+
+def _compile_for(
+    rule: Rule, slots: Iterable[str], shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[Callable[..., None], int]:
+    """`compile_rule` for a leaf of that shape and type, which matter only to a rule that looks at whole tensors."""
+    slots = tuple(slots)
+    whole = (shape, dtype) if rule.scope == "tensor" else ()
+    return compile_rule(rule, slots, columns(rule, slots), *whole)
 
 
 def sources(spec: Spec) -> tuple[str, ...]:
     """The functions that step a bucket, as Python's text."""
-    wholes: Iterable[tuple[Any, ...]] = [()]
-    if spec.rule.scope == "tensor":
-        wholes = dict.fromkeys((shape, spec.dtype) for shape in spec.big if math.prod(shape))
-    functions = [compile_rule(spec.rule, tuple(spec.names[1:]), spec.columns, *whole)[0] for whole in wholes]
-    return tuple(str(f.__doc__) for f in functions)
+    shapes = [shape for shape in spec.big if math.prod(shape)] + [()] * bool(spec.n_small)
+    functions = (_compile_for(spec.rule, spec.names[1:], shape, spec.dtype)[0] for shape in shapes)
+    return tuple(dict.fromkeys(str(f.__doc__) for f in functions))
 
 
 class Update:
@@ -308,20 +314,22 @@ class Update:
                 step(*small, c)
         return buffers
 
-    def _function(self, is_active: bool, *whole: Any) -> Callable[..., None]:
+    def _function(self, is_active: bool, shape: tuple[int, ...] = ()) -> Callable[..., None]:
         """The function for a leaf that has a gradient, or the one for its average alone."""
         spec = self._spec
-        return compile_rule(spec.rule if is_active else None, tuple(spec.names[1:]), spec.columns, *whole)[0]
+        if not is_active:
+            return compile_rule(None, tuple(spec.names[1:]), spec.columns)[0]
+        return _compile_for(spec.rule, spec.names[1:], shape, spec.dtype)[0]
 
     def _keep_big(self, i: int, is_active: bool, buffers: list[Tensor], grad: Tensor) -> Any:
         """In the leaf's shape, which its gradient has too, if it has one."""
-        spec, shapes, whole = self._spec, [grad.shape] * len(self._spec.names), ()
-        if spec.rule.scope == "tensor":
-            shapes, whole = spec.buffer_shapes(spec.big[i]), (spec.big[i], spec.dtype)
+        spec = self._spec
+        whole = spec.rule.scope == "tensor"
+        shapes = spec.buffer_shapes(spec.big[i]) if whole else [grad.shape] * len(spec.names)
         first = i * len(shapes)
         own = buffers[first : first + len(shapes)]
         param, *slots = (x.view(shape) for x, shape in zip(own, shapes, strict=True))
-        found = self._kept[i, is_active] = self._function(is_active, *whole), param, slots
+        found = self._kept[i, is_active] = self._function(is_active, spec.big[i]), param, slots
         return found
 
     def _keep_small(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from interop.dropin import options
 from jopt.rule import Rule
 
-Numbers = list[dict[str, float]]  # of each group, by name
+Numbers = Sequence[dict[str, float]]  # the hyperparameters of each group
 _FIXED = (float, int, bool, str, type(None))  # types whose values cannot change
 
 
@@ -32,8 +33,12 @@ class Groups:
 
     def still_hold(self, optimizer: Any) -> bool:
         """Whether the groups hold what they held, and nothing that may have changed in itself, such as a tensor."""
-        before, now = self._objects, _objects(optimizer.param_groups)
-        return before is not None and len(before) == len(now) and all(map(operator.is_, before, now))
+        return self._objects is not None and are_same(self._objects, _objects(optimizer.param_groups))
+
+
+def are_same(a: list[Any], b: list[Any]) -> bool:
+    """Whether they hold the same objects."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _objects(groups: list[dict[str, Any]]) -> list[Any]:

@@ -38,15 +38,13 @@ def check_process() -> None:
         )
 
 
-def is_in_dynamo() -> bool:
-    """Whether torch.compile traces this call, or compiles what is called below it."""
-    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
-
-
-@functools.cache
 def undynamo(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile out of f. Called at the first step, since importing torch._dynamo is slow."""
-    return torch.compiler.disable(f)
+    """f, out of the reach of torch.compile where that traces this call, or compiles what is called below it."""
+    is_near = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+    return _disabled(f) if is_near else f
+
+
+_disabled = functools.cache(torch.compiler.disable)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from interop.dropin import dtensor, eager, host, native, program, reader
 from interop.dropin.arranging import passes_of, shelves
-from interop.dropin.bucket import Bucket, Numbers, Work, number_array
+from interop.dropin.bucket import Bucket, Work, number_array
 from interop.dropin.coefficients import Scalars
-from interop.dropin.groups import parameter_name, parameters
+from interop.dropin.groups import Numbers, parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
 from interop.dropin.slots import slot_shapes
 from interop.dropin.state import check_state, is_shared, state_dtypes

@@ -96,9 +96,10 @@ def is_made(spec: Spec) -> bool:
 def compile_update(spec: Spec, clip: bool = False, unscale: bool = False, norms: Norms = ()) -> Any:
     """The program that steps a bucket, for any optimizer with one like it: an `Update`, compiled."""
     update = Update(spec, clip, unscale, norms)
-    _made.add(spec)
     with own_settings():
-        return compile_on(spec.device, update, *update.arguments(), donate_argnums=0)
+        compiled = compile_on(spec.device, update, *update.arguments(), donate_argnums=0)
+    _made.add(spec)
+    return compiled
 
 
 class Update:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from interop.dropin import dtensor
-from interop.dropin.groups import parameter_name, parameters
+from interop.dropin.groups import are_same, parameter_name, parameters
 from interop.dropin.leaf import Leaf, is_lazy
 from interop.memory import Staging, check
 from interop.memory.tensors import address, in_type_of
@@ -84,7 +84,7 @@ class PythonReader(Reader):
 
     def read(self, optimizer: Any) -> Gradients | None:
         found, lengths = objects(optimizer)
-        if lengths != self._lengths or not all(map(operator.is_, found, self._objects)):
+        if lengths != self._lengths or not are_same(found, self._objects):
             return None
         grads = list(map(_grad_of, self._params))
         return ListedGradients(grads, self._are_dense) if self._looks == self._look(grads) else None

@@ -96,7 +96,7 @@ class Stepped(OfTorch):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        (host.undynamo(_guarded) if host.is_in_dynamo() else _guarded)(self)
+        host.undynamo(_guarded)(self)
         return loss
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_quiet_step)

@@ -11,29 +11,22 @@ import torch
 from jax import Array
 from torch import Tensor
 
-from interop.memory import device, tensors
-from interop.memory.cpu import Cpu, aligned_zeros, check_memory
+from interop.memory import cpu, device, tensors
 
 
 class Buffer(device.Buffer):
     def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype):
         shape = (shape,) if isinstance(shape, int) else shape
-        self._memory = aligned_zeros(math.prod(shape), dtype).view(np.uint8)
+        self._memory = cpu.aligned_zeros(math.prod(shape), dtype).view(np.uint8)
         self.array: Any = self.view(tensors.TORCH_DTYPES[dtype], shape)
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
         return tensors.view(self._memory, dtype, shape, offset)
 
 
-class Staging(device.Staging):
-    def __init__(self, size: int, dtype: np.dtype):
-        self._memory, self._dtype = aligned_zeros(size, dtype).view(np.uint8), tensors.TORCH_DTYPES[dtype]
-
-    def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
-        return tensors.view(self._memory, dtype, shape, offset)
-
+class Staging(cpu.Staging):
     def array(self, shape: tuple[int, ...]) -> Tensor:
-        return self.view(self._dtype, shape, 0)
+        return self.view(tensors.TORCH_DTYPES[self._memory.dtype], shape, 0)
 
 
 class Table(device.Table):
@@ -44,7 +37,7 @@ class Table(device.Table):
         return self.rows, self.runs
 
 
-class Eager(Cpu):
+class Eager(cpu.Cpu):
     """The host's memory, stepped by torch's operations."""
 
     row = 16  # one line of the cache
@@ -68,7 +61,7 @@ class Eager(Cpu):
         """They were written in place."""
 
     def staging(self, size: int, dtype: np.dtype) -> Any:
-        return Staging(size, dtype)
+        return Staging(self, size, dtype)
 
     def table(self, rows: int, columns: int, dtype: np.dtype) -> Any:
         return Table(rows, columns)
@@ -77,10 +70,10 @@ class Eager(Cpu):
         return x
 
     def zeros(self, size: int, dtype: np.dtype) -> Any:
-        return Staging(size, dtype).array((size,))
+        return Staging(self, size, dtype).array((size,))
 
     def elements(self, x: Tensor, dtype: np.dtype) -> Any:
-        check_memory(x.data_ptr(), x.numel())
+        cpu.check_memory(x.data_ptr(), x.numel())
         return x
 
     def tensor(self, x: Array) -> Tensor:
