@@ -28,6 +28,7 @@ from benchmarks import (
     sweeping,
     training,
     update,
+    wrapping,
 )
 
 SECTIONS = {
@@ -39,6 +40,7 @@ SECTIONS = {
     "memory": memory.run,
     "special": special.run,
     "small": small.run,
+    "wrap": wrapping.run,
     "loading": loading.run,
     "sweep": sweeping.run,
 }

@@ -114,6 +114,15 @@ else:
         return lax.optimization_barrier((inputs,) * n)
 
 
+def bind(eqn: Any, operands: list[Any]) -> list[Any]:
+    """What an equation of a jaxpr gives for other operands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *operands, **params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
 def device(platform: str | None = None) -> Any:
     """JAX's first device of the platform, or of its own choice; JAX starts, if it has not.
 

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 colab=(jax==0.7.2 jaxlib==0.7.2 numpy==2.1.3 optax==0.2.8 flax==0.11.2 orbax-checkpoint==0.12.4 safetensors==0.8.0)
 # Of jopt alone: every part, and of the optimizers those that are unlike each other.
 alone=(tests/project/test_{versions,import}.py tests/jopt/around/test_groups.py
-  tests/jopt/test_{numerics,arena,transform,sharding,meshes,eager,export}.py jopt)
+  tests/jopt/test_{numerics,arena,transform,sharding,meshes,eager,export,loops}.py jopt)
 unlike="not test_transform and not test_arena or adam-amsgrad or adafactor-l2 or muon"
 
 python_of() { # a version, as 3.13: the interpreter's path

@@ -94,6 +94,6 @@ class Orthogonalizing:
         x = orthogonalize(x, c["a"], c["b"], c["c"], c["eps"], self.ns_steps)
         device.begin()  # torch's products have started its threads again
         device.before()
-        out = self.move([device.elements(matrix, DTYPES[x.dtype]) for matrix in x], *arguments)
+        out = self.move(device.elements(list(x), DTYPES[x.dtype]), *arguments)
         device.after(out)  # wait: the program reads x, which is freed at the return
         return out

@@ -105,10 +105,12 @@ class ReadGradients(reader.Gradients):
         if bucket.device.uses_torch:
             grads = self._grads.tensors(bucket.index)
             return [x if x is None or not x.is_complex() else torch.view_as_real(x) for x in grads]
-        return [
-            None if address is None else bucket.device.elements_at(address, leaf.size, bucket.dtype)
-            for leaf, address in zip(bucket.big, self._grads.addresses(bucket.index), strict=True)
+        addresses = self._grads.addresses(bucket.index)
+        places = [
+            None if address is None else (address, leaf.size)
+            for leaf, address in zip(bucket.big, addresses, strict=True)
         ]
+        return bucket.device.elements_at(places, bucket.dtype)
 
     def gather(self, work: Work) -> None:
         self._grads.gather(work.bucket.index)

@@ -119,8 +119,7 @@ class ListedGradients(Gradients):
         if not self._are_dense:
             grads = [None if x is None else _dense(x) for x in grads]
             self._dense += [x for x in grads if x is not None]
-        elements, dtype = work.bucket.device.elements, work.bucket.dtype
-        return [None if x is None else elements(x, dtype) for x in grads]
+        return work.bucket.device.elements(grads, work.bucket.dtype)
 
     def gather(self, work: Work) -> None:
         if work.small_views:

@@ -47,7 +47,7 @@ class Buffer(device.Buffer):
 
     def __init__(self, program_device: Any, shape: int | tuple[int, ...], dtype: np.dtype):
         # Not jnp.zeros, which compiles a program a shape: 25 ms and 1.6 MB that stay. XLA takes no such array as it is.
-        zeros = np.broadcast_to(aligned_zeros(2, dtype)[1:], shape)
+        zeros = np.broadcast_to(aligned_zeros(2, dtype)[1:].reshape(()), shape)
         self.array: Array = put(zeros, program_device)
         self.address: int = self.array.unsafe_buffer_pointer()
         self._memory: Callable[[], Any] = lambda: None  # what the views keep, and it this; one for all is smaller
@@ -188,24 +188,31 @@ class Cpu(device.Device):
     def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
         return aligned_zeros(size, dtype)
 
-    def elements(self, x: Tensor, dtype: np.dtype) -> np.ndarray:
-        """As a NumPy array without a reference to the tensor.
+    def elements(self, tensors: Sequence[Tensor | None], dtype: np.dtype) -> list[Any]:
+        size = dtype.itemsize
+        places = [None if x is None else (x.data_ptr(), x.numel() * x.element_size() // size) for x in tensors]
+        return self.elements_at(places, dtype)
 
-        JAX takes such an array without copying where it is aligned, but keeps it until its next call; owning nothing,
-        it does not keep a gradient alive past zero_grad.
+    def elements_at(self, places: Sequence[tuple[int, int] | None], dtype: np.dtype) -> list[Any]:
+        """As NumPy arrays without a reference to the tensors, or all as JAX's over their memory, if seen `OFTEN`.
+
+        JAX takes NumPy's without copying where they are aligned, but keeps them until its next call; owning nothing,
+        they do not keep a gradient alive past zero_grad. Of both kinds mixed it dispatches each new mixture slowly.
         """
-        return self.elements_at(x.data_ptr(), x.numel() * x.element_size() // dtype.itemsize, dtype)
+        found = [None if place is None else _elements_at(*place, dtype) for place in places]
+        often = True
+        for x in found:
+            if x is not None:
+                x.seen += 1
+                often = often and x.seen >= OFTEN
+        if not often:
+            return [x and x.numpy for x in found]
+        return [x and self._array(x) for x in found]
 
-    def elements_at(self, address: int, size: int, dtype: np.dtype) -> Any:
-        found = _elements_at(address, size, dtype)
-        if found.arrays is None:
-            found.seen += 1
-            if found.seen < OFTEN:
-                return found.numpy
-            found.arrays = {}
-        if self._serial not in found.arrays:
-            found.arrays[self._serial] = self.alias(found.numpy)
-        return found.arrays[self._serial]
+    def _array(self, x: _Elements) -> Any:
+        if self._serial not in x.arrays:
+            x.arrays[self._serial] = self.alias(x.numpy)
+        return x.arrays[self._serial]
 
     def alias(self, x: np.ndarray) -> Any:
         """A JAX array over NumPy's aligned memory, to be written to only while no program runs that takes it.
@@ -238,7 +245,7 @@ class _Elements:
 
     numpy: np.ndarray
     seen: int = 0
-    arrays: dict[bool, Any] | None = None
+    arrays: dict[bool, Any] = dataclasses.field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -166,12 +166,12 @@ class Device(ABC):
     # --- torch's tensors
 
     @abstractmethod
-    def elements(self, x: Tensor, dtype: np.dtype) -> Any:
-        """A dense tensor's elements, flat, as programs take them; to be used while the tensor lives."""
+    def elements(self, tensors: Sequence[Tensor | None], dtype: np.dtype) -> list[Any]:
+        """Dense tensors' elements, flat, as programs take them; to be used while the tensors live. None stays None."""
 
     @abstractmethod
-    def elements_at(self, address: int, size: int, dtype: np.dtype) -> Any:
-        """`elements` of a tensor of which this much is known."""
+    def elements_at(self, places: Sequence[tuple[int, int] | None], dtype: np.dtype) -> list[Any]:
+        """`elements` of tensors of which the addresses and sizes are known."""
 
     @abstractmethod
     def tensor(self, x: Array) -> Tensor:

@@ -72,9 +72,11 @@ class Eager(cpu.Cpu):
     def zeros(self, size: int, dtype: np.dtype) -> Any:
         return Staging(self, size, dtype).array((size,))
 
-    def elements(self, x: Tensor, dtype: np.dtype) -> Any:
-        cpu.check_memory(x.data_ptr(), x.numel())
-        return x
+    def elements(self, tensors: Sequence[Tensor | None], dtype: np.dtype) -> list[Any]:
+        for x in tensors:
+            if x is not None:
+                cpu.check_memory(x.data_ptr(), x.numel())
+        return list(tensors)
 
     def tensor(self, x: Array) -> Tensor:
         raise AssertionError("nothing is computed but the step")

@@ -34,7 +34,7 @@ class Elsewhere:
                 name: _to_bytes(torch.zeros_like(p) if p.grad is None else p.grad, arrays[name])
                 for name, p in self.params.items()
             }
-            return np.asarray(float(loss), default_float()), grads
+            return np.asarray(number_of(loss), default_float()), grads
         except BaseException as error:
             self.error = error
             raise
@@ -43,6 +43,11 @@ class Elsewhere:
         with torch.no_grad():
             for name, x in self.before.items():
                 self.params[name].copy_(x)
+
+
+def number_of(loss: Any) -> float:
+    """What a closure returned, as a number."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def _from_bytes(x: Any, like: Tensor) -> Tensor:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import inspect
-import itertools
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +17,16 @@ import torch
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from torch import Tensor
 
+from interop.dropin.bucket import number_array
 from interop.dropin.groups import as_number
-from interop.memory import HOST
-from interop.memory.values import Apart, to_jax, to_torch
-from interop.wrapping.elsewhere import Elsewhere, value_of
+from interop.memory import HOST, Device
+from interop.memory.values import to_jax, to_torch
+from interop.wrapping.elsewhere import Elsewhere, number_of
+from interop.wrapping.held import Held
+from interop.wrapping.layout import Layout, Leaf
+from interop.wrapping.program import Program
 from jopt._compat import enable_x64
-from jopt.arena import path_name
-from jopt.around import chaining
-from jopt.transform import Exact
 
-NAMES = {"learning_rate": "lr"}  # optax's names of hyperparameters -> torch's
 PAIRS = [("b1", "b2"), ("beta1", "beta2")]  # shown as torch's "betas"
 # What is not for the transformation: torch's own, and what its schedulers keep in the groups.
 UNREAD = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
@@ -51,31 +48,6 @@ def settings(params: Iterable[Tensor]) -> Iterator[None]:
         jax.transfer_guard("allow"),
     ):
         yield
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array of a transformation's state, and where torch finds it."""
-
-    key: str
-    owner: str | None  # the parameter that it belongs to; None if it is the group's
-    spec: jax.ShapeDtypeStruct
-    impl: Any = None  # of a random key, of which torch sees the data
-    hyperparameter: str | None = None
-    scheduled: bool = False  # a hyperparameter that a schedule sets
-
-    @property
-    def stored(self) -> tuple[tuple[int, ...], torch.dtype]:
-        """The shape and type of torch's tensor for it."""
-        spec = self.spec if self.impl is None else jax.eval_shape(jax.random.key_data, self.spec)
-        return tuple(spec.shape), _torch_dtype(np.dtype(spec.dtype))
-
-    def array(self, x: Tensor) -> jax.Array:
-        array = to_jax(x, copy=None)
-        return array if self.impl is None else jax.random.wrap_key_data(array, impl=self.impl)
-
-    def tensor(self, x: jax.Array) -> Tensor:
-        return to_torch(x if self.impl is None else jax.random.key_data(x), copy=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +82,13 @@ class Group:
         self._start()
 
     def _start(self) -> None:
-        self._layouts: dict[Any, tuple[list[Leaf], Any]] = {}
         self._init = jax.jit(self.tx.init)
-        self._update = jax.jit(self._updated, static_argnums=(0, 1))
-        self._evaluate: Callable[..., Any] | None = None  # the loss and gradients elsewhere, while a step runs
+        self._layout: Layout | None = None
+        self._held: Held | None = None  # for that layout, and the programs too
+        self._programs: dict[Any, Program] = {}
+        self.last: Program | None = None  # that of the last step
+        # The loss and gradients elsewhere, while a step runs; apart, so that programs do not keep the group alive.
+        self._elsewhere: list[Elsewhere] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tx": Saved(self.tx), "names": self.names, "shown": self.shown}
@@ -124,63 +99,18 @@ class Group:
 
     # --- what the state looks like
 
-    def layout(self, params: dict[str, Any]) -> tuple[list[Leaf], Any]:
-        """The state's leaves in order, and its structure, for parameters of these shapes."""
-        signature = tuple((name, x.shape, x.dtype) for name, x in params.items()), jax.config.read("jax_enable_x64")
-        if signature not in self._layouts:
-            impls: list[Any] = []
-
-            def init(params: Any) -> Any:
-                state = self.tx.init(params)
-                impls.extend(jax.random.key_impl(x) if _is_key(x) else None for x in jax.tree.leaves(state))
-                return state
-
-            state = jax.eval_shape(init, params)
-            leaves = [
-                dataclasses.replace(leaf, impl=impl) for leaf, impl in zip(self._leaves(state), impls, strict=True)
-            ]
-            shown = [leaf.hyperparameter for leaf in leaves if leaf.hyperparameter]
-            if twice := {name for name in shown if shown.count(name) > 1}:
-                raise ValueError(
-                    f"tx: hyperparameter {sorted(twice)[0]!r} is in its state twice; inject each name in one place"
-                )
-            self._layouts[signature] = leaves, jax.tree.structure(state)
-        return self._layouts[signature]
-
-    def _leaves(self, state: Any) -> Iterator[Leaf]:
-        names = set(self.names)
-
-        def by_parameter(x: Any) -> bool:
-            return type(x) is dict and x.keys() == names
-
-        nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=by_parameter)
-        # jopt's states keep what a schedule sets apart; optax's keep a state of each schedule.
-        scheduled = {
-            str(name.key)
-            for path, _ in nodes
-            for field, name in itertools.pairwise(path)
-            if getattr(field, "name", None) in ("scheduled", "hyperparams_states")
-        }
-        for path, node in nodes:
-            if not by_parameter(node):
-                key = path_name(path)
-                parents = [getattr(entry, "name", None) for entry in path[-2:-1]]
-                numeric = node.shape == () and jnp.issubdtype(node.dtype, jnp.number)
-                shown = numeric and parents in (["hyperparams"], ["scheduled"])
-                name = str(path[-1].key) if shown else ""
-                yield Leaf(key, None, node, None, NAMES.get(name, name) or None, name in scheduled)
-                continue
-            for owner in sorted(node):
-                for subpath, leaf in jax.tree_util.tree_leaves_with_path(node[owner]):
-                    yield Leaf(path_name((*path, *subpath)), owner, leaf)
+    def layout(self, params: Sequence[Tensor]) -> Layout:
+        """Of the state for these parameters."""
+        if self._layout is None or not self._layout.is_for(params):
+            self._layout = Layout(self.tx, self.names, params)
+            self._held, self._programs, self.last = None, {}, None
+        return self._layout
 
     def show(self, group: dict[str, Any]) -> None:
         """Put the hyperparameters of a fresh state into the group, where it does not set them itself."""
-        params = self.arrays(group["params"])
-        leaves, _ = self.layout(params)
-        wanted = [i for i, leaf in enumerate(leaves) if leaf.hyperparameter]
-        values = jax.jit(lambda params: [jax.tree.leaves(self.tx.init(params))[i] for i in wanted])(params)
-        self._show(group, [(leaves[i], x) for i, x in zip(wanted, values, strict=True)], fresh=True)
+        layout = self.layout(group["params"])
+        values = jax.jit(lambda params: layout.parted(self.tx.init(params))[1])(self.arrays(group["params"]))
+        self._show(group, list(zip(layout.numbers, values, strict=True)), fresh=True)
 
     def _show(self, group: dict[str, Any], values: list[tuple[Leaf, Any]], *, fresh: bool = False) -> None:
         shown: dict[str, Any] = {str(leaf.hyperparameter): _number(x) for leaf, x in values}
@@ -238,47 +168,39 @@ class Group:
     def arrays(self, tensors: Iterable[Tensor], copy: bool | None = None) -> dict[str, jax.Array]:
         return {name: to_jax(x, copy=copy) for name, x in zip(self.names, tensors, strict=True)}
 
-    def _tensors(self, optimizer: Any, group: dict[str, Any], leaves: list[Leaf]) -> list[Tensor | None] | None:
-        """torch's state, leaf by leaf; None in place of hyperparameters; None if the group has none yet."""
-        states = {name: optimizer.state.get(p, {}) for name, p in zip(self.names, group["params"], strict=True)}
+    def _tensors(self, optimizer: Any, params: list[Tensor], layout: Layout) -> list[Tensor] | None:
+        """torch's state, array by array; None if the group has none yet."""
+        states: dict[str | None, dict[str, Any]] = {
+            name: optimizer.state.get(p) or {} for name, p in zip(self.names, params, strict=True)
+        }
         if not any(states.values()):
             return None
-        found: list[Tensor | None] = []
-        for leaf in leaves:
-            if leaf.hyperparameter:
-                found.append(None)
-                continue
-            owner = self.names[0] if leaf.owner is None else leaf.owner
-            x = states[owner].get(leaf.key)
-            shape, dtype = leaf.stored
-            if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype is not dtype:
+        states[None] = states[self.names[0]]
+        found: list[Tensor] = []
+        for leaf in layout.arrays:
+            x = states[leaf.owner].get(leaf.key)
+            if not isinstance(x, Tensor) or x.shape != leaf.shape or x.dtype is not leaf.torch_dtype:
                 what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
                 raise ValueError(
-                    f"the state of parameter {owner!r}: expected {leaf.key!r} of {dtype}, shape {shape}, found {what}; "
-                    "load a state that the same transformation made of the same parameters"
+                    f"the state of parameter {leaf.owner or self.names[0]!r}: expected {leaf.key!r} of "
+                    f"{leaf.torch_dtype}, shape {leaf.shape}, found {what}; load a state that the same transformation "
+                    "made of the same parameters"
                 )
             found.append(x)
         return found
 
-    def state(self, optimizer: Any, group: dict[str, Any], params: dict[str, jax.Array]) -> Any:
+    def state(self, optimizer: Any, group: dict[str, Any]) -> Any:
         """The transformation's own state; None before the first step."""
-        leaves, treedef = self.layout(params)
-        tensors = self._tensors(optimizer, group, leaves)
+        layout = self.layout(group["params"])
+        tensors = self._tensors(optimizer, group["params"], layout)
         if tensors is None:
             return None
-        return self._joined(
-            group, leaves, treedef, [x if x is None else leaf.array(x) for leaf, x in zip(leaves, tensors, strict=True)]
-        )
+        return layout.joined([to_jax(x, copy=None) for x in tensors], self._numbers(HOST, group, layout))
 
-    def _joined(self, group: dict[str, Any], leaves: list[Leaf], treedef: Any, arrays: Iterable[Any]) -> Any:
-        """The state of these arrays, with the group's hyperparameters."""
+    def _numbers(self, device: Device, group: dict[str, Any], layout: Layout) -> list[Any]:
+        """The group's hyperparameters as programs take them."""
         given = self._given(group)
-        return treedef.unflatten(
-            [
-                jnp.asarray(given[leaf.hyperparameter], leaf.spec.dtype) if leaf.hyperparameter else x
-                for leaf, x in zip(leaves, arrays, strict=True)
-            ]
-        )
+        return [number_array(device, given[str(leaf.hyperparameter)], leaf.dtype) for leaf in layout.numbers]
 
     def evaluation(self, state: ScheduleFreeState, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         y = self.arrays(params)
@@ -289,92 +211,105 @@ class Group:
     # --- the step
 
     def step(
-        self, optimizer: Any, index: int, grads: list[Tensor | None], closure: Any, loss: Any, extra: dict[str, Any]
-    ) -> None:
-        group = optimizer.param_groups[index]
-        copy = True if closure is not None else None  # the closure, called from inside, writes parameters and gradients
-        params = self.arrays(group["params"], copy)
-        leaves, treedef = self.layout(params)
-        state = self.state(optimizer, group, params)
-        if state is None:
-            state = self._joined(group, leaves, treedef, jax.tree.leaves(self._init(params)))
-        gradients = {
-            name: jnp.zeros_like(params[name]) if grad is None else to_jax(grad, copy=copy)
-            for name, grad in zip(self.names, grads, strict=True)
-        }
-        given = {name: grad is not None for name, grad in zip(self.names, grads, strict=True)}
-        active = None if all(given.values()) else given
-        functions = {k: x for k, x in extra.items() if callable(x)}
-        arrays = {
-            k: jax.tree.map(lambda x: to_jax(x) if isinstance(x, Tensor) else jnp.asarray(x), x)
-            for k, x in extra.items()
-            if k not in functions
-        }
-        if loss is not None:
-            arrays.setdefault("value", jnp.asarray(float(loss)))
-        elsewhere = Elsewhere(closure, dict(zip(self.names, group["params"], strict=True)))
-        self._evaluate = elsewhere
-        try:
-            new_params, new_state = jax.block_until_ready(
-                self._update(closure is not None, tuple(functions.items()), gradients, active, state, params, arrays)
-            )
-        except BaseException as error:
-            elsewhere.restore()
-            if elsewhere.error is not None:
-                raise elsewhere.error from error
-            raise
-        finally:
-            self._evaluate = None
-        self._put(optimizer, group, grads, params, new_params, leaves, jax.tree.leaves(new_state))
-
-    def _updated(
-        self, has_closure: bool, functions: Any, grads: Any, active: Any, state: Any, params: Any, arrays: Any
-    ) -> tuple[Any, Any]:
-        """One update, to be compiled. `active` is None where every parameter has a gradient."""
-        value = {"value": arrays.pop("value")} if "value" in arrays else {}
-        offered = value
-        if has_closure:
-            # optax's line searches refuse arguments that value_fn does not take, of those too that it has no use for.
-            def value_fn(params: Any, grad_fn: Any = None) -> jax.Array:
-                return value_of(lambda x: self._evaluate(x), params)  # type: ignore[misc]
-
-            offered = value | {"grad": grads, "value_fn": value_fn, "grad_fn": lambda x, _: jax.grad(value_fn)(x)}
-        if isinstance(self.tx, Exact):
-            extra = offered | dict(functions) | arrays
-            return chaining.step(self.tx, grads, state, params, active=active, **extra)
-        update = optax.with_extra_args_support(self.tx).update
-        taken = inspect.signature(update).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-            offered = {name: x for name, x in offered.items() if name in taken}
-        updates, state = update(grads, state, params, **(offered | dict(functions) | arrays))
-        return optax.apply_updates(params, updates), state
-
-    def _put(
         self,
         optimizer: Any,
-        group: dict[str, Any],
+        index: int,
         grads: list[Tensor | None],
-        old_params: dict[str, jax.Array],
-        params: Any,
-        leaves: list[Leaf],
-        state: list[jax.Array],
+        closure: Any,
+        loss: Any,
+        extra: dict[str, Any],
+        *,
+        same: bool,
     ) -> None:
-        """Write a step's results into torch's parameters, state and group."""
-        stepped = {name for name, grad in zip(self.names, grads, strict=True) if grad is not None}
-        first_time = not any(optimizer.state.get(p) for p in group["params"])
-        by_name = dict(zip(self.names, group["params"], strict=True))
-        apart = Apart(old_params.values())
-        values = []
-        for leaf, x in zip(leaves, state, strict=True):
-            if leaf.hyperparameter:
-                values.append((leaf, x))
-            elif leaf.owner is None or leaf.owner in stepped or first_time:
-                owner = by_name[self.names[0] if leaf.owner is None else leaf.owner]
-                optimizer.state[owner][leaf.key] = apart(leaf.tensor(x))
-        for name in stepped:
-            by_name[name].copy_(to_torch(params[name], copy=None))
-        if values:
-            self._show(group, values)
+        """`same`: the state holds what the last step left in it."""
+        group = optimizer.param_groups[index]
+        params: list[Tensor] = group["params"]
+        quick = same and self._held is not None and self._held.layout.is_for(params) and closure is None and not extra
+        with contextlib.nullcontext() if quick else settings(params):
+            layout = self.layout(params)
+            tensors = None if quick else self._tensors(optimizer, params, layout)
+            functions = {k: x for k, x in extra.items() if callable(x)}
+            arrays = _arrays(layout.device, {k: x for k, x in extra.items() if k not in functions}, loss)
+            elsewhere = Elsewhere(closure, dict(zip(self.names, params, strict=True)))
+            self._elsewhere.append(elsewhere)
+            active = np.array([grad is not None for grad in grads])
+            try:
+                program = self._program(params, bool(active.all()), closure is not None, functions, arrays)
+                held = self._held if quick else self._hold(layout, params, tensors)
+                assert held is not None
+                copied = held.take_params(params)
+                numbers = self._numbers(layout.device, group, layout)
+                shown = held.step(program, held.gradients(grads), active, numbers, arrays)
+            except BaseException as error:
+                elsewhere.restore()
+                if elsewhere.error is not None:
+                    raise elsewhere.error from error
+                raise
+            finally:
+                self._elsewhere.clear()
+        self.last = program
+        for place, p in copied:
+            p.copy_(place.view)
+        torch.autograd.graph.increment_version([p for p, grad in zip(params, grads, strict=True) if grad is not None])
+        if not quick:
+            owners = dict(zip(self.names, params, strict=True)) | {None: params[0]}
+            for leaf, place in zip(layout.arrays, held.state, strict=True):
+                optimizer.state[owners[leaf.owner]][leaf.key] = place.view
+        if shown:
+            self._show(group, list(zip(layout.numbers, shown, strict=True)))
+
+    def _program(
+        self,
+        params: list[Tensor],
+        all_active: bool,
+        has_closure: bool,
+        functions: dict[str, Any],
+        arrays: dict[str, Any],
+    ) -> Program:
+        key = all_active, has_closure, tuple(functions.items()), _types(arrays)
+        if key not in self._programs:
+            self._programs = dict(list(self._programs.items())[-15:])  # a function may be a new one each step
+            now = self._elsewhere
+            with settings(params):
+                self._programs[key] = Program(
+                    self.tx,
+                    self.names,
+                    self.layout(params),
+                    all_active=all_active,
+                    evaluate=(lambda x: now[0](x)) if has_closure else None,
+                    functions=functions,
+                    extra=arrays,
+                )
+        return self._programs[key]
+
+    def _hold(self, layout: Layout, params: list[Tensor], tensors: list[Tensor] | None) -> Held:
+        """The group's parameters and state in buffers, as they are, or else as the transformation begins."""
+        if self._held is None:
+            self._held = Held(layout, params)
+        if tensors is None:
+            arrays, _ = layout.parted(self._init(self.arrays(params)))
+            self._held.begin_state([to_torch(x, copy=None) for x in arrays])
+        else:
+            self._held.take_state(tensors)
+        return self._held
+
+
+def _arrays(device: Device, extra: dict[str, Any], loss: Any) -> dict[str, Any]:
+    """More arguments of `update`, and the loss, as programs take them."""
+    if loss is not None:
+        extra = {"value": number_of(loss)} | extra
+    if not extra:
+        return {}
+    arrays = jax.tree.map(lambda x: to_jax(x) if isinstance(x, Tensor) else jnp.asarray(x), extra)
+    return jax.device_put(arrays, device.program_device)
+
+
+def _types(arrays: dict[str, Any]) -> Any:
+    """What tells the arrays' tree, shapes and types from others."""
+    if not arrays:
+        return ()
+    leaves, treedef = jax.tree.flatten(arrays)
+    return treedef, tuple((x.shape, x.dtype) for x in leaves)
 
 
 def _is_numeric(x: Any) -> bool:
@@ -387,12 +322,3 @@ def _is_numeric(x: Any) -> bool:
 def _number(x: Any) -> float:
     """A hyperparameter as the shortest number that is the same in its type."""
     return float(str(np.asarray(x).astype(np.float32))) if x.dtype == jnp.float32 else np.asarray(x).item()
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-@functools.cache
-def _torch_dtype(dtype: np.dtype) -> torch.dtype:
-    return to_torch(jnp.zeros((), dtype)).dtype

@@ -16,8 +16,9 @@ import torch
 from optax.contrib import ScheduleFreeState
 from torch import Tensor
 
-from interop.dropin.groups import parameter_name
+from interop.dropin.groups import are_same, parameter_name
 from interop.dropin.host import check_process, undynamo
+from interop.dropin.reader import objects
 from interop.dropin.state import KeepsWideState
 from interop.memory import check, check_parameter
 from interop.memory.tensors import in_type_of
@@ -68,6 +69,7 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         self.tx = _check(tx)
         self._groups: list[Group] = []
         self._training: dict[Tensor, Tensor] | None = None
+        self._seen: tuple[list[Any], list[int]] = [], []  # what the last step left in the state
         super().__init__(params, {})
         # CyclicLR and OneCycleLR look here for what they may cycle.
         self.defaults.update({k: v for k, v in self.param_groups[0].items() if k in self._groups[0].shown})
@@ -76,7 +78,8 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         return super().__repr__().replace(type(self).__name__, f"interop.wrap of {type(self.tx).__name__}", 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "tx": Saved(self.tx), "_groups": self._groups, "_training": self._training}
+        own = {"tx": Saved(self.tx), "_groups": self._groups, "_training": self._training, "_seen": ([], [])}
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         groups = [_ParamGroup(group) for group in state["param_groups"]]
@@ -143,7 +146,7 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         self._training = {}
         for group, work in zip(self.param_groups, self._groups, strict=True):
             with torch.no_grad(), settings(group["params"]):
-                state = work.state(self, group, work.arrays(group["params"]))
+                state = work.state(self, group)
                 for node in nodes(state, ScheduleFreeState):
                     for p, x in work.evaluation(node, group["params"]):
                         self._training.setdefault(p, p.clone())
@@ -191,15 +194,33 @@ def _step(optimizer: WrappedOptimizer, closure: Any, loss: Any, extra: dict[str,
     grads: list[list[Tensor | None]] = []
     for index, (group, work) in enumerate(zip(optimizer.param_groups, optimizer._groups, strict=True)):
         work.check(index, group)
-        grads.append([])
-        for p in group["params"]:
-            grad = p.grad
-            if grad is not None:
-                check(f"the gradient of {parameter_name(optimizer, index, p)}", grad)
-                grad = in_type_of(f"the gradient of {parameter_name(optimizer, index, p)}", grad, p.dtype)
-            grads[-1].append(grad)
+        grads.append(_gradients(optimizer, index, group["params"]))
+    found, lengths = objects(optimizer)
+    same = lengths == optimizer._seen[1] and are_same(found, optimizer._seen[0])
+    optimizer._seen = [], []
     with torch.inference_mode(False), torch.no_grad():
         for index, work in enumerate(optimizer._groups):
             if any(grad is not None for grad in grads[index]):
-                with settings(optimizer.param_groups[index]["params"]):
-                    work.step(optimizer, index, grads[index], closure, loss, extra)
+                work.step(optimizer, index, grads[index], closure, loss, extra, same=same)
+    optimizer._seen = (found, lengths) if same else objects(optimizer)
+
+
+def _gradients(optimizer: WrappedOptimizer, index: int, params: list[Tensor]) -> list[Tensor | None]:
+    """A group's gradients as programs take them."""
+    grads = [p.grad for p in params]
+    pairs = [(grad, p) for grad, p in zip(grads, params, strict=True) if grad is not None]
+    if all(type(grad) is Tensor and grad.layout is torch.strided and grad.dtype is p.dtype for grad, p in pairs):
+        present = [grad for grad, _ in pairs]
+        if all(map(Tensor.is_contiguous, present)) and not any(map(_is_lazy, present)):
+            return grads
+    return [None if grad is None else _plain(optimizer, index, p, grad) for grad, p in zip(grads, params, strict=True)]
+
+
+def _is_lazy(grad: Tensor) -> bool:
+    return grad.is_conj() or grad.is_neg()
+
+
+def _plain(optimizer: WrappedOptimizer, index: int, p: Tensor, grad: Tensor) -> Tensor:
+    name = f"the gradient of {parameter_name(optimizer, index, p)}"
+    check(name, grad)
+    return in_type_of(name, grad, p.dtype).resolve_conj().resolve_neg().contiguous()

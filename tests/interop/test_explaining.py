@@ -1,5 +1,6 @@
 """`interop.explain`: which way a step goes, and what it is made of."""
 
+import optax
 import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
@@ -52,10 +53,28 @@ def test_what_steps(name, size, by):
     assert f"1 tensors, {size} elements, on cpu, by {by}" in str(explanation)
 
 
+def test_a_wrapped_transformation_is_a_program_a_group():
+    p, q, r = (torch.nn.Parameter(torch.ones(n)) for n in (3, 4, 5))
+    optimizer = interop.wrap(optax.sgd(0.1), [{"params": [p, q]}, {"params": [r], "tx": optax.lbfgs()}])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.sum() + q.sum() + r.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    first, second = interop.explain(optimizer).parts
+    assert (first.by, first.tensors, first.elements) == ("a program of one thread", 2, 7)
+    assert (second.by, second.elements) == ("a program of one thread, and Python inside of it", 5)
+
+
 def test_what_is_not_explained():
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="has made a step"):
         interop.explain(optim.SGD([p], lr=0.1))
+    with pytest.raises(ValueError, match="has made a step"):
+        interop.explain(interop.wrap(optax.sgd(0.1), [p]))
     for other in (torch.optim.SGD([p], lr=0.1), optim.LBFGS([p])):
-        with pytest.raises(TypeError, match=r"one of interop.optim but LBFGS and SparseAdam"):
+        with pytest.raises(TypeError, match=r"one of interop.optim but LBFGS and SparseAdam, or of interop.wrap"):
             interop.explain(other)

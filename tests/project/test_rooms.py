@@ -13,7 +13,7 @@ JOPT = [
     ["numerics", "valued"],
     ["rule"],
     ["leaf"],
-    ["fusion", "arena"],
+    ["fusion", "loops", "arena"],
     ["transform"],
     ["optimizers", "line_search", "schedules"],
     ["lbfgs"],

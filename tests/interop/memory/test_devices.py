@@ -10,10 +10,12 @@ import weakref
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
+import interop  # noqa: E402
 from interop import amp, memory, optim  # noqa: E402
 from interop.dropin import program  # noqa: E402
 from interop.memory import device, tensors, values  # noqa: E402
@@ -119,11 +121,11 @@ class Apart(device.Device):
         self.calls["zeros"] += 1
         return np.zeros(size, dtype)
 
-    def elements(self, x, dtype):
+    def elements(self, tensors, dtype):
         self.calls["elements"] += 1
-        return memory.HOST.elements(x, dtype).copy()
+        return [None if x is None else np.array(x) for x in memory.HOST.elements(tensors, dtype)]
 
-    def elements_at(self, address, size, dtype):
+    def elements_at(self, places, dtype):
         raise AssertionError("only the reader in C++ asks for it, which is off")
 
     def tensor(self, x):
@@ -223,3 +225,45 @@ def test_several_devices_have_no_common_norm(apart, monkeypatch):
             optimizer.step()
     assert torch.equal(p, torch.full((3,), 0.5))
     assert torch.equal(q, torch.full((3,), 0.5))
+
+
+def wrapped(tx, asks):
+    """Steps of `interop.wrap`, one without a gradient, one with other state, one with a closure."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(x, generator=generator)) for x in SIZES]
+    kept = params[1].detach()  # it stays where it is
+    optimizer = interop.wrap(tx, params)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    for i in range(5):
+        closure()
+        params[2].grad = None if i == 2 else params[2].grad
+        if i == 3:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step(closure if asks or i == 4 else None)
+    state = [x for p in params for x in optimizer.state[p].values()]
+    assert torch.equal(kept, params[1])
+    return [x.detach().clone() for x in (*params, *state)]
+
+
+@pytest.mark.parametrize("name", ["clipped", "noise", "lbfgs"])
+def test_wrapped_optimizers_step_on_a_second_device(apart, monkeypatch, name):
+    """Also one that calls the closure from inside."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        tx = {
+            "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
+            "noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.sgd(0.1)),
+            "lbfgs": optax.lbfgs,
+        }[name]()
+        found = wrapped(tx, name == "lbfgs")
+        calls = apart.calls.copy()
+        monkeypatch.setitem(memory.DEVICES, "cpu", memory.HOST)
+        expected = wrapped(tx, name == "lbfgs")
+    assert calls["replace"] == calls["begin"] == 5
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

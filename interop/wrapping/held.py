@@ -1,0 +1,118 @@
+"""A group's parameters and state in buffers that its program writes in place, and that torch sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import Tensor
+
+from interop.dropin.host import SignalsWait, settings
+from interop.dropin.program import launch
+from interop.memory import Buffer
+from interop.memory.tensors import address, leave, may_move, owned
+from interop.wrapping.layout import Layout
+from interop.wrapping.program import Program
+
+
+class Place:
+    """One array of a program: its buffer, and the tensor that torch sees there."""
+
+    def __init__(self, layout: Layout, shape: tuple[int, ...], dtype: np.dtype, torch_dtype: torch.dtype):
+        self.buffer: Buffer = layout.device.buffer(shape, dtype)
+        self.view = self.buffer.view(torch_dtype, shape)
+
+
+class Held:
+    """The places of a group's parameters, and of the arrays of its state.
+
+    A parameter lives in its place if nothing else refers to its memory. Every other one is copied there before a step
+    and back after it.
+    """
+
+    def __init__(self, layout: Layout, params: Sequence[Tensor]):
+        self.layout, self.device = layout, layout.device
+        freed = self.device.freeing(sum(x.nbytes for x in params))
+        self.params: list[Place] = []
+        self.addresses: list[int | None] = []  # of the parameters that live in their places
+        for x, spec in zip(params, layout.specs, strict=True):
+            self.params.append(Place(layout, spec.shape, spec.dtype, x.dtype))
+            self.addresses.append(None)
+            if x.numel() and may_move(x, self):
+                x.data = owned(self.params[-1].view.copy_(x), self)
+                self.addresses[-1] = address(x)
+                freed.add(x.nbytes)
+        self.state = [Place(layout, leaf.shape, leaf.dtype, leaf.torch_dtype) for leaf in layout.arrays]
+        self._zeros: dict[np.dtype, np.ndarray] = {}
+
+    # --- before a step
+
+    def take_params(self, params: Sequence[Tensor]) -> list[tuple[Place, Tensor]]:
+        """Copy in the parameters that live elsewhere, which are to be copied out after the step."""
+        if list(map(address, params)) == self.addresses and all(map(Tensor.is_contiguous, params)):
+            return []
+        found = []
+        for i, (x, spec) in enumerate(zip(params, self.layout.specs, strict=True)):
+            if self.addresses[i] == address(x) and x.is_contiguous():
+                continue
+            if self.addresses[i] is not None:  # it has left; others may hold the memory that was its place
+                self.params[i] = Place(self.layout, spec.shape, spec.dtype, x.dtype)
+                self.addresses[i] = None
+            self.params[i].view.copy_(x)
+            found.append((self.params[i], x))
+        return found
+
+    def take_state(self, tensors: Sequence[Tensor]) -> None:
+        """Copy in the state that lives elsewhere."""
+        places = zip(self.state, tensors, strict=True)
+        # All are read before one is written: they may be each other's.
+        for place, x in [(place, x.clone()) for place, x in places if x is not place.view]:
+            place.view = leave(place.view)  # who holds it keeps the values that it had
+            place.view.copy_(x)
+
+    def begin_state(self, tensors: Sequence[Tensor]) -> None:
+        """Set the state."""
+        for place, x in zip(self.state, tensors, strict=True):
+            place.view.copy_(x)
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> list[Any]:
+        """As programs take them: flat, zeros for those that are missing. Their tensors have to outlive the step."""
+        found: list[Any] = [None] * len(grads)
+        for dtype, members in self.layout.by_dtype.items():
+            for i, x in zip(members, self.device.elements([grads[i] for i in members], dtype), strict=True):
+                found[i] = x
+        return [self._missing(i) if x is None else x for i, x in enumerate(found)]
+
+    def _missing(self, i: int) -> np.ndarray:
+        dtype = self.layout.specs[i].dtype
+        if dtype not in self._zeros:
+            self._zeros[dtype] = self.device.zeros(max(place.view.numel() for place in self.params), dtype)
+        return self._zeros[dtype][: self.params[i].view.numel()]
+
+    # --- the step
+
+    def step(self, program: Program, *arguments: Any) -> list[Any]:
+        """Run a program over the places; returns its other results.
+
+        One that calls back into Python, which may change the parameters, or raise, gets a copy of the parameters, and
+        what it returns is copied.
+        """
+        buffers = [place.buffer for place in (*self.params, *self.state)]
+        self.device.begin()
+        if not program.calls_back:
+            with SignalsWait(), settings():
+                self.device.before()
+                out = launch(self.device, program.run, buffers, *arguments)
+                self.device.after(out[:1])  # of one program: they are there together
+            return out[len(buffers) :]
+        self.device.before()
+        copies = [self.device.put(np.array(place.buffer.array)) for place in self.params]
+        results = program.run([*copies, *(place.buffer.array for place in self.state)], *arguments)
+        jax.block_until_ready(results)
+        with SignalsWait(), settings():
+            self.device.replace(buffers, results[: len(buffers)])
+            self.device.after(results)
+        return results[len(buffers) :]

@@ -1,0 +1,218 @@
+"""An update of any transformation in a form of which XLA on CPU makes one loop a parameter.
+
+XLA gives a subexpression that two outputs share a loop and an array of its own: Lion's momentum and the parameter it
+moves are two loops, clipped AdamW's moments wait for the clipped gradient in memory. So the elementwise part of each
+output is computed from its own copy of what goes into it, as `jopt.leaf.separately` says, and fusion removes the
+copies. What is not elementwise (norms, products of matrices, random numbers) and what are single numbers (counts,
+learning rates) is computed once, for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+
+from jopt._compat import bind, own_inputs
+
+ELEMENTWISE = frozenset(
+    """abs add and cbrt ceil clamp complex conj convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt imag
+    integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow real rem round rsqrt select_n sign sin
+    sqrt square sub tanh xor""".split()  # noqa: SIM905
+)
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr"} | dict.fromkeys(
+    ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"
+)
+"""Equations that stand for those of another jaxpr, and where that is."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Node:
+    """A value: an input, a literal, or what an equation gives.
+
+    Attributes:
+      shape: its shape; () for one that is not an array.
+      eqn, inputs: what gives it, of what.
+      outputs: all that the equation gives.
+      turn: where the equation stands in the order of all.
+      is_literal: whether it stands in an equation as a number.
+    """
+
+    shape: tuple[int, ...]
+    eqn: JaxprEqn | None = None
+    inputs: Sequence[Node] = ()
+    outputs: Sequence[Node] = ()
+    turn: int = -1
+    is_literal: bool = False
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether each of its elements, and there are several, is of the elements in the same place, and of numbers."""
+        if self.eqn is None or self.shape in ((), (1,)):
+            return False
+        name = self.eqn.primitive.name
+        if name == "broadcast_in_dim":
+            return self.inputs[0].shape == ()
+        return name in ELEMENTWISE and all(x.shape in ((), self.shape) for x in self.inputs)
+
+
+def calls_back(jaxpr: Any) -> bool:
+    """Whether Python runs inside of a program, which may raise there."""
+    return any(
+        bool(eqn.effects) or "callback" in eqn.primitive.name or any(map(calls_back, _inner(eqn))) for eqn in jaxpr.eqns
+    )
+
+
+def _inner(eqn: JaxprEqn) -> Iterator[Any]:
+    for value in eqn.params.values():
+        for x in value if isinstance(value, tuple | list) else [value]:
+            x = getattr(x, "jaxpr", x)
+            if hasattr(x, "eqns"):
+                yield x
+
+
+def one_loop(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The jaxpr as a function of its inputs, computing each elementwise output from its own copy of its sources."""
+
+    def run(*arrays: Any) -> list[Any]:
+        inputs = [Node(x.shape) for x in arrays]
+        constants = [Node(getattr(x, "shape", ())) for x in closed.consts]
+        values: dict[Node, Any] = dict(zip([*inputs, *constants], [*arrays, *closed.consts], strict=True))
+        nodes: list[Node] = []
+        outputs = _walk(closed.jaxpr, constants, inputs, nodes, values)
+        families = [Family(cones) for cones in _families(outputs) if len(cones) > 1]
+        apart = {cone.output for family in families for cone in family.cones}
+        wanted = {x for x in outputs if x not in apart}.union(*(family.operands for family in families))
+        for node in _needed(wanted, nodes):
+            values.update(zip(node.outputs, bind(node.eqn, [values[x] for x in node.inputs]), strict=True))
+        alike: dict[Any, Callable[..., Any]] = {}  # traced once
+        for family in families:
+            f = alike.setdefault(family.structure(values), jax.jit(functools.partial(family.compute, values)))
+            results = f(*([values[x] for x in part] for part in (family.sources, family.numbers)))
+            values |= zip([cone.output for cone in family.cones], results, strict=True)
+        return [values[x] for x in outputs]
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cone:
+    """What an output is of: the elementwise nodes, in order, and the arrays of its shape that they begin with."""
+
+    output: Node
+    nodes: list[Node]
+    sources: list[Node]
+
+
+class Family:
+    """Outputs of one shape that read an array in common, directly or through others.
+
+    Attributes:
+      cones: of the outputs.
+      sources: the arrays that they begin with.
+      numbers: what else goes into them; literals are none.
+    """
+
+    def __init__(self, cones: list[Cone]):
+        self.cones = cones
+        self.sources = list(dict.fromkeys(x for cone in cones for x in cone.sources))
+        inner = {x for cone in cones for x in cone.nodes}.union(self.sources)
+        operands = dict.fromkeys(x for cone in cones for node in cone.nodes for x in node.inputs)
+        self.numbers = [x for x in operands if x not in inner and not x.is_literal]
+
+    @property
+    def operands(self) -> list[Node]:
+        return self.sources + self.numbers
+
+    def structure(self, values: Mapping[Node, Any]) -> Any:
+        """Equal for families that compute the same of operands of the same shapes and types."""
+        index = {x: i for i, x in enumerate(self.operands)}
+        avals = tuple(jax.typeof(values[x]) for x in self.operands)
+        found = []
+        for cone in self.cones:
+            index |= {x: -i for i, x in enumerate(cone.nodes, 1)}
+            for x in cone.nodes:
+                of = tuple(repr(values[y]) if y.is_literal else index[y] for y in x.inputs)
+                found.append((x.eqn.primitive, str(x.eqn.params), of))  # type: ignore[union-attr]
+            found.append(index[cone.output])
+        return avals, tuple(found)
+
+    def compute(self, values: Mapping[Node, Any], sources: list[Any], numbers: list[Any]) -> list[Any]:
+        """The outputs, of the values of its operands; of `values` it takes the literals."""
+        results = []
+        for cone, copy in zip(self.cones, own_inputs(sources, len(self.cones)), strict=True):
+            own = dict(zip(self.operands, [*copy, *numbers], strict=True))
+            for x in cone.nodes:
+                [own[x]] = bind(x.eqn, [values[y] if y.is_literal else own[y] for y in x.inputs])
+            results.append(own[cone.output])
+        return results
+
+
+def _walk(
+    jaxpr: Any, constants: Sequence[Node], inputs: Sequence[Node], nodes: list[Node], values: dict[Node, Any]
+) -> list[Node]:
+    """The nodes of a jaxpr's equations, in order, those of the jaxprs that it calls included; returns its outputs."""
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+    def node(x: Any) -> Node:
+        if not isinstance(x, Literal):
+            return known[x]
+        literal = Node(getattr(x.aval, "shape", ()), is_literal=True)
+        values[literal] = np.asarray(x.val, getattr(x.aval, "dtype", None))
+        return literal
+
+    for eqn in jaxpr.eqns:
+        operands = [node(x) for x in eqn.invars]
+        if (where := INLINED.get(eqn.primitive.name)) in eqn.params:
+            called = eqn.params[where]
+            consts = [Node(getattr(x, "shape", ())) for x in called.consts]
+            values.update(zip(consts, called.consts, strict=True))
+            found = _walk(called.jaxpr, consts, operands, nodes, values)
+        else:
+            found = [Node(getattr(x.aval, "shape", ()), eqn, operands, (), len(nodes)) for x in eqn.outvars]
+            for x in found:
+                x.outputs = found
+            nodes.append(found[0] if found else Node((), eqn, operands, (), len(nodes)))
+        known.update(zip(eqn.outvars, found, strict=True))
+    return [node(x) for x in jaxpr.outvars]
+
+
+def _cone(output: Node) -> Cone:
+    nodes: dict[Node, None] = {}
+    sources: dict[Node, None] = {}
+    waiting = [output]
+    while waiting:
+        node = waiting.pop()
+        if node.shape != output.shape or node in nodes or node in sources:
+            continue
+        (nodes if node.is_elementwise else sources)[node] = None
+        waiting.extend(node.inputs if node.is_elementwise else ())
+    return Cone(output, sorted(nodes, key=lambda node: node.turn), list(sources))
+
+
+def _families(outputs: Iterable[Node]) -> list[list[Cone]]:
+    families: dict[int, list[Cone]] = {}
+    family_of: dict[Node, int] = {}
+    for i, output in enumerate(dict.fromkeys(x for x in outputs if x.is_elementwise)):
+        cone = _cone(output)
+        joined = {family_of[x] for x in cone.sources if x in family_of}
+        families[i] = [x for number in sorted(joined) for x in families.pop(number)] + [cone]
+        family_of |= {x: i for member in families[i] for x in member.sources}
+    return list(families.values())
+
+
+def _needed(wanted: Iterable[Node], nodes: list[Node]) -> list[Node]:
+    """The nodes whose equations give what is wanted, and those that have effects, in order."""
+    needed = {x.turn for x in wanted}
+    found = []
+    for node in reversed(nodes):
+        assert node.eqn is not None
+        if node.turn in needed or node.eqn.effects:
+            needed |= {x.turn for x in node.inputs}
+            found.append(node)
+    return found[::-1]
