@@ -2,7 +2,7 @@
 
 A step of AdamW reads p, g, m, v and writes p, m, v: 7 passes over memory at least. By default XLA on CPU makes a loop
 of each output, and each reads its inputs again: 10 to 11 passes. With `FLAG` it makes one loop of them all, if no two
-share a subexpression (see `jopt.leaf.separately`).
+share a subexpression (see `jopt.loops.separately`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import compiler, xla_bridge
 
-from jopt.leaf import separately
+from jopt.loops import separately
 
 FLAG = "xla_cpu_use_multi_output_fusion"
 _EXTRA_OPTIONS = "--xla_backend_extra_options="

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jopt import numerics
-from jopt._compat import own_inputs, varying
+from jopt._compat import varying
+from jopt.loops import separately
 from jopt.rule import LeafState, Rule, Scalars
 
 if TYPE_CHECKING:
@@ -95,21 +96,6 @@ def in_step_type(
     state = {name: _as_real(x.astype(dtype)) for name, x in state.items() if name != MASTER}
     c = {name: lax.convert_element_type(x, numerics.compute_dtype(dtype)) for name, x in c.items()}
     return c, grad, state, param
-
-
-def separately(f: Callable[..., Sequence[Array]], n: int, *inputs: Any) -> list[Array]:
-    """`f(*inputs)`, n arrays, in a form of which XLA on CPU makes one loop, where it fuses outputs at all.
-
-    XLA gives a subexpression that two outputs share a loop and an array of its own. So each output is computed from
-    its own copy of the inputs: then they share nothing. Fusion removes the copies; without `jopt.fusion.FLAG` they are
-    made, which is slow. On other platforms there are no copies, and XLA merges the n computations again.
-    """
-
-    def repeat(inputs: Any) -> tuple[Any, ...]:
-        return (inputs,) * n
-
-    copies = lax.platform_dependent(inputs, cpu=lambda x: own_inputs(x, n), default=repeat)
-    return [f(*copy)[k] for k, copy in enumerate(copies)]
 
 
 def step_rows(

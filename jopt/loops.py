@@ -1,10 +1,12 @@
-"""An update of any transformation in a form of which XLA on CPU makes one loop a parameter.
+"""A step in a form of which XLA on CPU makes one loop a parameter, where it fuses outputs at all.
 
 XLA gives a subexpression that two outputs share a loop and an array of its own: Lion's momentum and the parameter it
-moves are two loops, clipped AdamW's moments wait for the clipped gradient in memory. So the elementwise part of each
-output is computed from its own copy of what goes into it, as `jopt.leaf.separately` says, and fusion removes the
-copies. What is not elementwise (norms, products of matrices, random numbers) and what are single numbers (counts,
-learning rates) is computed once, for all.
+moves are two loops, clipped AdamW's moments wait for the clipped gradient in memory. So each output is computed from
+its own copy of what goes into it: then they share nothing. Fusion removes the copies; without `jopt.fusion.FLAG` they
+are made, which is slow.
+
+`separately` does so with a function of one parameter that is elementwise, as rules are; `one_loop` with a step of any
+transformation, of which it finds the parts that are.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from jopt._compat import bind, own_inputs
@@ -76,20 +79,39 @@ def _inner(eqn: JaxprEqn) -> Iterator[Any]:
                 yield x
 
 
+def separately(f: Callable[..., Sequence[Array]], n: int, *inputs: Any) -> list[Array]:
+    """`f(*inputs)`, n arrays, each computed from its own copy of the inputs.
+
+    On other platforms than CPU there are no copies, and XLA merges the n computations again.
+    """
+
+    def repeat(inputs: Any) -> tuple[Any, ...]:
+        return (inputs,) * n
+
+    graph = Graph(jax.make_jaxpr(f)(*inputs))
+    copies = lax.platform_dependent(inputs, cpu=lambda x: own_inputs(x, n), default=repeat)
+    found = []
+    for output, copy in zip(graph.outputs, copies, strict=True):
+        values = graph.known | dict(zip(graph.inputs, jax.tree.leaves(copy), strict=True))
+        _evaluate(_needed([output], graph.nodes), values)
+        found.append(values[output])
+    return found
+
+
 def one_loop(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
-    """The jaxpr as a function of its inputs, computing each elementwise output from its own copy of its sources."""
+    """The jaxpr as a function of its inputs, computing each elementwise output from its own copy of its sources.
+
+    What is not elementwise (norms, products of matrices, random numbers) and what are single numbers (counts, learning
+    rates) is computed once, for all.
+    """
 
     def run(*arrays: Any) -> list[Any]:
-        inputs = [Node(x.shape) for x in arrays]
-        constants = [Node(getattr(x, "shape", ())) for x in closed.consts]
-        values: dict[Node, Any] = dict(zip([*inputs, *constants], [*arrays, *closed.consts], strict=True))
-        nodes: list[Node] = []
-        outputs = _walk(closed.jaxpr, constants, inputs, nodes, values)
+        graph = Graph(closed)
+        outputs, values = graph.outputs, graph.known | dict(zip(graph.inputs, arrays, strict=True))
         families = [Family(cones) for cones in _families(outputs) if len(cones) > 1]
         apart = {cone.output for family in families for cone in family.cones}
         wanted = {x for x in outputs if x not in apart}.union(*(family.operands for family in families))
-        for node in _needed(wanted, nodes):
-            values.update(zip(node.outputs, bind(node.eqn, [values[x] for x in node.inputs]), strict=True))
+        _evaluate(_needed(wanted, graph.nodes), values)
         alike: dict[Any, Callable[..., Any]] = {}  # traced once
         for family in families:
             f = alike.setdefault(family.structure(values), jax.jit(functools.partial(family.compute, values)))
@@ -147,39 +169,58 @@ class Family:
         results = []
         for cone, copy in zip(self.cones, own_inputs(sources, len(self.cones)), strict=True):
             own = dict(zip(self.operands, [*copy, *numbers], strict=True))
-            for x in cone.nodes:
-                [own[x]] = bind(x.eqn, [values[y] if y.is_literal else own[y] for y in x.inputs])
+            own |= {y: values[y] for x in cone.nodes for y in x.inputs if y.is_literal}
+            _evaluate(cone.nodes, own)
             results.append(own[cone.output])
         return results
 
 
-def _walk(
-    jaxpr: Any, constants: Sequence[Node], inputs: Sequence[Node], nodes: list[Node], values: dict[Node, Any]
-) -> list[Node]:
-    """The nodes of a jaxpr's equations, in order, those of the jaxprs that it calls included; returns its outputs."""
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+class Graph:
+    """A jaxpr's values.
 
-    def node(x: Any) -> Node:
-        if not isinstance(x, Literal):
-            return known[x]
-        literal = Node(getattr(x.aval, "shape", ()), is_literal=True)
-        values[literal] = np.asarray(x.val, getattr(x.aval, "dtype", None))
-        return literal
+    Attributes:
+      inputs, outputs: its own.
+      nodes: of each equation the first of its results, in order.
+      known: the values of constants and literals.
+    """
 
-    for eqn in jaxpr.eqns:
-        operands = [node(x) for x in eqn.invars]
-        if (where := INLINED.get(eqn.primitive.name)) in eqn.params:
-            called = eqn.params[where]
-            consts = [Node(getattr(x, "shape", ())) for x in called.consts]
-            values.update(zip(consts, called.consts, strict=True))
-            found = _walk(called.jaxpr, consts, operands, nodes, values)
-        else:
-            found = [Node(getattr(x.aval, "shape", ()), eqn, operands, (), len(nodes)) for x in eqn.outvars]
-            for x in found:
-                x.outputs = found
-            nodes.append(found[0] if found else Node((), eqn, operands, (), len(nodes)))
-        known.update(zip(eqn.outvars, found, strict=True))
-    return [node(x) for x in jaxpr.outvars]
+    def __init__(self, closed: ClosedJaxpr):
+        self.known: dict[Node, Any] = {}
+        self.nodes: list[Node] = []
+        self.inputs = [Node(getattr(x.aval, "shape", ())) for x in closed.jaxpr.invars]
+        self.outputs = self._walk(closed, self.inputs)
+
+    def _walk(self, closed: ClosedJaxpr, inputs: Sequence[Node]) -> list[Node]:
+        """Add the nodes of a jaxpr's equations, those of the jaxprs that it calls included; returns its outputs."""
+        jaxpr = closed.jaxpr
+        constants = [Node(getattr(x, "shape", ())) for x in closed.consts]
+        self.known.update(zip(constants, closed.consts, strict=True))
+        found = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+        def node(x: Any) -> Node:
+            if not isinstance(x, Literal):
+                return found[x]
+            literal = Node(getattr(x.aval, "shape", ()), is_literal=True)
+            self.known[literal] = np.asarray(x.val, getattr(x.aval, "dtype", None))
+            return literal
+
+        for eqn in jaxpr.eqns:
+            operands = [node(x) for x in eqn.invars]
+            if (where := INLINED.get(eqn.primitive.name)) in eqn.params:
+                results = self._walk(eqn.params[where], operands)
+            else:
+                turn = len(self.nodes)
+                results = [Node(getattr(x.aval, "shape", ()), eqn, operands, (), turn) for x in eqn.outvars]
+                for x in results:
+                    x.outputs = results
+                self.nodes.append(results[0] if results else Node((), eqn, operands, (), turn))
+            found.update(zip(eqn.outvars, results, strict=True))
+        return [node(x) for x in jaxpr.outvars]
+
+
+def _evaluate(nodes: Iterable[Node], values: dict[Node, Any]) -> None:
+    for node in nodes:
+        values.update(zip(node.outputs, bind(node.eqn, [values[x] for x in node.inputs]), strict=True))
 
 
 def _cone(output: Node) -> Cone:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +96,26 @@ class Bucket:
 
     # --- memory
 
-    def take(self, optimizer: Any, numbers: Numbers, staging: Staging, begun: bool, freed: Freed) -> None:
+    @property
+    def _shelves(self) -> list[tuple[list[Leaf], list[int]]]:
+        """The leaves that share buffers, and where each begins there."""
+        shared = [(self.small, list(self.layout.offsets))] * bool(self.small)
+        return [([leaf], [0]) for leaf in self.big] + shared
+
+    def state_buffers(self) -> Iterator[dict[str, Buffer]]:
+        """Make the buffers of the state, shelf by shelf."""
+        for leaves, _ in self._shelves:
+            yield {slot: self._buffer(slot, leaves) for slot in self.spec.names[1:]}
+
+    def take(
+        self,
+        optimizer: Any,
+        numbers: Numbers,
+        staging: Staging,
+        begun: bool,
+        freed: Freed,
+        state_buffers: Iterable[dict[str, Buffer]],
+    ) -> None:
         """Make the buffers, and move parameters and state into them.
 
         Args:
@@ -105,22 +124,22 @@ class Bucket:
           staging: where the gradients of small leaves are gathered.
           begun: other parameters have averages already; then a new average begins with the parameter as it is.
           freed: takes note of what torch frees.
+          state_buffers: `state_buffers()`, or what it gives.
         """
         layout, device = self.layout, self.device
         self.missing = device.zeros(max((leaf.size for leaf in self.big), default=0), self.dtype)
         self.staging, self.gathered = staging, staging.array((layout.size // device.row, device.row))
         self.coefficients = Coefficients(self.spec, device, self.leaves, self._first_scalars(optimizer, numbers))
         # Parameters move first: the memory that they leave is given back before the state takes as much, or more.
-        shelves = [([leaf], [0]) for leaf in self.big] + [(self.small, list(layout.offsets))] * bool(self.small)
         owned_by: list[dict[str, Buffer]] = []
-        for leaves, offsets in shelves:
+        for leaves, offsets in self._shelves:
             owned_by.append({"param": self._buffer("param", leaves)})
             for leaf, offset in zip(leaves, offsets, strict=True):
                 self._take_param(leaf, owned_by[-1]["param"], offset, optimizer._around)
                 freed.add(0 if leaf.home is not None else leaf.local.nbytes)
         rows = iter(range(len(self.leaves)))
-        for own, (leaves, offsets) in zip(owned_by, shelves, strict=True):
-            own |= {slot: self._buffer(slot, leaves) for slot in self.spec.names[1:]}
+        for own, of_state, (leaves, offsets) in zip(owned_by, state_buffers, self._shelves, strict=True):
+            own |= of_state
             for leaf, offset in zip(leaves, offsets, strict=True):
                 loaded = optimizer.state.get(leaf.param)
                 self._take_slots(next(rows), leaf, own, offset, optimizer, numbers[leaf.group], begun)

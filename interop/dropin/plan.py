@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from interop.dropin.groups import Numbers, parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
 from interop.dropin.slots import slot_shapes
 from interop.dropin.state import check_state, is_shared, state_dtypes
-from interop.memory import Device, Staging, check_parameter
+from interop.memory import Buffer, Device, Staging, check_parameter
 from interop.memory.tensors import DTYPES, address, is_alone
 from jopt.rule import Rule
 
@@ -94,9 +95,14 @@ class Plan:
         if not self.uses_torch:
             host.check_process()
         self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
-        self.programs(optimizer)
+        with ThreadPoolExecutor(1) as thread:
+            # Beside compiling, and no sooner where there is state, which would then be in memory twice.
+            states: Iterable[Any] = [bucket.state_buffers() for bucket in self.buckets]
+            if not self.uses_torch and not any(map(optimizer.state.get, self.leaves)):
+                states = thread.map(lambda bucket: list(bucket.state_buffers()), self.buckets)
+            self.programs(optimizer)
         with host.SignalsWait():
-            self._take(optimizer, numbers)
+            self._take(optimizer, numbers, states)
         self.views = self._state_views()
         self.addresses = list(map(address, self.views))
 
@@ -172,8 +178,8 @@ class Plan:
             stays=(before is not None and before.stays) or lazy or placement is not None,
         )
 
-    def _take(self, optimizer: Any, numbers: Numbers) -> None:
-        """Move parameters and state into the buckets' buffers."""
+    def _take(self, optimizer: Any, numbers: Numbers, states: Iterable[Iterable[dict[str, Buffer]]]) -> None:
+        """Move parameters and state into the buckets' buffers, of which those of the state may be there already."""
         sizes: dict[tuple[Device, np.dtype], int] = {}
         for bucket in self.buckets:
             key = bucket.device, bucket.dtype
@@ -190,8 +196,8 @@ class Plan:
             )
             for device, _ in sizes
         }
-        for bucket in self.buckets:
-            bucket.take(optimizer, numbers, staging[bucket.device, bucket.dtype], begun, freed[bucket.device])
+        for bucket, buffers in zip(self.buckets, states, strict=True):
+            bucket.take(optimizer, numbers, staging[bucket.device, bucket.dtype], begun, freed[bucket.device], buffers)
 
     def _state_views(self) -> list[Tensor]:
         return [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]

@@ -26,7 +26,8 @@ from interop.dropin.slots import slot_shapes
 from interop.memory import Buffer, Device
 from jopt import numerics as t
 from jopt.around.clip import clip_factor, total_norm
-from jopt.leaf import separately, step_leaf, step_leaves
+from jopt.leaf import step_leaf, step_leaves
+from jopt.loops import separately
 from jopt.rule import Rule
 
 Norms = tuple[tuple[int, np.dtype], ...]  # for each bucket how many norms it contributes, and their type

@@ -11,9 +11,9 @@ from tests import ROOT
 JOPT = [
     ["_compat"],
     ["numerics", "valued"],
-    ["rule"],
+    ["loops", "rule"],
     ["leaf"],
-    ["fusion", "loops", "arena"],
+    ["fusion", "arena"],
     ["transform"],
     ["optimizers", "line_search", "schedules"],
     ["lbfgs"],
