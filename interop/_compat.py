@@ -51,14 +51,15 @@ def jax_has_started() -> bool:
 
 @functools.cache
 def own_cpu_device(*, serial: bool) -> Any:
-    """A CPU device beside JAX's, whose programs run in the thread that calls them; None where that cannot be made.
+    """A CPU device beside JAX's; None where that cannot be made, for what makes a client is private.
 
-    JAX's own CPU client hands a program to another thread, so that its caller can go on. The drop-in has nothing to do
-    meanwhile, and a small program takes less time than waking a thread. JAX has the choice as an option
-    (`jax_cpu_enable_async_dispatch`), which is the user's and for the whole process. What makes a client is private.
+    So a step needs none of JAX's devices. JAX's client hands a program to another thread, so that its caller can go on.
+    The drop-in has nothing to do meanwhile, and a small program takes less time than waking a thread. JAX has the
+    choice as an option (`jax_cpu_enable_async_dispatch`), which is the user's and for the whole process.
 
     Args:
-      serial: its programs use no other thread at all.
+      serial: its programs run in the thread that calls them, and use no other. Programs of several threads leave it
+        waiting as JAX's do: it would be one more than there are processors.
     """
     from jax._src.lib import xla_client  # type: ignore[reportPrivateImportUsage]
 
@@ -66,7 +67,7 @@ def own_cpu_device(*, serial: bool) -> Any:
     try:
         if serial:
             os.environ["NPROC"] = "1"  # XLA's name for the number of a client's threads; read as it is made
-        return xla_client.make_cpu_client(asynchronous=False).local_devices()[0]
+        return xla_client.make_cpu_client(asynchronous=not serial).local_devices()[0]
     except (AttributeError, TypeError):
         return None
     finally:

@@ -102,6 +102,12 @@ class Bucket:
         shared = [(self.small, list(self.layout.offsets))] * bool(self.small)
         return [([leaf], [0]) for leaf in self.big] + shared
 
+    @property
+    def state_bytes(self) -> int:
+        """What the state takes at most."""
+        sizes = (dtype.itemsize for name, dtype in self.dtypes.items() if name != "param")
+        return sum(leaf.size for leaf in self.leaves) * sum(sizes)
+
     def state_buffers(self) -> Iterator[dict[str, Buffer]]:
         """Make the buffers of the state, shelf by shelf."""
         for leaves, _ in self._shelves:

@@ -23,6 +23,9 @@ from interop.memory import Buffer, Device, Staging, check_parameter
 from interop.memory.tensors import DTYPES, address, is_alone
 from jopt.rule import Rule
 
+BESIDE = 2**28
+"""Bytes of state whose buffers are made while programs are compiled, which itself takes some 100 MB."""
+
 
 @dataclasses.dataclass
 class Measured:
@@ -96,9 +99,10 @@ class Plan:
             host.check_process()
         self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
         with ThreadPoolExecutor(1) as thread:
-            # Beside compiling, and no sooner where there is state, which would then be in memory twice.
             states: Iterable[Any] = [bucket.state_buffers() for bucket in self.buckets]
-            if not self.uses_torch and not any(map(optimizer.state.get, self.leaves)):
+            # Beside compiling, where that adds little to its memory: no large ones, none in memory already.
+            size = sum(bucket.state_bytes for bucket in self.buckets)
+            if not self.uses_torch and size <= BESIDE and not any(map(optimizer.state.get, self.leaves)):
                 states = thread.map(lambda bucket: list(bucket.state_buffers()), self.buckets)
             self.programs(optimizer)
         with host.SignalsWait():

@@ -106,7 +106,7 @@ class Held:
             with SignalsWait(), settings():
                 self.device.before()
                 out = launch(self.device, program.run, buffers, *arguments)
-                self.device.after(out[:1])  # of one program: they are there together
+                self.device.after(out)
             return out[len(buffers) :]
         self.device.before()
         copies = [self.device.put(np.array(place.buffer.array)) for place in self.params]
