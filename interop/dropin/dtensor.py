@@ -57,16 +57,6 @@ def error(optimizer: Any, p: Tensor, grad: Tensor) -> str | None:
             f"expected a plain tensor, found a DTensor: {name} looks at whole tensors, of which each process has a "
             "part; use an elementwise optimizer such as AdamW, or DistributedDataParallel, which keeps parameters whole"
         )
-    if optimizer.max_norm is not None:
-        return (
-            f"{name} with max_norm does not take DTensors: the norm is of all processes' parts; call "
-            "torch.nn.utils.clip_grad_norm_ before the step, and leave max_norm=None"
-        )
-    if optimizer.grad_scale is not None:
-        return (
-            "interop.amp.GradScaler does not take DTensors: whether to skip a step is for all processes to decide; use "
-            "torch.amp.GradScaler"
-        )
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from interop.dropin import dtensor, eager, host, native, program, reader
+from interop.dropin import dtensor, eager, host, native, processes, program, reader
 from interop.dropin.arranging import passes_of, shelves
 from interop.dropin.bucket import Bucket, Work, number_array
 from interop.dropin.coefficients import Scalars
@@ -312,8 +312,8 @@ class Plan:
 
     # --- a step
 
-    def measure(self, optimizer: Any, grads: reader.Gradients) -> Measured:
-        """The norms of the gradients, for a step that clips or unscales them."""
+    def measure(self, optimizer: Any, grads: reader.Gradients, meshes: list[Any]) -> Measured:
+        """The norms of the gradients, for a step that clips or unscales them; of all processes of the meshes."""
         measures, _ = self.programs(optimizer)
         scale = optimizer.grad_scale
         # In float32, as torch.amp.GradScaler.unscale_
@@ -328,9 +328,23 @@ class Plan:
                 found.overflows.append(overflow)
                 if users[id(work.bucket.staging)] > 1:
                     work.bucket.device.after((norms, overflow))  # another bucket's gradients are gathered there next
+            return self._agreed(found, meshes) if meshes else found
         except BaseException:
             self._wait(found)
             raise
+
+    def _agreed(self, found: Measured, meshes: list[Any]) -> Measured:
+        """What all processes found: the norm stands where that of one gradient was."""
+        self._wait(found)
+        local = [np.asarray(x, np.float64) for x in found.norms]
+        leaves = (leaf.param for work in self._works() for leaf in work.bucket.leaves)
+        norms = zip(leaves, np.concatenate(local).tolist(), strict=True)
+        total, overflow = processes.agree(meshes, norms, any(map(bool, found.overflows)))
+        for i, (bucket, x) in enumerate(zip(self.buckets, local, strict=True)):
+            of_bucket = np.zeros(len(x), bucket.dtype)
+            of_bucket[:1] = total if i == 0 else 0
+            found.norms[i] = bucket.device.put(of_bucket)
+            found.overflows[i] = bucket.device.put(np.asarray(overflow))
         return found
 
     def update(

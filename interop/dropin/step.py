@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from interop.dropin import host, options, program
-from interop.dropin.groups import Groups
+from interop.dropin import host, options, processes, program
+from interop.dropin.groups import Groups, parameters
 from interop.dropin.plan import Plan, measures, plan_for
 from interop.dropin.state import KeepsWideState
 from jopt.rule import Rule
@@ -38,11 +38,15 @@ def step(optimizer: Any) -> None:
     groups: Groups | None = optimizer._groups
     if groups is None or not groups.still_hold(optimizer):
         groups = optimizer._groups = Groups(optimizer)
+    meshes = processes.meshes(optimizer) if measures(optimizer) else []
     plan, grads = plan_for(optimizer, groups.rules, groups.numbers)
     norm, skipped = None, False
+    if plan is None and meshes:  # the others wait for what this process has: nothing
+        total, skipped = processes.agree(meshes, [], overflow=False)
+        norm = torch.tensor(total, dtype=parameters(optimizer)[0].dtype)
     if plan is not None:
         with host.SignalsWait(), contextlib.nullcontext() if plan.uses_torch else host.settings():
-            measured = plan.measure(optimizer, grads) if measures(optimizer) else None
+            measured = plan.measure(optimizer, grads, meshes) if measures(optimizer) else None
             norm, skipped = plan.update(optimizer, grads, groups.numbers, measured)
     optimizer._around.grad_norm, optimizer._around.skipped = norm, skipped
 

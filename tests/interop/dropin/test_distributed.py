@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # noqa: E402
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.parallel import (  # noqa: E402
     ColwiseParallel,
     RowwiseParallel,
@@ -50,6 +50,7 @@ def _enter(rank, worker, store, args):
     timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timeout)
     worker(rank, *args)
+    dist.barrier()  # a process that leaves sooner looks to gloo like one that failed
     dist.destroy_process_group()
 
 
@@ -407,6 +408,99 @@ def test_what_is_around_a_step_under_fsdp2(tmp_path):
     spawn(fsdp_surroundings_worker, folder=tmp_path)
 
 
+def on_all(x):
+    """A number of each process."""
+    found = [torch.zeros((), dtype=torch.float64) for _ in range(WORLD)]
+    dist.all_gather(found, torch.as_tensor(x, dtype=torch.float64))
+    return [float(y) for y in found]
+
+
+def fsdp_norm_worker(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name, arguments in (("AdamW", dict(lr=0.01)), ("SGD", dict(lr=0.05, momentum=0.9))):
+        reference, model = network(), shard(network(), mesh)
+        theirs = getattr(torch.optim, name)(reference.parameters(), **arguments)
+        ours = getattr(optim, name)(model.parameters(), **arguments, max_norm=0.1, ema=0.9)
+        for i in range(20):
+            theirs.zero_grad(), ours.zero_grad()
+            backward(reference, i, None), backward(model, i, rank)
+            norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+            theirs.step(), ours.step()
+            mine, other = on_all(ours.grad_norm)
+            assert mine == other
+            assert cases.difference(ours.grad_norm, norm) <= 1e-12
+        assert_near(reference.parameters(), model.parameters(), 1e-12)
+        assert_same_state(theirs, drop_average(ours))
+
+    # An infinity in one process's part is skipped by all.
+    reference, model = network(), shard(network(), mesh)
+    theirs, ours = torch.optim.AdamW(reference.parameters()), optim.AdamW(model.parameters(), max_norm=0.1)
+    scaler = amp.GradScaler("cpu", init_scale=8.0)
+    for i in range(5):
+        theirs.zero_grad(), ours.zero_grad()
+        backward(reference, i, None)
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+        scaler.scale(model(batch(i, rank)).pow(2).mean()).backward()
+        if i == 2 and rank == 1:
+            model[0].weight.grad.to_local()[0, 0] = torch.inf
+        scaler.step(ours)
+        scaler.update()
+        assert on_all(ours.skipped) == [i == 2] * 2
+        if i != 2:
+            theirs.step()
+    assert_near(reference.parameters(), model.parameters())
+
+
+def drop_average(opt):
+    for state in opt.state.values():
+        state.pop("ema")
+    return opt
+
+
+def uneven_norms_worker(rank):
+    """Gradients that one process has alone, copies over an axis of a mesh, meshes of their own."""
+    line, grid = init_device_mesh("cpu", (WORLD,)), init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("a", "b"))
+    full = torch.arange(1.0, 13, dtype=torch.float64).view(4, 3)
+    params, squares = [], 0.0
+    for mesh, placements in (
+        (line, [Shard(0)]),
+        (line, [Replicate()]),
+        (grid, [Replicate(), Shard(0)]),
+        (grid, [Shard(1), Replicate()]),
+    ):
+        p = torch.nn.Parameter(distribute_tensor(full.clone(), mesh, placements))
+        p.grad = distribute_tensor(full.clone(), mesh, placements)
+        params.append(p)
+        squares += full.square().sum().item()
+    opt = optim.SGD(params, lr=1.0, max_norm=1.0)
+    opt.step()
+    assert on_all(opt.grad_norm) == pytest.approx([squares**0.5] * 2, rel=1e-14)
+    for p in params:
+        torch.testing.assert_close(whole(p), full - full / (squares**0.5 + 1e-6), rtol=1e-14, atol=1e-14)
+
+    # One process without any gradient: the others do not wait for ever, and all know the norm.
+    for p in params:
+        p.grad = None
+    before = [whole(p).clone() for p in params]
+    if rank == 0:
+        params[0].grad = distribute_tensor_alone(full, line)
+    opt.step()
+    assert on_all(opt.grad_norm) == pytest.approx([full[:2].norm().item()] * 2, rel=1e-14)
+    assert all(torch.equal(whole(p), x) for p, x in zip(params[1:], before[1:], strict=True))
+
+
+def distribute_tensor_alone(full, mesh):
+    """This process's part, without asking the others."""
+    return DTensor.from_local(full[:2], mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
+
+
+@pytest.mark.parametrize(
+    "worker", [pytest.param(fsdp_norm_worker, marks=pytest.mark.slow), uneven_norms_worker], ids=["fsdp2", "uneven"]
+)
+def test_the_norm_is_of_all_processes_parts(worker, tmp_path):
+    spawn(worker, folder=tmp_path)
+
+
 def fsdp_checkpoint_worker(rank, folder):
     mesh = init_device_mesh("cpu", (WORLD,))
     checkpoints(f"{folder}/fsdp", rank, wrap=lambda model: shard(model, mesh))
@@ -422,7 +516,6 @@ def test_checkpoints_under_fsdp2(tmp_path):
 def fsdp_refusals_worker(rank):
     mesh = init_device_mesh("cpu", (WORLD,))
     for make, text in (
-        (lambda p: optim.AdamW(p, max_norm=1.0), "max_norm does not take DTensors"),
         (
             lambda p: optim.Adafactor(p),
             "expected a plain tensor, found a DTensor: interop.optim.Adafactor looks at whole tensors",
@@ -527,7 +620,7 @@ REFUSED = {
     "partial-gradient": (partial_gradient, r"Shard\(dim=0\),\) .* found .*Partial.*p.grad.redistribute"),
     "plain-state": (plain_state, "its state 'exp_avg' placed as the parameter, a DTensor .*found a plain"),
     "replicated-state": (replicated_state, r"its state 'exp_avg' placed .*Shard\(dim=0\).*, found .*Replicate"),
-    "max_norm": (clipped, "max_norm does not take DTensors.* torch.nn.utils.clip_grad_norm_ before the step"),
+    "max_norm": (clipped, "expected DTensors alone for a norm of all gradients.* found a plain parameter beside"),
     "Adafactor": (None, "found a DTensor: interop.optim.Adafactor looks at whole tensors.*use an elementwise"),
     "Muon": (None, "found a DTensor: interop.optim.Muon looks at whole tensors.*use an elementwise"),
     "LBFGS": (None, "expected a plain tensor, .*DTensor; keep the parameter whole and plain"),
@@ -559,18 +652,6 @@ def test_partial_parameter_is_refused():
         p = sharded(mesh, 4, placement=Partial())
         with pytest.raises(TypeError, match=r"\('w'\): expected a DTensor sharded or replicated.*; redistribute it"):
             optim.SGD([("w", p)]).step()
-
-
-def test_grad_scaler_is_refused():
-    """Whose compiled check for infinities would see one process's part."""
-    with alone() as mesh:
-        p = sharded(mesh, 4)
-        opt, scaler = optim.SGD([p]), amp.GradScaler("cpu")
-        scaler.scale(torch.ones(()))
-        before = p.detach().to_local().clone()
-        with pytest.raises(TypeError, match=r"interop.amp.GradScaler does not take DTensors.*use torch.amp.GradScaler"):
-            scaler.step(opt)
-        assert torch.equal(p.detach().to_local(), before)
 
 
 def test_dtensors_beside_plain_parameters():
