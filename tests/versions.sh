@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The suite beside other versions of JAX, torch and Python: `tests/versions.sh SET ...`, or all that `make test-versions`
-# runs. Each set has an environment of its own, which is removed after it; KEEP=1 keeps it.
+# runs. Each set has an environment of its own, which is removed after it; KEEP=1 keeps it, INSTALL=1 does no more.
 #
 #   colab-tpu, colab-cpu   what Colab gives; torch's builds for x86-64 carry CUDA: 3 GB to download, 7 GB on disk
 #   today                  Python 3.11, the CPU build of torch 2.13 and the newest JAX for it
@@ -35,6 +35,7 @@ run() { # a set's name, a Python, what to install; then what to test
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   # shellcheck disable=SC2086
   "$venv/bin/python" -m pip install -q $packages
+  [ -z "${INSTALL:-}" ] || return 0
   "$venv/bin/python" - <<'VERSIONS'
 import importlib.metadata as metadata, platform
 found = [f"Python {platform.python_version()}"]
