@@ -314,6 +314,16 @@ class Update:
                 step(*small, c)
         return buffers
 
+    def kept(self) -> tuple[list[Any], Any] | None:
+        """What a step of leaves that are all alike calls; None before such a step.
+
+        For each big leaf function, parameter and slots; for the small ones together function and tensors.
+        """
+        big, small = len(self._spec.big), self._spec.n_small
+        found = [self._kept.get((i, True)) for i in range(big)]
+        shared = self._kept.get((0, small, True))
+        return (found, shared) if all(self._has_elements) and None not in found and (shared or not small) else None
+
     def _function(self, is_active: bool, shape: tuple[int, ...] = ()) -> Callable[..., None]:
         """The function for a leaf that has a gradient, or the one for its average alone."""
         spec = self._spec

@@ -14,7 +14,7 @@ from interop.dropin import options
 from jopt.rule import Rule
 
 Numbers = Sequence[dict[str, float]]  # the hyperparameters of each group
-_FIXED = (float, int, bool, str, type(None))  # types whose values cannot change
+_FIXED = frozenset((float, int, bool, str, type(None)))  # types whose values cannot change
 
 
 class Groups:
@@ -46,8 +46,9 @@ def _objects(groups: list[dict[str, Any]]) -> list[Any]:
 
 
 def _is_fixed(group: dict[str, Any]) -> bool:
-    values = (x for name, x in group.items() if name not in ("params", "param_names"))
-    return all(type(x) in _FIXED or (type(x) is tuple and all(type(y) in _FIXED for y in x)) for x in values)
+    names = group.get("param_names")
+    others = [x for x in group.values() if type(x) not in _FIXED and x is not group["params"] and x is not names]
+    return all(type(x) is tuple and all(type(y) in _FIXED for y in x) for x in others)
 
 
 def hyperparameters(optimizer: Any) -> tuple[Numbers, list[Rule]]:

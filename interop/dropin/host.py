@@ -77,7 +77,7 @@ def settings() -> Any:
 class SignalsWait:
     """Python's signal handlers run after the block rather than inside it."""
 
-    __slots__ = ("arrived", "handlers")
+    __slots__ = ("arrived", "waiting")
 
     signals = [
         int(getattr(signal, name))
@@ -86,23 +86,32 @@ class SignalsWait:
     ]
 
     def __enter__(self) -> None:
-        self.handlers: dict[int, Any] = {}
         self.arrived: list[tuple[int, Any]] = []
+        self.waiting: tuple[tuple[int, Any], ...] = ()
         if threading.get_ident() == threading.main_thread().ident:
-            for number, handler in zip(self.signals, map(_signal.getsignal, self.signals), strict=True):
-                if handler and callable(handler):  # 0 or 1: the system's own, or none
-                    self.handlers[number] = handler
-                    _signal.signal(number, lambda *args: self.arrived.append(args))
+            self.waiting = _pythons(tuple(map(_signal.getsignal, self.signals)))
+            for number, _ in self.waiting:
+                _signal.signal(number, self._arrive)
+
+    def _arrive(self, *args: Any) -> None:
+        self.arrived.append(args)
 
     def __exit__(self, *_: object) -> None:
-        for number in reversed(self.handlers):  # SIGINT last, as it came first: until then it cannot cut this short
-            _signal.signal(number, self.handlers[number])
-        self._deliver()
+        for number, handler in reversed(self.waiting):  # SIGINT last, as it came first: until then none cuts this short
+            _signal.signal(number, handler)
+        if self.arrived:
+            self._deliver()
 
     def _deliver(self) -> None:
         if self.arrived:
             number, frame = self.arrived.pop(0)
             try:
-                self.handlers[number](number, frame)
+                dict(self.waiting)[number](number, frame)
             finally:
                 self._deliver()
+
+
+@functools.lru_cache(maxsize=16)
+def _pythons(handlers: tuple[Any, ...]) -> tuple[tuple[int, Any], ...]:
+    """The signals that have a handler in Python; 0, 1 and None are the system's own, or none."""
+    return tuple((number, x) for number, x in zip(SignalsWait.signals, handlers, strict=True) if x and callable(x))

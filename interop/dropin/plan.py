@@ -17,6 +17,7 @@ from interop.dropin.bucket import Bucket, Work, number_array
 from interop.dropin.coefficients import Scalars
 from interop.dropin.groups import Numbers, parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
+from interop.dropin.quick import Quick
 from interop.dropin.slots import slot_shapes
 from interop.dropin.state import check_state, is_shared, state_dtypes
 from interop.memory import Buffer, Device, Staging, check_parameter
@@ -55,6 +56,7 @@ class Turn:
 
     readers: list[reader.Reader]
     works: list[Work]
+    quick: Quick | None = None
 
 
 def plan_for(optimizer: Any, rules: list[Rule], numbers: Numbers) -> tuple[Plan | None, Any]:
@@ -364,6 +366,8 @@ class Plan:
                 self._wait(measured)
         if self.rent:
             self.rent -= 1
+        elif self.uses_torch and self.turn is not None and self.rent is None:
+            self.turn.quick = Quick.of(self.turn.readers, self.rules, self.turn.works, updates)
         if measured is None:
             return None, False
         first, (norm, found_inf), _ = results[0]

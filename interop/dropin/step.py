@@ -33,11 +33,15 @@ L = TypeVar("L")  # a loss
 
 def step(optimizer: Any) -> None:
     """A step of `CompiledStep`."""
-    for device in optimizer._plan.devices if optimizer._plan else ():
-        device.begin()
     groups: Groups | None = optimizer._groups
     if groups is None or not groups.still_hold(optimizer):
         groups = optimizer._groups = Groups(optimizer)
+    plan: Plan | None = optimizer._plan
+    if plan is not None:
+        if plan.turn is not None and plan.turn.quick is not None and plan.turn.quick(optimizer, groups):
+            return
+        for device in plan.devices:
+            device.begin()
     meshes = processes.meshes(optimizer) if measures(optimizer) else []
     plan, grads = plan_for(optimizer, groups.rules, groups.numbers)
     norm, skipped = None, False
@@ -148,12 +152,16 @@ def _like_torchs(cls: type) -> Callable[..., None]:
 
 
 def _guarded(optimizer: Stepped) -> None:
-    with torch.no_grad():
-        if not torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
             optimizer._step()
-        else:
-            with torch.inference_mode(False):
-                optimizer._step()
+        return
+    enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # as no_grad does, which takes as long as a small step's arithmetic
+    try:
+        optimizer._step()
+    finally:
+        torch._C._set_grad_enabled(enabled)
 
 
 @dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
