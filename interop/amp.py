@@ -19,6 +19,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from interop.dropin.groups import parameters
+from interop.dropin.processes import meshes
 from interop.dropin.step import CompiledStep
 
 __all__ = ["GradScaler"]
@@ -49,7 +50,7 @@ class GradScaler(torch.amp.GradScaler):
         grads = [grad for p in parameters(optimizer) if (grad := p.grad) is not None]
         if any(grad.dtype is torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")
-        if not grads:
+        if not grads and not meshes(optimizer):  # of DTensors other processes may have some
             raise AssertionError("No inf checks were recorded for this optimizer.")
         optimizer.grad_scale = self._scale
         try:

@@ -96,6 +96,7 @@ class Coefficients:
         self._read: tuple[Any, dict[str, list[float]], dict[str, float]] | None = None
         self._kind_of, self._kinds = np.zeros(len(leaves), int), [0]  # each leaf's kind; each kind's first leaf
         self._known: list[bytes] = []  # the scalar state for which the kinds were found
+        self._filled: Any = None  # the numbers in the table, if those of a step follow from them alone
 
     def mark(self, active: np.ndarray) -> None:
         """Note which leaves step from now on."""
@@ -105,6 +106,8 @@ class Coefficients:
 
     def fill(self, hyperparameters: Sequence[Mapping[str, float]], ema: float | None) -> Scalars:
         """Write the table for a step; returns the next scalar state, for `finish`."""
+        if self._filled is hyperparameters and ema is None:
+            return {}
         if self._known != self._bytes():  # the user wrote to the scalar state
             self._find_kinds()
         if self._read is None or self._read[0] is not hyperparameters:
@@ -119,6 +122,7 @@ class Coefficients:
             if self.new.any():
                 self.table.runs = [(i, i + 1) for i in range(len(self.new))]
                 self._known = []  # so that the next step finds the kinds again
+        self._filled = hyperparameters if not self.scalars and ema is None else None
         return scalars
 
     def _of_numbers(self, h: dict[str, float]) -> Scalars | None:
@@ -161,7 +165,7 @@ class Coefficients:
         self._kinds = np.unique(self._kind_of, return_index=True)[1].tolist()
         starts = [0, *(np.flatnonzero(np.diff(self._kind_of)) + 1).tolist(), len(keys)]
         self.table.runs = list(itertools.pairwise(starts))
-        self._known, self._read = self._bytes(), None
+        self._known, self._read, self._filled = self._bytes(), None, None
 
     def _bytes(self) -> list[bytes]:
         return [x.tobytes() for x in self.scalars.values()]

@@ -342,9 +342,10 @@ class Plan:
         leaves = (leaf.param for work in self._works() for leaf in work.bucket.leaves)
         norms = zip(leaves, np.concatenate(local).tolist(), strict=True)
         total, overflow = processes.agree(meshes, norms, any(map(bool, found.overflows)))
+        widest = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # which rounds it least
         for i, (bucket, x) in enumerate(zip(self.buckets, local, strict=True)):
             of_bucket = np.zeros(len(x), bucket.dtype)
-            of_bucket[:1] = total if i == 0 else 0
+            of_bucket[:1] = total if bucket is widest else 0
             found.norms[i] = bucket.device.put(of_bucket)
             found.overflows[i] = bucket.device.put(np.asarray(overflow))
         return found

@@ -275,8 +275,12 @@ def compile_norms(spec: Spec, unscale: bool) -> Any:
 
 
 def compile_on(device: Device, f: Any, *arguments: Any, **options: Any) -> Any:
-    """A function compiled for a device, inside `own_settings`."""
-    lowered = jax.jit(f, **options).lower(*arguments)
+    """A function compiled for a device, inside `own_settings`.
+
+    It takes what it does not read too: JAX gives a donated array to the next result of its shape and type, which is the
+    one of its own place only if none is left out.
+    """
+    lowered = jax.jit(f, keep_unused=True, **options).lower(*arguments)
     with device.compiling():
         return lowered.compile()
 

@@ -23,7 +23,7 @@ from interop.memory import HOST, Device
 from interop.memory.values import to_jax, to_torch
 from interop.wrapping.elsewhere import Elsewhere, number_of
 from interop.wrapping.held import Held
-from interop.wrapping.layout import Layout, Leaf
+from interop.wrapping.layout import Layout, Leaf, is_wide
 from interop.wrapping.program import Program
 from jopt._compat import enable_x64
 
@@ -39,9 +39,8 @@ def nodes(tree: Any, kind: type) -> list[Any]:
 @contextlib.contextmanager
 def settings(params: Iterable[Tensor]) -> Iterator[None]:
     """JAX's settings for optax's code: on the CPU, types and ranks may mix, 64 bits only where such arrays are."""
-    wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
     with (
-        enable_x64(wide or jax.config.read("jax_enable_x64")),
+        enable_x64(is_wide(p.dtype for p in params) or jax.config.read("jax_enable_x64")),
         jax.default_device(HOST.jax_device),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
@@ -69,6 +68,26 @@ class Saved:
                 "the parameters and call load_state_dict()"
             ) from error
         return Saved, (self.tx,)
+
+
+@dataclasses.dataclass
+class Ready:
+    """What a step of a group needs.
+
+    Attributes:
+      program: that steps it.
+      held: the places, if they have all that torch has; else they take it first.
+      tensors: torch's state then; None if there is none.
+      active: which parameters have a gradient.
+      numbers, arrays: hyperparameters, and more arguments of `update`.
+    """
+
+    program: Program
+    held: Held | None
+    tensors: list[Tensor] | None
+    active: np.ndarray
+    numbers: list[Any]
+    arrays: dict[str, Any]
 
 
 class Group:
@@ -200,6 +219,13 @@ class Group:
     def _numbers(self, device: Device, group: dict[str, Any], layout: Layout) -> list[Any]:
         """The group's hyperparameters as programs take them."""
         given = self._given(group)
+        for leaf in layout.numbers:
+            value = given[str(leaf.hyperparameter)]
+            if leaf.dtype.kind in "iu" and value != int(value):
+                raise ValueError(
+                    f"{leaf.hyperparameter}: expected an integer, for the transformation was made with one and keeps "
+                    f"{leaf.dtype}, found {value}; make it with {float(value)!r} or another number with a point"
+                )
         return [number_array(device, given[str(leaf.hyperparameter)], leaf.dtype) for leaf in layout.numbers]
 
     def evaluation(self, state: ScheduleFreeState, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -210,7 +236,7 @@ class Group:
 
     # --- the step
 
-    def step(
+    def prepare(
         self,
         optimizer: Any,
         index: int,
@@ -220,26 +246,54 @@ class Group:
         extra: dict[str, Any],
         *,
         same: bool,
-    ) -> None:
-        """`same`: the state holds what the last step left in it."""
+    ) -> Ready:
+        """Check and compile what a step needs; nothing that torch sees changes.
+
+        `same`: the state holds the objects that the last step left in it.
+        """
         group = optimizer.param_groups[index]
         params: list[Tensor] = group["params"]
-        quick = same and self._held is not None and self._held.layout.is_for(params) and closure is None and not extra
-        with contextlib.nullcontext() if quick else settings(params):
+        held = self._held if same and closure is None and not extra else None
+        if held is not None and not (held.layout.is_for(params) and held.has_state()):
+            held = None
+        with contextlib.nullcontext() if held is not None else settings(params):
             layout = self.layout(params)
-            tensors = None if quick else self._tensors(optimizer, params, layout)
+            tensors = None if held is not None else self._tensors(optimizer, params, layout)
             functions = {k: x for k, x in extra.items() if callable(x)}
             arrays = _arrays(layout.device, {k: x for k, x in extra.items() if k not in functions}, loss)
-            elsewhere = Elsewhere(closure, dict(zip(self.names, params, strict=True)))
-            self._elsewhere.append(elsewhere)
             active = np.array([grad is not None for grad in grads])
+            program = self._program(params, bool(active.all()), closure is not None, functions, arrays)
+            numbers = self._numbers(layout.device, group, layout)
+        return Ready(program, held, tensors, active, numbers, arrays)
+
+    def step(self, optimizer: Any, index: int, grads: list[Tensor | None], closure: Any, ready: Ready) -> None:
+        """Step as prepared."""
+        group = optimizer.param_groups[index]
+        params: list[Tensor] = group["params"]
+        layout = ready.program.layout
+        elsewhere = Elsewhere(closure, dict(zip(self.names, params, strict=True)))
+        with contextlib.nullcontext() if ready.held is not None else settings(params):
+            held = ready.held or self._hold(layout, params, ready.tensors)
+            copied = held.take_params(params)
+
+            def finish(shown: list[Any]) -> None:
+                for i in copied:
+                    if grads[i] is not None or elsewhere.before:
+                        params[i].copy_(held.params[i].view)
+                stepped = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+                torch.autograd.graph.increment_version(stepped)
+                if ready.held is None:
+                    owners = dict(zip(self.names, params, strict=True)) | {None: params[0]}
+                    for leaf, place in zip(layout.arrays, held.state, strict=True):
+                        optimizer.state[owners[leaf.owner]][leaf.key] = place.view
+                if shown:
+                    self._show(group, list(zip(layout.numbers, shown, strict=True)))
+                self.last = ready.program
+
+            self._elsewhere.append(elsewhere)
             try:
-                program = self._program(params, bool(active.all()), closure is not None, functions, arrays)
-                held = self._held if quick else self._hold(layout, params, tensors)
-                assert held is not None
-                copied = held.take_params(params)
-                numbers = self._numbers(layout.device, group, layout)
-                shown = held.step(program, held.gradients(grads), active, numbers, arrays)
+                arguments = held.gradients(grads), ready.active, ready.numbers, ready.arrays
+                held.step(ready.program, finish, *arguments)
             except BaseException as error:
                 elsewhere.restore()
                 if elsewhere.error is not None:
@@ -247,16 +301,6 @@ class Group:
                 raise
             finally:
                 self._elsewhere.clear()
-        self.last = program
-        for place, p in copied:
-            p.copy_(place.view)
-        torch.autograd.graph.increment_version([p for p, grad in zip(params, grads, strict=True) if grad is not None])
-        if not quick:
-            owners = dict(zip(self.names, params, strict=True)) | {None: params[0]}
-            for leaf, place in zip(layout.arrays, held.state, strict=True):
-                optimizer.state[owners[leaf.owner]][leaf.key] = place.view
-        if shown:
-            self._show(group, list(zip(layout.numbers, shown, strict=True)))
 
     def _program(
         self,
@@ -284,11 +328,12 @@ class Group:
 
     def _hold(self, layout: Layout, params: list[Tensor], tensors: list[Tensor] | None) -> Held:
         """The group's parameters and state in buffers, as they are, or else as the transformation begins."""
+        shown = self._held is not None
         if self._held is None:
             self._held = Held(layout, params)
         if tensors is None:
             arrays, _ = layout.parted(self._init(self.arrays(params)))
-            self._held.begin_state([to_torch(x, copy=None) for x in arrays])
+            self._held.begin_state([to_torch(x, copy=None) for x in arrays], shown)
         else:
             self._held.take_state(tensors)
         return self._held
@@ -321,4 +366,5 @@ def _is_numeric(x: Any) -> bool:
 
 def _number(x: Any) -> float:
     """A hyperparameter as the shortest number that is the same in its type."""
-    return float(str(np.asarray(x).astype(np.float32))) if x.dtype == jnp.float32 else np.asarray(x).item()
+    number = float(str(np.asarray(x).astype(np.float32))) if x.dtype == jnp.float32 else np.asarray(x).item()
+    return number.real  # optax makes it complex beside complex parameters

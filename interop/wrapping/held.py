@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,19 @@ class Place:
     def __init__(self, layout: Layout, shape: tuple[int, ...], dtype: np.dtype, torch_dtype: torch.dtype):
         self.buffer: Buffer = layout.device.buffer(shape, dtype)
         self.view = self.buffer.view(torch_dtype, shape)
+        self.address = address(self.view)
+
+    def has(self, x: Tensor) -> bool:
+        """Whether the tensor is the one here, in its memory still."""
+        return x is self.view and address(x) == self.address
+
+    def put(self, x: Tensor) -> None:
+        """Copy a value in, and show it as a new tensor: who holds the one before keeps the values that it had."""
+        if address(self.view) == self.address:
+            self.view = leave(self.view)
+        else:
+            self.view = self.buffer.view(self.view.dtype, tuple(self.view.shape))
+        self.view.copy_(x)
 
 
 class Held:
@@ -50,33 +63,39 @@ class Held:
 
     # --- before a step
 
-    def take_params(self, params: Sequence[Tensor]) -> list[tuple[Place, Tensor]]:
-        """Copy in the parameters that live elsewhere, which are to be copied out after the step."""
-        if list(map(address, params)) == self.addresses and all(map(Tensor.is_contiguous, params)):
+    def take_params(self, params: Sequence[Tensor]) -> list[int]:
+        """Copy in the parameters that live elsewhere; returns which, for they are to be copied out after the step."""
+        if list(map(address, params)) == self.addresses and all(map(_is_plain, params)):
             return []
         found = []
         for i, (x, spec) in enumerate(zip(params, self.layout.specs, strict=True)):
-            if self.addresses[i] == address(x) and x.is_contiguous():
+            if self.addresses[i] == address(x) and _is_plain(x):
                 continue
             if self.addresses[i] is not None:  # it has left; others may hold the memory that was its place
                 self.params[i] = Place(self.layout, spec.shape, spec.dtype, x.dtype)
                 self.addresses[i] = None
             self.params[i].view.copy_(x)
-            found.append((self.params[i], x))
+            found.append(i)
         return found
+
+    def has_state(self) -> bool:
+        """Whether the tensors that torch was shown lie where they were."""
+        return all(place.has(place.view) for place in self.state)
 
     def take_state(self, tensors: Sequence[Tensor]) -> None:
         """Copy in the state that lives elsewhere."""
         places = zip(self.state, tensors, strict=True)
         # All are read before one is written: they may be each other's.
-        for place, x in [(place, x.clone()) for place, x in places if x is not place.view]:
-            place.view = leave(place.view)  # who holds it keeps the values that it had
-            place.view.copy_(x)
+        for place, x in [(place, x.clone()) for place, x in places if not place.has(x)]:
+            place.put(x)
 
-    def begin_state(self, tensors: Sequence[Tensor]) -> None:
-        """Set the state."""
+    def begin_state(self, tensors: Sequence[Tensor], shown: bool) -> None:
+        """Set the state; `shown`: what was there before, torch was shown."""
         for place, x in zip(self.state, tensors, strict=True):
-            place.view.copy_(x)
+            if shown:
+                place.put(x)
+            else:
+                place.view.copy_(x)
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Any]:
         """As programs take them: flat, zeros for those that are missing. Their tensors have to outlive the step."""
@@ -94,25 +113,32 @@ class Held:
 
     # --- the step
 
-    def step(self, program: Program, *arguments: Any) -> list[Any]:
-        """Run a program over the places; returns its other results.
+    def step(self, program: Program, finish: Callable[[list[Any]], None], *arguments: Any) -> None:
+        """Run a program over the places, and let `finish` have its other results before a signal is handled.
 
-        One that calls back into Python, which may change the parameters, or raise, gets a copy of the parameters, and
-        what it returns is copied.
+        A program that calls back into Python, which may change the parameters, or raise, gets a copy of the parameters,
+        and what it returns is copied.
         """
         buffers = [place.buffer for place in (*self.params, *self.state)]
         self.device.begin()
         if not program.calls_back:
-            with SignalsWait(), settings():
-                self.device.before()
-                out = launch(self.device, program.run, buffers, *arguments)
-                self.device.after(out)
-            return out[len(buffers) :]
+            with SignalsWait():
+                with settings():
+                    self.device.before()
+                    out = launch(self.device, program.run, buffers, *arguments)
+                    self.device.after(out)
+                finish(out[len(buffers) :])
+            return
         self.device.before()
         copies = [self.device.put(np.array(place.buffer.array)) for place in self.params]
         results = program.run([*copies, *(place.buffer.array for place in self.state)], *arguments)
         jax.block_until_ready(results)
-        with SignalsWait(), settings():
-            self.device.replace(buffers, results[: len(buffers)])
-            self.device.after(results)
-        return results[len(buffers) :]
+        with SignalsWait():
+            with settings():
+                self.device.replace(buffers, results[: len(buffers)])
+                self.device.after(results)
+            finish(results[len(buffers) :])
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.is_contiguous() and not x.is_conj() and not x.is_neg()

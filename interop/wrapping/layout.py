@@ -16,7 +16,7 @@ import optax
 import torch
 from torch import Tensor
 
-from interop.memory import DEVICES
+from interop.memory import DEVICES, HOST
 from interop.memory.tensors import DTYPES
 from interop.memory.values import to_torch
 from jopt.arena import path_name
@@ -60,7 +60,8 @@ class Layout:
 
     def __init__(self, tx: optax.GradientTransformation, names: Sequence[str], params: Sequence[Tensor]):
         self._seen = _look(params)
-        self.device = DEVICES[params[0].device.type].of_size(sum(x.numel() for x in params))
+        device = DEVICES[params[0].device.type] if params else HOST
+        self.device = device.of_size(sum(x.numel() for x in params))
         self.specs = [jax.ShapeDtypeStruct(tuple(x.shape), DTYPES[x.dtype]) for x in params]
         self.by_dtype: dict[np.dtype, list[int]] = {}
         for i, spec in enumerate(self.specs):
@@ -106,7 +107,16 @@ class Layout:
 
 
 def _look(params: Sequence[Tensor]) -> Any:
-    return list(map(_shape_of, params)), list(map(_dtype_of, params)), jax.config.read("jax_enable_x64")
+    dtypes = list(map(_dtype_of, params))
+    return list(map(_shape_of, params)), dtypes, is_wide(dtypes) or jax.config.read("jax_enable_x64")
+
+
+def is_wide(dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether JAX has to have its 64 bits on for them."""
+    return not _WIDE.isdisjoint(dtypes)
+
+
+_WIDE = frozenset((torch.float64, torch.complex128))
 
 
 _shape_of, _dtype_of = map(operator.attrgetter, ("shape", "dtype"))

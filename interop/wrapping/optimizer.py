@@ -8,6 +8,7 @@ parameter with that parameter, the rest (counts, keys) with the group's first on
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from optax.contrib import ScheduleFreeState
 from torch import Tensor
 
 from interop.dropin.groups import are_same, parameter_name
-from interop.dropin.host import check_process, undynamo
+from interop.dropin.host import SignalsWait, check_process, undynamo
 from interop.dropin.reader import objects
 from interop.dropin.state import KeepsWideState
 from interop.memory import check, check_parameter
@@ -143,14 +144,15 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
         """Put Schedule-Free's averaged weights into the parameters, until `train()`; nothing for others."""
         if self._training is not None:
             return
-        self._training = {}
+        training: dict[Tensor, Tensor] = {}
         for group, work in zip(self.param_groups, self._groups, strict=True):
             with torch.no_grad(), settings(group["params"]):
                 state = work.state(self, group)
                 for node in nodes(state, ScheduleFreeState):
                     for p, x in work.evaluation(node, group["params"]):
-                        self._training.setdefault(p, p.clone())
+                        training.setdefault(p, p.clone())
                         p.copy_(x)
+        self._training = training or None
 
     def train(self) -> None:
         """Put back the weights that are trained, after `eval()`."""
@@ -162,6 +164,10 @@ class WrappedOptimizer(KeepsWideState, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         self._check_training()
         return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._check_training()
+        super().load_state_dict(state_dict)
 
     def _check_training(self) -> None:
         if self._training:
@@ -199,9 +205,16 @@ def _step(optimizer: WrappedOptimizer, closure: Any, loss: Any, extra: dict[str,
     same = lengths == optimizer._seen[1] and are_same(found, optimizer._seen[0])
     optimizer._seen = [], []
     with torch.inference_mode(False), torch.no_grad():
-        for index, work in enumerate(optimizer._groups):
-            if any(grad is not None for grad in grads[index]):
-                work.step(optimizer, index, grads[index], closure, loss, extra, same=same)
+        ready = {
+            index: work.prepare(optimizer, index, grads[index], closure, loss, extra, same=same)
+            for index, work in enumerate(optimizer._groups)
+            if any(grad is not None for grad in grads[index])
+        }
+        if any(each.program.calls_back for each in ready.values()):  # which may write to the gradients
+            grads = [[None if grad is None else grad.clone() for grad in of_group] for of_group in grads]
+        with SignalsWait() if closure is None else contextlib.nullcontext():
+            for index, each in ready.items():
+                optimizer._groups[index].step(optimizer, index, grads[index], closure, each)
     optimizer._seen = (found, lengths) if same else objects(optimizer)
 
 

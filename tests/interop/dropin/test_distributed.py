@@ -489,13 +489,42 @@ def uneven_norms_worker(rank):
     assert all(torch.equal(whole(p), x) for p, x in zip(params[1:], before[1:], strict=True))
 
 
+def agreement_worker(rank):
+    """Types that round a norm differently, in both orders; a scaler where one process has no gradient."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    full = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+    for dtypes in ((torch.bfloat16, torch.float64), (torch.float64, torch.bfloat16)):
+        params = [torch.nn.Parameter(distribute_tensor(full.to(x), mesh, [Shard(0)])) for x in dtypes]
+        for p in params:
+            p.grad = distribute_tensor(full.to(p.dtype), mesh, [Shard(0)])
+        opt = optim.SGD(params, lr=1.0, max_norm=0.1)
+        opt.step()
+        wide = next(p for p in params if p.dtype is torch.float64)
+        norm = torch.stack([full.to(x).double().norm() for x in dtypes]).norm()
+        # The bfloat16 gradient's norm in each process is rounded to that type, as torch rounds a tensor's.
+        torch.testing.assert_close(whole(wide), full - full * 0.1 / norm, rtol=1e-3, atol=1e-3 * 0.1)
+        assert float(opt.grad_norm) == pytest.approx(float(norm), rel=2**-9)
+
+    p = torch.nn.Parameter(distribute_tensor(full, mesh, [Shard(0)]))
+    opt, scaler = optim.SGD([p], lr=1.0), amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    if rank == 0:
+        p.grad = distribute_tensor_alone(2 * full, mesh)
+    scaler.step(opt)
+    scaler.update()
+    assert on_all(opt.skipped) == [0.0, 0.0]
+    assert torch.equal(whole(p), torch.cat([full[:2] * 0, full[2:]]))
+
+
 def distribute_tensor_alone(full, mesh):
     """This process's part, without asking the others."""
     return DTensor.from_local(full[:2], mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
 
 
 @pytest.mark.parametrize(
-    "worker", [pytest.param(fsdp_norm_worker, marks=pytest.mark.slow), uneven_norms_worker], ids=["fsdp2", "uneven"]
+    "worker",
+    [pytest.param(fsdp_norm_worker, marks=pytest.mark.slow), uneven_norms_worker, agreement_worker],
+    ids=["fsdp2", "uneven", "agreement"],
 )
 def test_the_norm_is_of_all_processes_parts(worker, tmp_path):
     spawn(worker, folder=tmp_path)

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import signal
 import weakref
 
 import jax
@@ -940,3 +941,190 @@ def test_it_is_freed_with_its_last_reference(relaxed):
         assert not any(x() is not None for x in trained())
     finally:
         gc.enable()
+
+
+UNREAD = {
+    "last": lambda: optax.chain(
+        optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda u, s, p=None: (u, u)),
+        optax.trace(0.9),
+    ),
+    "snapshot": lambda: optax.chain(optax.snapshot("grads", lambda u: u), optax.sgd(0.1, momentum=0.9)),
+    "jopt": lambda: jopt.chain(jopt.clip_grad_norm(0.3), jopt.adamw(lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_state_that_an_update_does_not_read_has_its_own_place(name, relaxed):
+    """JAX gives a donated array to the next result of its shape: were one left out, all after it would be shifted."""
+    tx = UNREAD[name]()
+    params = [torch.nn.Parameter(torch.full(s, 2.0)) for s in ((40, 40), ())]
+    optimizer = interop.wrap(tx, params)
+    ours = {f"param_{i}": jnp.full(p.shape, 2.0) for i, p in enumerate(params)}
+    state = tx.init(ours)
+
+    @jax.jit
+    def step(grads, state, params):
+        if name == "jopt":
+            return tx.step(grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(3):
+        ours, state = step(jax.tree.map(lambda x, i=i: jnp.full(x.shape, 1.0 + i), ours), state, ours)
+        stepped(optimizer, params, 1.0 + i)
+        held = optimizer._groups[0]._held
+        assert not any(x.buffer.array.is_deleted() for x in held.state)
+        arrays, _ = held.layout.parted(state)
+        for x, y in zip(
+            [p.detach() for p in params] + [x.view for x in held.state], [*ours.values(), *arrays], strict=True
+        ):
+            np.testing.assert_allclose(x.numpy(), y, rtol=1e-6)
+
+
+@pytest.mark.parametrize("move", ["data", "set_", "share_memory_"])
+def test_state_that_leaves_its_memory_is_followed(move, relaxed):
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = interop.wrap(optax.trace(0.5), [p])
+    stepped(optimizer, [p])
+    x = optimizer.state[p]["trace"]
+    if move == "data":
+        x.data = torch.full((4,), 10.0)
+    elif move == "set_":
+        x.set_(torch.full((4,), 10.0))
+    else:
+        x.share_memory_()
+        x.fill_(10.0)
+    for _ in range(2):
+        stepped(optimizer, [p])
+    assert p.tolist() == [1.0 + 6.0 + 4.0] * 4
+    assert optimizer.state[p]["trace"].tolist() == [4.0] * 4
+
+
+def test_an_integer_hyperparameter_takes_no_fraction(relaxed):
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = interop.wrap(optax.inject_hyperparams(optax.sgd)(learning_rate=1), [{"params": [p], "lr": 0.5}])
+    with pytest.raises(ValueError, match=r"lr: expected an integer.* found 0.5; make it with 0.5"):
+        stepped(optimizer, [p])
+    assert p.tolist() == [0.0, 0.0]
+
+
+def test_a_parameter_without_gradient_is_not_written(relaxed):
+    base = torch.zeros(4)
+    p, q = torch.nn.Parameter(base), torch.nn.Parameter(base[:2])
+    optimizer = interop.wrap(optax.sgd(1.0), [p, q])
+    version = q._version
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert p.tolist() == [-1.0] * 4  # q shows two of them
+    other = torch.nn.Parameter(torch.ones(4)[:2])
+    optimizer = interop.wrap(optax.sgd(1.0), [other, torch.nn.Parameter(torch.ones(1))])
+    version = other._version
+    optimizer.param_groups[0]["params"][1].grad = torch.ones(1)
+    optimizer.step()
+    assert other._version == version
+
+
+def test_all_groups_are_checked_before_one_steps(relaxed):
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = interop.wrap(optax.adam(0.1), [{"params": [a]}, {"params": [b]}])
+    stepped(optimizer, [a, b])
+    before = a.detach().clone()
+    optimizer.state[b]["0.mu"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"0\.mu"):
+        stepped(optimizer, [a, b])
+    assert torch.equal(a, before)
+
+
+def test_an_interrupt_finds_the_old_step_or_the_new(monkeypatch, relaxed):
+    from interop.wrapping import held
+
+    base = torch.zeros(4)
+    p, q = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(base[:2])  # the second is copied in and out
+    optimizer = interop.wrap(optax.trace(1.0), [{"params": [p, q]}])
+    launch = held.launch
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return launch(*args)
+
+    for i in range(2):
+        monkeypatch.setattr(held, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stepped(optimizer, [p, q])
+        monkeypatch.setattr(held, "launch", launch)
+        assert torch.equal(p, q)
+        assert optimizer.state[p]["trace"].tolist() == [2.0 * i + 1] * 2
+        stepped(optimizer, [p, q])
+    assert p.tolist() == q.tolist() == [1.0 + 2 + 3 + 4] * 2
+
+
+def test_a_kept_state_dict_survives_a_cleared_state(relaxed):
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = interop.wrap(optax.trace(1.0), [p])
+    stepped(optimizer, [p])
+    stepped(optimizer, [p])
+    kept = optimizer.state_dict()["state"][0]["trace"]
+    optimizer.state.clear()
+    stepped(optimizer, [p])
+    assert kept.tolist() == [2.0] * 4
+    assert optimizer.state[p]["trace"].tolist() == [1.0] * 4
+
+
+def test_eval_before_a_step_changes_nothing_and_loading_while_in_eval_is_refused(relaxed):
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = interop.wrap(contrib.schedule_free_adamw(0.1), [p])
+    optimizer.eval()
+    stepped(optimizer, [p])
+    trained = p.detach().clone()
+    stepped(optimizer, [p])
+    snapshot = optimizer.state_dict()
+    optimizer.eval()
+    assert not torch.equal(p, trained)
+    with pytest.raises(RuntimeError, match=r"call train\(\) first"):
+        optimizer.load_state_dict(snapshot)
+    optimizer.train()
+    optimizer.load_state_dict(snapshot)
+
+
+def test_a_conjugated_parameter_is_stepped_as_it_reads(relaxed):
+    p = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    optimizer = interop.wrap(optax.sgd(1.0), [p])
+    p.grad = torch.zeros(2, dtype=p.dtype)
+    optimizer.step()
+    p.data = p.data.conj()
+    p.grad = torch.full((2,), 1j)
+    optimizer.step()
+    assert p.detach().resolve_conj().tolist() == [1 - 3j, 3 + 0j]
+
+
+def test_gradients_are_those_where_the_step_began(relaxed):
+    """A closure that a line search calls writes to the same gradients."""
+    found = []
+    for set_to_none in (True, False):
+        a, b = torch.nn.Parameter(torch.full((3,), 2.0)), torch.nn.Parameter(torch.ones(2))
+        optimizer = interop.wrap(optax.sgd(1.0), [{"params": [a], "tx": optax.lbfgs()}, {"params": [b]}])
+
+        def closure(a=a, b=b, optimizer=optimizer, set_to_none=set_to_none):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss = (a**2).sum() + (a.sum() * b).sum()
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+        found.append([*a.tolist(), *b.tolist()])
+    assert found[0] == found[1]
+
+
+def test_what_else_torch_takes(relaxed):
+    """An empty group, complex parameters with hyperparameters in the state."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = interop.wrap(optax.sgd(1.0), [{"params": [p]}, {"params": []}])
+    stepped(optimizer, [p])
+    z = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    optimizer = interop.wrap(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5), [z])
+    for _ in range(2):
+        z.grad = torch.full((2,), 1j)
+        optimizer.step()
+    assert z.tolist() == [-1j] * 2
+    assert optimizer.param_groups[0]["lr"] == 0.5
