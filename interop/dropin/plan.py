@@ -100,13 +100,14 @@ class Plan:
         if not self.uses_torch:
             host.check_process()
         self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
-        with ThreadPoolExecutor(1) as thread:
-            states: Iterable[Any] = [bucket.state_buffers() for bucket in self.buckets]
-            # Beside compiling, where that adds little to its memory: no large ones, none in memory already.
-            size = sum(bucket.state_bytes for bucket in self.buckets)
-            if not self.uses_torch and size <= BESIDE and not any(map(optimizer.state.get, self.leaves)):
-                states = thread.map(lambda bucket: list(bucket.state_buffers()), self.buckets)
+        states: Iterable[Any] = [bucket.state_buffers() for bucket in self.buckets]
+        size = sum(bucket.state_bytes for bucket in self.buckets)
+        if self.uses_torch or size > BESIDE or any(map(optimizer.state.get, self.leaves)):
             self.programs(optimizer)
+        else:  # beside compiling, where that adds little to its memory: no large ones, none in memory already
+            with ThreadPoolExecutor(1) as thread:
+                states = thread.map(lambda bucket: list(bucket.state_buffers()), self.buckets)
+                self.programs(optimizer)
         with host.SignalsWait():
             self._take(optimizer, numbers, states)
         self.views = self._state_views()
