@@ -4,12 +4,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
+import interop  # noqa: E402
 from interop import optim  # noqa: E402
 from tests import cases  # noqa: E402
 
 # torch divides by a number where these rules multiply by its reciprocal, which is a digit's difference at most.
 DIVIDING = ("Adam", "AdamW", "NAdam", "RAdam")
 CASES = [case for case in cases.TORCH_CASES if case.torch not in ("LBFGS", "SparseAdam")]
+# The gradient becomes state; the average is the parameter until it begins, which torch copies too.
+COPIES = {"Rprop": 1, "ASGD": 1}
 SIZES = ((64, 32), (64,), (96, 96))  # the last has buffers of its own
 # torch.optim.Muon writes to the momentum of a parameter in bfloat16, where that is what it makes orthogonal.
 TO_THE_BIT = [
@@ -80,6 +83,17 @@ def test_which_steps_they_take():
     assert steps("Adafactor", 100)
     assert not steps("Adafactor", 10**5)
     assert not steps("SGD", 10, lr=0.1, max_norm=1.0)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
+def test_state_is_written_where_it_lies(case):
+    """Without a copy at the end, but for what a rule reads once more after it has the new value."""
+    [_, (params, optimizer)], _ = pair(case, ((64, 32),))
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    [part] = interop.explain(optimizer).parts
+    copied = [line for source in part.operations for line in source.split("\n") if ".copy_(" in line]
+    assert len(copied) == COPIES.get(case.torch, 0), copied
 
 
 def test_state_wider_than_its_parameter_keeps_its_digits():
