@@ -59,6 +59,13 @@ def x64():
         yield
 
 
+@pytest.fixture
+def relaxed():
+    """JAX as its users run it: optax mixes types and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def native_reader():
     """The compiled reader of gradients; it stays off."""

@@ -7,7 +7,6 @@ silently; a tensor subclass without storage (DTensor) is imported as a null poin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -39,22 +38,6 @@ def to_jax(x: Any, *, copy: bool | None = True) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _tensor_to_jax("x" + jax.tree_util.keystr(path), leaf, copy), x
     )
-
-
-class Apart:
-    """Makes tensors that share memory neither with given arrays nor with one another.
-
-    XLA may return an argument's memory, or the same for two results.
-    """
-
-    def __init__(self, arrays: Iterable[Array]):
-        self._taken = {x.unsafe_buffer_pointer() for x in arrays}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The tensor, or a copy where it shares."""
-        x = x.clone() if x.data_ptr() in self._taken else x
-        self._taken.add(x.data_ptr())
-        return x
 
 
 def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interop.dropin.host import SignalsWait, settings
+from interop.dropin.leaf import is_lazy
 from interop.dropin.program import launch
 from interop.memory import Buffer
 from interop.memory.tensors import address, leave, may_move, owned
@@ -141,4 +142,4 @@ class Held:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
+    return x.is_contiguous() and not is_lazy(x)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from interop.dropin.groups import are_same, parameter_name
 from interop.dropin.host import SignalsWait, check_process, undynamo
+from interop.dropin.leaf import is_lazy
 from interop.dropin.reader import objects
 from interop.dropin.state import KeepsWideState
 from interop.memory import check, check_parameter
@@ -224,13 +225,9 @@ def _gradients(optimizer: WrappedOptimizer, index: int, params: list[Tensor]) ->
     pairs = [(grad, p) for grad, p in zip(grads, params, strict=True) if grad is not None]
     if all(type(grad) is Tensor and grad.layout is torch.strided and grad.dtype is p.dtype for grad, p in pairs):
         present = [grad for grad, _ in pairs]
-        if all(map(Tensor.is_contiguous, present)) and not any(map(_is_lazy, present)):
+        if all(map(Tensor.is_contiguous, present)) and not any(map(is_lazy, present)):
             return grads
     return [None if grad is None else _plain(optimizer, index, p, grad) for grad, p in zip(grads, params, strict=True)]
-
-
-def _is_lazy(grad: Tensor) -> bool:
-    return grad.is_conj() or grad.is_neg()
 
 
 def _plain(optimizer: WrappedOptimizer, index: int, p: Tensor, grad: Tensor) -> Tensor:

@@ -67,13 +67,6 @@ def test_drawn_programs_give_the_same(seed, x64):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture
-def relaxed():
-    """JAX as its users run it: optax mixes types and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 # Reads and writes of an array as large as the parameter, of which a step cannot do without: of each input and output
 # one, and what a norm reads before.
 PASSES = {

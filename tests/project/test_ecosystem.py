@@ -14,10 +14,8 @@ STEPS = 5
 
 
 @pytest.fixture(autouse=True)
-def relaxed():
-    """JAX as its users run it: these libraries and optax mix types and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+def as_users(relaxed):
+    """These libraries and optax mix types and ranks."""
 
 
 @pytest.fixture

@@ -473,12 +473,6 @@ SAME = {
 }
 
 
-@pytest.fixture
-def relaxed():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.mark.parametrize("name", SAME)
 def test_optax_there_and_back(name, x64, relaxed):
     """50 steps of torch, 50 of optax, 50 of torch are torch's 150."""

@@ -37,13 +37,6 @@ FAR_FROM_TORCH = {
 }
 
 
-@pytest.fixture
-def relaxed():
-    """JAX as its users run it: optax mixes types and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def parameters(problem):
     return {name: torch.nn.Parameter(torch.tensor(np.asarray(x))) for name, x in zip("bca", problem.start, strict=True)}
 
