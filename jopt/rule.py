@@ -110,7 +110,7 @@ class Rule(ABC):
         `dynamic` says that any of `h` may change from step to step, so that no term is left out for being 0.
         """
         flags = []
-        for name, is_bool in _flags(cls):
+        for name, is_bool in flags_of(cls):
             if name in h:
                 flags.append(dynamic or not is_number(h[name]) or h[name] != 0)
             else:
@@ -124,7 +124,7 @@ class Rule(ABC):
     def options(cls) -> frozenset[str]:
         """The names of torch's arguments that the rule knows."""
         members = {name for names in cls.tuples.values() for name in names}
-        flags = {name for name, _ in _flags(cls)}
+        flags = {name for name, _ in flags_of(cls)}
         return frozenset({*cls.tuples, *flags, *cls.hyperparameters} - members)
 
     @classmethod
@@ -201,6 +201,6 @@ def at_count(name: str, schedule: Callable[[Array], Any], count: Array) -> Any:
 
 
 @functools.cache
-def _flags(cls: type[Rule]) -> list[tuple[str, bool]]:
+def flags_of(cls: type[Rule]) -> list[tuple[str, bool]]:
     """A rule's flags, and whether each is true or false."""
     return [(field.name, field.type == "bool") for field in dataclasses.fields(cls)]

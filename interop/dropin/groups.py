@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from interop.dropin import options
-from jopt.rule import Rule
+from jopt.rule import Rule, flags_of
 
 Numbers = Sequence[dict[str, float]]  # the hyperparameters of each group
 _FIXED = frozenset((float, int, bool, str, type(None)))  # types whose values cannot change
@@ -19,6 +19,8 @@ _FIXED = frozenset((float, int, bool, str, type(None)))  # types whose values ca
 
 class Groups:
     """What a step reads in an optimizer's groups. It is read again only if one of them holds another object.
+
+    Another learning rate, or what else is a number of its own and no flag, is taken over without the rest.
 
     Attributes:
       numbers: the hyperparameters of each group, tuples taken apart. It is the same object as long as they are.
@@ -30,10 +32,31 @@ class Groups:
         options.check_groups(type(optimizer), groups)
         self.numbers, self.rules = hyperparameters(optimizer)
         self._objects = _objects(groups) if all(map(_is_fixed, groups)) else None
+        plain = set(optimizer.rule.hyperparameters) - {name for name, _ in flags_of(optimizer.rule)}
+        # Of each object where it belongs, if another number there changes nothing else.
+        self._places: list[tuple[int, str] | None] = [None for group in groups for _ in group]
+        self._places += [(i, name) if name in plain else None for i, group in enumerate(groups) for name in group]
 
     def still_hold(self, optimizer: Any) -> bool:
-        """Whether the groups hold what they held, and nothing that may have changed in itself, such as a tensor."""
-        return self._objects is not None and are_same(self._objects, _objects(optimizer.param_groups))
+        """Whether the groups hold what was read, now that other numbers are taken over.
+
+        Never where they hold what may have changed in itself, such as a tensor.
+        """
+        if self._objects is None or are_same(self._objects, found := _objects(optimizer.param_groups)):
+            return self._objects is not None
+        if len(found) != len(self._objects):
+            return False
+        numbers = [*map(dict, self.numbers)]
+        for place in itertools.compress(self._places, map(operator.is_not, self._objects, found)):
+            if place is None:
+                return False
+            index, name = place
+            value = optimizer.param_groups[index][name]
+            if type(value) is not float:
+                return False
+            numbers[index][name] = value
+        self._objects, self.numbers = found, numbers
+        return True
 
 
 def are_same(a: list[Any], b: list[Any]) -> bool:

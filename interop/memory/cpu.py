@@ -94,7 +94,8 @@ class Freed(device.Freed):
 
     def __init__(self, total: int):
         self._part, self._held = max(2**24, total // 64), 0
-        self._give_back()  # what compiling left
+        if total >= self._part:
+            self._give_back()  # what compiling left
 
     def add(self, nbytes: int) -> None:
         self._held += nbytes

@@ -166,6 +166,30 @@ def test_numbers_of_any_kind_are_taken(values):
     assert torch.equal(*ps)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_that_change_between_steps(seed):
+    """Drawn ones of drawn groups, of any kind, one or some at once, flags (0 or not) among them."""
+    rng, ps, opts = np.random.default_rng(seed), [], []
+    for module in (torch.optim, optim):
+        ps.append([torch.nn.Parameter(torch.linspace(-1, 1, n).double()) for n in (3, 40000)])
+        opts.append(module.SGD([{"params": [ps[-1][0]]}, {"params": [ps[-1][1]], "lr": 0.2}], lr=0.1, momentum=0.9))
+    kinds = (np.float64, torch.tensor, lambda x: torch.tensor([x]))
+    for i in range(60):
+        for _ in range(rng.integers(3)):
+            index, key = rng.integers(2), rng.choice(["lr", "lr", "lr", "momentum", "dampening", "weight_decay"])
+            value = float(np.float32(rng.choice([0.0, 0.01, 0.3, 0.5])))  # as float32, a tensor's, holds it
+            opts[0].param_groups[index][key] = value
+            kind = float if rng.random() < 0.8 else kinds[rng.integers(len(kinds))]
+            opts[1].param_groups[index][key] = kind(value)
+        for p, q in zip(*ps, strict=True):
+            p.grad = torch.full_like(p, (i + 1) / 7)
+            q.grad = p.grad.clone()
+        for opt in opts:
+            opt.step()
+        for p, q in zip(*ps, strict=True):
+            assert cases.difference(q.detach(), p.detach()) <= cases.TOLERANCES["float64"], i
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_state_that_lacks_something_is_torchs_error(name):
     _, opt, _ = stepped(torch.optim, name)
@@ -456,10 +480,10 @@ def test_trainings_in_a_loop_leave_nothing(name):
             opt.step(closure)
 
     training()
+    arrays = len(jax.live_arrays())  # which starts JAX, that leaves some itself
     gc.collect()
     gc.disable()
     try:
-        arrays = len(jax.live_arrays())
         for _ in range(10):
             training()
         assert len(jax.live_arrays()) == arrays
