@@ -61,7 +61,7 @@ def step_leaf(
       key: a bfloat16 leaf is rounded at random: up or down with the probability that keeps the mean.
       factors: what the gradient is multiplied by first, in its own type, one after the other.
     """
-    if not param.size:
+    if not rule.elements(param):
         return param, state
     old_state, old_param = state, param
     at_random = key is not None and param.dtype == jnp.bfloat16

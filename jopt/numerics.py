@@ -179,7 +179,36 @@ class Foreign(ABC):
 
     @abstractmethod
     def operate(self, name: str, *args: Any, **options: Any) -> Any:
-        """What the operation of this name gives for these arguments, of which this is one."""
+        """What the operation of this name gives for these arguments, of which this is one.
+
+        Python's operators have names of their own: "neg" and those below.
+        """
+
+    def __neg__(self) -> Any:
+        return self.operate("neg", self)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.operate("*", self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self.operate("*", other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.operate("/", self, other)
+
+    def __eq__(self, other: object) -> Any:
+        return self.operate("==", self, other)
+
+    def __ne__(self, other: object) -> Any:
+        return self.operate("!=", self, other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self.operate("<", self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.operate(">", self, other)
+
+    __hash__ = object.__hash__
 
 
 def operation(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -337,15 +366,30 @@ def norm(x: Array, axis: int | None = None) -> Array:
     """torch.norm: the Euclidean norm over one axis, which is kept, or over all; a real number of complex ones too."""
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag]) if axis is None else jnp.abs(x)
+    return root(squares(x, axis), x)
+
+
+def squares(x: Array, axis: int | None = None) -> Array:
+    """The sum of the squares of real numbers, as `norm` takes it, in the compute type."""
     (a,) = _up(x)
-    return _round(_root(jnp.sum(a * a, axis=axis, keepdims=axis is not None)), x.dtype)
+    return jnp.sum(a * a, axis=axis, keepdims=axis is not None)
+
+
+def root(total: Array, like: Array) -> Array:
+    """The root of a sum in the compute type, in the type of `like`."""
+    return _round(_root(total), like.dtype)
 
 
 @operation
 def mean(x: Array, axis: int) -> Array:
     """torch.mean over an axis, which is kept."""
+    return cast(summed(x, axis) / x.shape[axis], x)
+
+
+def summed(x: Array, axis: int) -> Array:
+    """The sum over an axis, which is kept, in the compute type."""
     (a,) = _up(x)
-    return _round(jnp.mean(a, axis=axis, keepdims=True), x.dtype)
+    return jnp.sum(a, axis=axis, keepdims=True)
 
 
 def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | float) -> Array:

@@ -89,6 +89,10 @@ class Rule(ABC):
     def update(self, c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
         """The leaf and its state after the step. `state` comes and goes with the same names."""
 
+    def elements(self, param: Array) -> int:
+        """How many elements the leaf has; none of an empty one's arrays change."""
+        return param.size
+
     @classmethod
     def members(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters among torch's arguments, its tuples (betas) taken apart.

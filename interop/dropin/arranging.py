@@ -20,8 +20,12 @@ SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are g
 def shelves(device: Device, rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
     """The leaves in parts: the small ones of a part fit into buffers of `SHELF` elements; the big are in the first.
 
-    Those that are stepped together are of one shape and group, and of as many elements as caches hold.
+    Those that are stepped together are of one shape and group, and of as many elements as caches hold; or of one group,
+    if they are parts of matrices that processes exchange, all at once.
     """
+    if rule.batched and any(leaf.whole is not None for leaf in leaves):
+        groups = dict.fromkeys(leaf.group for leaf in leaves)
+        return [[leaf for leaf in leaves if leaf.group == group] for group in groups]
     if rule.batched:
         alike: dict[Any, list[list[Leaf]]] = {}
         for leaf in leaves:

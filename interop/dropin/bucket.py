@@ -26,6 +26,7 @@ from interop.dropin.leaf import EMA, Leaf, is_big
 from interop.dropin.reader import Gradients
 from interop.dropin.slots import first_slots
 from interop.dropin.state import is_shared
+from interop.dropin.whole import slot_placement
 from interop.memory import Buffer, Device, Freed, Staging
 from interop.memory.tensors import DTYPES, address, entry, leave, may_move, owned
 from jopt.arena import Layout
@@ -92,6 +93,7 @@ class Bucket:
             tuple(tuple(leaf.shape) if rule.scope == "tensor" else (leaf.size,) for leaf in self.big),
             len(self.small),
             len(self.leaf_of_row),
+            tuple(leaf.whole for leaf in self.big if leaf.whole is not None),
         )
 
     # --- memory
@@ -191,7 +193,7 @@ class Bucket:
         }
         for slot, dtype in leaf.state_dtypes.items():
             view = buffers[slot].view(dtype, leaf.state_shapes[slot], offset * self.dtypes[slot].itemsize)
-            leaf.views[slot] = dtensor.like(view, leaf.param)
+            leaf.views[slot] = dtensor.placed_by(view, slot_placement(self.rule, slot, leaf.placement))
         if leaf.views:
             state = optimizer.state[leaf.param]
             for name, value in state.items():

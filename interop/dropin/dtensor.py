@@ -1,7 +1,7 @@
 """DTensors, as FSDP2 and tensor parallelism make them: a step sees the local tensor.
 
-That is enough for a rule that looks at single elements. A rule that looks at a whole tensor would see only the part of
-one process, so it is refused.
+That is enough for a rule that looks at single elements. What a rule needs that looks at whole tensors, processes find
+out together: sums (parts.py), or the matrices that Muon makes orthogonal (exchange.py).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def local(x: Any) -> Any:
     return x.wait() if hasattr(x, "wait") else x  # a collective may still be computing it
 
 
-def like(x: Tensor, p: Tensor) -> Tensor:
-    """A contiguous local tensor as the state of the parameter `p`, in the same memory."""
-    if (placed := placement(p)) is None:
+def placed_by(x: Tensor, placement: tuple[Any, ...] | None) -> Tensor:
+    """A contiguous local tensor as a DTensor that lies so, in the same memory; with None as it is."""
+    if placement is None:
         return x
     from torch.distributed.tensor import DTensor
 
-    mesh, placements, shape = placed
+    mesh, placements, shape = placement
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
 
@@ -52,10 +52,10 @@ def error(optimizer: Any, p: Tensor, grad: Tensor) -> str | None:
         return f"expected a gradient placed as the parameter, {describe(p)}, found {describe(grad)}; {remedy}"
     if any(x.is_partial() for x in p.placements):  # type: ignore[attr-defined]
         return f"expected a DTensor sharded or replicated, found {describe(p)}; redistribute it first"
-    if optimizer.rule.scope != "element":
+    if optimizer.rule.scope == "rows":
         return (
-            f"expected a plain tensor, found a DTensor: {name} looks at whole tensors, of which each process has a "
-            "part; use an elementwise optimizer such as AdamW, or DistributedDataParallel, which keeps parameters whole"
+            f"expected a plain tensor, found a DTensor: {name} looks at the rows of a sparse gradient; use another "
+            "optimizer, or DistributedDataParallel, which keeps parameters whole"
         )
     return None
 
@@ -64,4 +64,12 @@ def describe(x: Any) -> str:
     """How messages call a tensor's placement."""
     if (placed := placement(x)) is None:
         return "a plain tensor" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"
-    return f"a DTensor of shape {tuple(placed[2])} and placements {placed[1]} on {placed[0]}"
+    return say(placed)
+
+
+def say(placement: tuple[Any, ...] | None) -> str:
+    """How messages call a placement."""
+    if placement is None:
+        return "a plain tensor"
+    mesh, placements, shape = placement
+    return f"a DTensor of shape {tuple(shape)} and placements {placements} on {mesh}"

@@ -74,30 +74,6 @@ class Operand(t.Foreign):
     def astype(self, dtype: Any) -> Operand:
         return self if self.is_number or self.dtype == dtype else self.operate("astype", self, dtype)
 
-    def __neg__(self) -> Operand:
-        return self.operate("neg", self)
-
-    def __mul__(self, other: Any) -> Operand:
-        return self.operate("*", self, other)
-
-    def __rmul__(self, other: Any) -> Operand:
-        return self.operate("*", other, self)
-
-    def __truediv__(self, other: Any) -> Operand:
-        return self.operate("/", self, other)
-
-    def __eq__(self, other: object) -> Operand:  # type: ignore[override]
-        return self.operate("==", self, other)
-
-    def __ne__(self, other: object) -> Operand:  # type: ignore[override]
-        return self.operate("!=", self, other)
-
-    def __lt__(self, other: Any) -> Operand:
-        return self.operate("<", self, other)
-
-    def __gt__(self, other: Any) -> Operand:
-        return self.operate(">", self, other)
-
 
 METHODS = {"absolute": "abs"}  # else torch has the operation's name
 CLAMPS = {"maximum": "clamp_min", "minimum": "clamp_max"}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interop.dropin.whole import Whole
 from interop.memory import Device
 from jopt.rule import Rule
 
@@ -22,6 +23,7 @@ class Leaf:
     device: Device
     local: Tensor  # of a DTensor; else the parameter itself
     placement: Any  # of a DTensor; else None
+    whole: Whole | None  # of a DTensor, where the rule looks at whole tensors: what it is a part of
     group: int
     dtype: torch.dtype
     shape: torch.Size

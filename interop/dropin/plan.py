@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from interop.dropin import dtensor, eager, host, native, processes, program, reader
+from interop.dropin import dtensor, eager, exchange, host, native, parts, processes, program, reader
 from interop.dropin.arranging import passes_of, shelves
 from interop.dropin.bucket import Bucket, Work, number_array
 from interop.dropin.coefficients import Scalars
@@ -20,6 +20,7 @@ from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
 from interop.dropin.quick import Quick
 from interop.dropin.slots import slot_shapes
 from interop.dropin.state import check_state, is_shared, state_dtypes
+from interop.dropin.whole import Whole
 from interop.memory import Buffer, Device, Staging, check_parameter
 from interop.memory.tensors import DTYPES, address, is_alone
 from jopt.rule import Rule
@@ -91,7 +92,9 @@ class Plan:
         self.turn: Turn | None = None
         self.leaves, self.passes = self._find_leaves(optimizer, numbers, grads, previous)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
-        extra = None if measures(optimizer) else eager.extra_passes((rules[x.group], x) for x in self.leaves.values())
+        extra = None
+        if not measures(optimizer) and all(leaf.whole is None for leaf in self.leaves.values()):
+            extra = eager.extra_passes((rules[x.group], x) for x in self.leaves.values())
         self._make_buckets(by_torch=extra is not None and extra <= eager.ROOM)
         self.rent: int | None = None
         if extra and previous is not None and not self.uses_torch and self._rents(previous):
@@ -139,11 +142,12 @@ class Plan:
         for p, leaf in self.leaves.items():
             device = (leaf.device.by_torch if by_torch else None) or leaf.device.of_size(size)
             real = tuple((slot, real_dtype(dtype)) for slot, dtype in leaf.state_dtypes.items())
-            key = self.passes[p], device, self.rules[leaf.group], real_dtype(p.dtype), real
+            mesh = leaf.placement[0] if leaf.whole is not None else None
+            key = self.passes[p], device, self.rules[leaf.group], real_dtype(p.dtype), real, mesh
             members.setdefault(key, []).append(leaf)
         parts = [
             (device, rule, dtype, dict(slots), part)
-            for (_, device, rule, dtype, slots), leaves in sorted(members.items(), key=lambda item: item[0][0])
+            for (_, device, rule, dtype, slots, _), leaves in sorted(members.items(), key=lambda item: item[0][0])
             for part in shelves(device, rule, leaves)
         ]
         self.buckets = [Bucket(i, *part) for i, part in enumerate(parts)]
@@ -163,22 +167,24 @@ class Plan:
         name, rule = parameter_name(optimizer, index, p), self.rules[index]
         x = dtensor.local(p)
         device = check_parameter(name, x)
-        rule.check_param(name, tuple(x.shape), DTYPES[x.dtype])
+        placement, lazy = dtensor.placement(p), is_lazy(x)
+        whole = Whole.of(placement) if placement is not None and rule.scope == "tensor" else None
+        rule.check_param(name, tuple(p.shape), DTYPES[x.dtype])
         shapes = slot_shapes(rule, tuple(x.shape)) | ({EMA: tuple(x.shape)} if self.averages else {})
         state = optimizer.state.get(p) or {}
         check_state(optimizer, name, rule, h, shapes, state)
-        placement, lazy = dtensor.placement(p), is_lazy(x)
         return Leaf(
             param=p,
             device=device,
             local=x,
             placement=placement,
+            whole=whole,
             group=index,
             dtype=x.dtype,
             shape=x.shape,
             strides=x.stride(),
             size=x.numel() * (2 if x.is_complex() else 1),
-            state_dtypes=state_dtypes(device, name, p, shapes, state),
+            state_dtypes=state_dtypes(device, name, rule, p, shapes, state),
             state_shapes=shapes,
             lazy=lazy,
             # FSDP gathers from the memory that it keeps itself: the parameter may not move.
@@ -223,12 +229,15 @@ class Plan:
                     )
                 norms = tuple((len(bucket.leaves), bucket.dtype) for bucket in self.buckets)
                 measures = [program.compile_norms(bucket.spec, unscale) for bucket in self.buckets]
-            updates = [
-                eager.Update(bucket.spec)
-                if bucket.device.uses_torch
-                else optimizer.compile_update(bucket.spec, clip, unscale, norms)
-                for bucket in self.buckets
-            ]
+            updates = []
+            for bucket, between in zip(self.buckets, exchange.between_processes(self.buckets), strict=True):
+                if bucket.device.uses_torch:
+                    updates.append(eager.Update(bucket.spec))
+                elif between is None:
+                    updates.append(optimizer.compile_update(bucket.spec, clip, unscale, norms))
+                else:
+                    of_parts = optimizer.compile_update if bucket.rule.batched else parts.compile_update
+                    updates.append(of_parts(bucket.spec, clip, unscale, norms).across(between))
             self._compiled[clip, unscale] = measures, updates
         return self._compiled[clip, unscale]
 
@@ -288,7 +297,10 @@ class Plan:
                 if exchanged := [slot for slot, view in leaf.views.items() if state.get(slot) is not view]:
                     name = parameter_name(optimizer, index, p)
                     check_state(optimizer, name, rules[index], numbers[index], leaf.state_shapes, state)
-                    fits = state_dtypes(leaf.device, name, p, leaf.state_shapes, state) == leaf.state_dtypes and fits
+                    fits = (
+                        state_dtypes(leaf.device, name, rules[index], p, leaf.state_shapes, state) == leaf.state_dtypes
+                        and fits
+                    )
                     moves = leaf.placement is not None or leaf.homes or any(map(is_shared, state.values()))
                     # An array over the old state has to show the old values.
                     fits = fits and not moves and all(is_alone(leaf.views[slot]) for slot in exchanged)
@@ -315,8 +327,8 @@ class Plan:
 
     # --- a step
 
-    def measure(self, optimizer: Any, grads: reader.Gradients, meshes: list[Any]) -> Measured:
-        """The norms of the gradients, for a step that clips or unscales them; of all processes of the meshes."""
+    def measure(self, optimizer: Any, grads: reader.Gradients) -> Measured:
+        """The norms of the gradients, for a step that clips or unscales them."""
         measures, _ = self.programs(optimizer)
         scale = optimizer.grad_scale
         # In float32, as torch.amp.GradScaler.unscale_
@@ -331,25 +343,30 @@ class Plan:
                 found.overflows.append(overflow)
                 if users[id(work.bucket.staging)] > 1:
                     work.bucket.device.after((norms, overflow))  # another bucket's gradients are gathered there next
-            return self._agreed(found, meshes) if meshes else found
+            return found
         except BaseException:
             self._wait(found)
             raise
 
-    def _agreed(self, found: Measured, meshes: list[Any]) -> Measured:
-        """What all processes found: the norm stands where that of one gradient was."""
+    def agree(self, optimizer: Any, meshes: list[Any], found: Measured | None) -> None:
+        """Let processes find out together what `processes.agree` says, and put it into what this one measured.
+
+        The norm of all gradients stands where that of one was.
+        """
+        if found is None:
+            processes.agree(meshes, optimizer)
+            return
         self._wait(found)
         local = [np.asarray(x, np.float64) for x in found.norms]
         leaves = (leaf.param for work in self._works() for leaf in work.bucket.leaves)
         norms = zip(leaves, np.concatenate(local).tolist(), strict=True)
-        total, overflow = processes.agree(meshes, norms, any(map(bool, found.overflows)))
+        total, overflow = processes.agree(meshes, optimizer, norms, any(map(bool, found.overflows)))
         widest = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # which rounds it least
         for i, (bucket, x) in enumerate(zip(self.buckets, local, strict=True)):
             of_bucket = np.zeros(len(x), bucket.dtype)
             of_bucket[:1] = total if bucket is widest else 0
             found.norms[i] = bucket.device.put(of_bucket)
             found.overflows[i] = bucket.device.put(np.asarray(overflow))
-        return found
 
     def update(
         self, optimizer: Any, grads: reader.Gradients, numbers: Numbers, measured: Measured | None

@@ -23,6 +23,7 @@ from interop.dropin.coefficients import columns
 from interop.dropin.host import own_settings
 from interop.dropin.leaf import EMA
 from interop.dropin.slots import slot_shapes
+from interop.dropin.whole import Whole
 from interop.memory import Buffer, Device
 from jopt import numerics as t
 from jopt.around.clip import clip_factor, total_norm
@@ -44,6 +45,7 @@ class Spec:
       big: the shapes of the leaves with buffers of their own; (size,) where the rule does not ask for it.
       n_small, rows: how many leaves share buffers, and those buffers' rows of `device.row` elements. They have two
         axes from the first: reshaped in the program they would not be written in place.
+      wholes: where the rule looks at whole tensors, and leaves are parts of some, these.
     """
 
     device: Device
@@ -52,6 +54,7 @@ class Spec:
     big: tuple[tuple[int, ...], ...]
     n_small: int
     rows: int
+    wholes: tuple[Whole, ...] = ()
 
     @property
     def names(self) -> list[str]:

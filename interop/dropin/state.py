@@ -10,6 +10,7 @@ from torch import Tensor
 from interop.dropin import dtensor
 from interop.dropin.groups import parameters
 from interop.dropin.leaf import EMA
+from interop.dropin.whole import slot_placement
 from interop.memory import Device, check
 from interop.memory.tensors import DTYPES
 from jopt.rule import Rule, is_number
@@ -104,15 +105,16 @@ def is_shared(value: Any) -> bool:
 
 
 def state_dtypes(
-    device: Device, name: str, p: Tensor, shapes: dict[str, tuple[int, ...]], state: dict[str, Any]
+    device: Device, name: str, rule: Rule, p: Tensor, shapes: dict[str, tuple[int, ...]], state: dict[str, Any]
 ) -> dict[str, torch.dtype]:
     """The type of each slot: the parameter's, or float32 where a narrower parameter's loaded state has it."""
     dtypes = {}
     for slot, shape in shapes.items():
         value = state.get(slot)
-        if value is not None and dtensor.placement(value) != dtensor.placement(p):
+        placed = slot_placement(rule, slot, dtensor.placement(p))
+        if value is not None and dtensor.placement(value) != placed:
             raise TypeError(
-                f"{name}: expected its state {slot!r} placed as the parameter, {dtensor.describe(p)}, found "
+                f"{name}: expected its state {slot!r} placed as the parameter, {dtensor.say(placed)}, found "
                 f"{dtensor.describe(value)}; torch.distributed.checkpoint.state_dict.set_state_dict places it"
             )
         value = dtensor.local(value)

@@ -42,17 +42,31 @@ def step(optimizer: Any) -> None:
             return
         for device in plan.devices:
             device.begin()
-    meshes = processes.meshes(optimizer) if measures(optimizer) else []
-    plan, grads = plan_for(optimizer, groups.rules, groups.numbers)
+    measured, meshes = None, _meshes(optimizer)
+    with processes.together(meshes, optimizer):
+        plan, grads = plan_for(optimizer, groups.rules, groups.numbers)
     norm, skipped = None, False
     if plan is None and meshes:  # the others wait for what this process has: nothing
-        total, skipped = processes.agree(meshes, [], overflow=False)
-        norm = torch.tensor(total, dtype=parameters(optimizer)[0].dtype)
+        total, skipped = processes.agree(meshes, optimizer)
+        norm = torch.tensor(total, dtype=parameters(optimizer)[0].dtype) if measures(optimizer) else None
     if plan is not None:
         with host.SignalsWait(), contextlib.nullcontext() if plan.uses_torch else host.settings():
-            measured = plan.measure(optimizer, grads, meshes) if measures(optimizer) else None
+            with processes.together(meshes, optimizer):
+                measured = plan.measure(optimizer, grads) if measures(optimizer) else None
+            if meshes:
+                plan.agree(optimizer, meshes, measured)
             norm, skipped = plan.update(optimizer, grads, groups.numbers, measured)
     optimizer._around.grad_norm, optimizer._around.skipped = norm, skipped
+
+
+def _meshes(optimizer: Any) -> list[Any]:
+    """Those whose processes have to find out something together for a step."""
+    if not optimizer._around.compared:
+        processes.compare(optimizer)
+        optimizer._around.compared = True
+    if measures(optimizer):
+        return processes.meshes(optimizer, with_plain=False)
+    return processes.meshes(optimizer) if optimizer.rule.scope == "tensor" else []
 
 
 class OfTorch(KeepsWideState):
@@ -177,6 +191,7 @@ class Around:
     grad_scale: Tensor | None = None
     grad_norm: Tensor | None = None
     skipped: bool = False
+    compared: bool = False  # with what other processes step
 
 
 class CompiledStep(Stepped):
