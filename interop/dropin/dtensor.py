@@ -40,23 +40,17 @@ def placed_by(x: Tensor, placement: tuple[Any, ...] | None) -> Tensor:
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def error(optimizer: Any, p: Tensor, grad: Tensor) -> str | None:
+def error(p: Tensor, grad: Tensor) -> str | None:
     """What is wrong with stepping the local tensors alone, if `p` or its gradient is a DTensor; None if nothing is.
 
     It asks only what all processes know, so that all raise or none does.
     """
-    name = f"interop.optim.{type(optimizer).__name__}"
     if placement(grad) != placement(p):
         both = placement(grad) is not None and placement(p) is not None
         remedy = "p.grad.redistribute(p.device_mesh, p.placements) is one" if both else "distribute both, or none"
         return f"expected a gradient placed as the parameter, {describe(p)}, found {describe(grad)}; {remedy}"
     if any(x.is_partial() for x in p.placements):  # type: ignore[attr-defined]
         return f"expected a DTensor sharded or replicated, found {describe(p)}; redistribute it first"
-    if optimizer.rule.scope == "rows":
-        return (
-            f"expected a plain tensor, found a DTensor: {name} looks at the rows of a sparse gradient; use another "
-            "optimizer, or DistributedDataParallel, which keeps parameters whole"
-        )
     return None
 
 

@@ -135,7 +135,7 @@ def checked(optimizer: Any) -> dict[Tensor, Tensor]:
             if grad is None:
                 continue
             if dtensor.placement(p) is not None or dtensor.placement(grad) is not None:
-                if (error := dtensor.error(optimizer, p, grad)) is not None:
+                if (error := dtensor.error(p, grad)) is not None:
                     raise TypeError(f"{parameter_name(optimizer, index, p)}: {error}")
                 grad = dtensor.local(grad)
             if type(grad) is not Tensor or grad.layout is not torch.strided or grad.dtype is not p.dtype:
