@@ -22,6 +22,7 @@ from benchmarks import (
     loading,
     measure,
     memory,
+    processes,
     report,
     small,
     special,
@@ -42,6 +43,7 @@ SECTIONS = {
     "small": small.run,
     "wrap": wrapping.run,
     "loading": loading.run,
+    "processes": processes.run,
     "sweep": sweeping.run,
 }
 

@@ -82,15 +82,14 @@ def assert_near(divided, wholes, tolerance):
 
 
 def layouts_worker(rank, world, dtype):
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    tolerance = cases.PARTS[str(dtype).split(".")[1]]
     for name, arguments in CONFIGURATIONS:
         divided, wholes = parameters(world, name, dtype)
         ours, theirs = getattr(optim, name)(divided, **arguments), getattr(torch.optim, name)(wholes, **arguments)
         for i in range(20):
             give_gradients(divided, wholes, i)
             ours.step(), theirs.step()
-        # Muon iterates in bfloat16; its matrices are the same in whichever process.
-        assert_near(divided, wholes, tolerance if name != "Muon" else cases.MUON[str(dtype).split(".")[1]])
+        assert_near(divided, wholes, tolerance)
         for p, q in zip(divided, wholes, strict=True):
             assert list(ours.state[p]) == list(theirs.state[q])
             for key, x in theirs.state[q].items():
@@ -136,13 +135,12 @@ def around_worker(rank, world):
             assert on_all(ours.skipped, world) == [i == 2] * world
             if i != 2:
                 norm = torch.nn.utils.clip_grad_norm_(wholes, 1.0)
-                assert cases.difference(ours.grad_norm, norm) <= 1e-12
+                assert cases.difference(ours.grad_norm, norm) <= cases.PARTS["float64"]
                 theirs.step()
             for x, q in zip(average, wholes, strict=True):  # after a step that was skipped too
                 x.lerp_(q.detach(), 0.1) if i else x.copy_(q.detach())
-        tolerance = 1e-12 if name != "Muon" else cases.MUON["float64"]
-        assert_near(divided, wholes, tolerance)
-        assert_near([ours.state[p]["ema"] for p in divided], average, tolerance)
+        assert_near(divided, wholes, cases.PARTS["float64"])
+        assert_near([ours.state[p]["ema"] for p in divided], average, cases.PARTS["float64"])
 
 
 @pytest.mark.slow
@@ -216,7 +214,7 @@ def models_worker(rank, shape, name):
     reference = network()
     ours = train(model, optimizers(optim, model, name), range(20))
     theirs = train(reference, optimizers(torch.optim, reference, name), range(20))
-    tolerance = 1e-12 if name != "Muon" else cases.MUON["float64"]
+    tolerance = cases.PARTS["float64"] if name != "Muon" else cases.MUON["float64"]
     assert cases.difference(ours, theirs) <= tolerance
     assert_near(model.parameters(), reference.parameters(), tolerance)
 
@@ -259,7 +257,11 @@ def load_worker(rank, folder, world):
         dcp.load(state, checkpoint_id=f"{folder}/{name}")
         set_state_dict(model, opts, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         train(model, opts, range(3, 6))
-        assert_near(model.parameters(), reference.parameters(), 1e-12 if name != "Muon" else cases.MUON["float64"])
+        assert_near(
+            model.parameters(),
+            reference.parameters(),
+            cases.PARTS["float64"] if name != "Muon" else cases.MUON["float64"],
+        )
 
 
 @pytest.mark.slow
@@ -360,7 +362,6 @@ def faults_worker(rank, world):
         ]
         wholes = [torch.nn.Parameter(whole(p).clone()) for p in params]
         ours, theirs = getattr(optim, name)(params, lr=0.1), getattr(torch.optim, name)(wholes, lr=0.1)
-        tolerance = 1e-12 if name != "Muon" else cases.MUON["float64"]
 
         def step(i, ours=ours, theirs=theirs, params=params, wholes=wholes):
             give_gradients(params, wholes, i)
@@ -397,7 +398,7 @@ def faults_worker(rank, world):
             p.grad = q.grad = None
         ours.step(), theirs.step()
         step(6)
-        assert_near(params, wholes, tolerance)
+        assert_near(params, wholes, cases.PARTS["float64"])
 
 
 @pytest.mark.slow
