@@ -190,13 +190,14 @@ def _iterate_alike(matrices: Sequence[Tensor], iterate: Iterate) -> list[Tensor]
 
 
 @functools.lru_cache(maxsize=64)
-def _flat_group(ranks: tuple[int, ...]) -> Any:
+def _flat_group(_: Any, ranks: tuple[int, ...]) -> Any:
+    """A group of so many processes, for as long as the group of all is this one."""
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def group_of(mesh: Any) -> Any:
     """A process group of all processes of a mesh; of one with several axes it is made at the first call, by all."""
-    return mesh.get_group(0) if mesh.ndim == 1 else _flat_group(tuple(mesh.mesh.flatten().tolist()))
+    return mesh.get_group(0) if mesh.ndim == 1 else _flat_group(dist.group.WORLD, tuple(mesh.mesh.flatten().tolist()))
 
 
 def owners(costs: Sequence[int], processes: int) -> list[int]:
