@@ -13,10 +13,11 @@ from torch import Tensor
 
 from interop.dropin import dtensor, eager, exchange, host, native, parts, processes, program, reader
 from interop.dropin.arranging import passes_of, shelves
-from interop.dropin.bucket import Bucket, Work, number_array
+from interop.dropin.bucket import Bucket, Work
 from interop.dropin.coefficients import Scalars
 from interop.dropin.groups import Numbers, parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
+from interop.dropin.measured import Measured
 from interop.dropin.quick import Quick
 from interop.dropin.slots import slot_shapes
 from interop.dropin.state import check_state, is_shared, state_dtypes
@@ -27,28 +28,6 @@ from jopt.rule import Rule
 
 BESIDE = 2**28
 """Bytes of state whose buffers are made while programs are compiled, which itself takes some 100 MB."""
-
-
-@dataclasses.dataclass
-class Measured:
-    """What was found in the gradients of all buckets, for their updates.
-
-    Attributes:
-      norms, overflows: of each bucket, as programs take them.
-      max_norm, inverse_scale: numbers of the step.
-    """
-
-    norms: list[Any]
-    overflows: list[Any]
-    max_norm: float
-    inverse_scale: float
-
-    def of(self, bucket: Bucket) -> dict[str, Any]:
-        """As the bucket's program takes it."""
-        dtype = bucket.spec.compute_dtype
-        numbers = {"max_norm": self.max_norm, "inverse_scale": self.inverse_scale}
-        arrays = {name: number_array(bucket.device, x, dtype) for name, x in numbers.items()}
-        return {"norms": self.norms, "overflows": self.overflows} | arrays
 
 
 @dataclasses.dataclass
@@ -349,24 +328,12 @@ class Plan:
             raise
 
     def agree(self, optimizer: Any, meshes: list[Any], found: Measured | None) -> None:
-        """Let processes find out together what `processes.agree` says, and put it into what this one measured.
-
-        The norm of all gradients stands where that of one was.
-        """
+        """Let processes find out together what `processes.agree` says, and put it into what this one measured."""
         if found is None:
             processes.agree(meshes, optimizer)
-            return
-        self._wait(found)
-        local = [np.asarray(x, np.float64) for x in found.norms]
-        leaves = (leaf.param for work in self._works() for leaf in work.bucket.leaves)
-        norms = zip(leaves, np.concatenate(local).tolist(), strict=True)
-        total, overflow = processes.agree(meshes, optimizer, norms, any(map(bool, found.overflows)))
-        widest = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # which rounds it least
-        for i, (bucket, x) in enumerate(zip(self.buckets, local, strict=True)):
-            of_bucket = np.zeros(len(x), bucket.dtype)
-            of_bucket[:1] = total if bucket is widest else 0
-            found.norms[i] = bucket.device.put(of_bucket)
-            found.overflows[i] = bucket.device.put(np.asarray(overflow))
+        else:
+            self._wait(found)
+            found.agree(optimizer, meshes, self.buckets)
 
     def update(
         self, optimizer: Any, grads: reader.Gradients, numbers: Numbers, measured: Measured | None

@@ -649,7 +649,6 @@ REFUSED = {
     "plain-state": (plain_state, "its state 'exp_avg' placed as the parameter, a DTensor .*found a plain"),
     "replicated-state": (replicated_state, r"its state 'exp_avg' placed .*Shard\(dim=0\).*, found .*Replicate"),
     "max_norm": (clipped, "expected DTensors alone for a norm of all gradients.* found a plain parameter beside"),
-    "SparseAdam": (None, "expected a plain tensor, .*DTensor; keep the parameter whole and plain"),
     "LBFGS": (None, "expected a plain tensor, .*DTensor; keep the parameter whole and plain"),
 }
 
