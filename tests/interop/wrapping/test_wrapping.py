@@ -1028,7 +1028,15 @@ def test_all_groups_are_checked_before_one_steps(relaxed):
     assert torch.equal(a, before)
 
 
-def test_an_interrupt_finds_the_old_step_or_the_new(monkeypatch, relaxed):
+@pytest.fixture
+def interruptible():
+    """A background job starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_finds_the_old_step_or_the_new(monkeypatch, relaxed, interruptible):
     from interop.wrapping import held
 
     base = torch.zeros(4)
