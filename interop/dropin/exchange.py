@@ -8,10 +8,12 @@ to the owner, and once to each process that has it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,12 +47,13 @@ class Exchange:
         self._members = [places[rank] for rank in dist.get_process_group_ranks(self._group)]
         self._me = places[dist.get_rank()]
         self._shapes = [tuple(leaf.param.shape) for leaf in leaves]
-        self._owners = list(owners)
-        self._boxes = [_boxes(*leaf.placement) for leaf in leaves]
-        self._sources = [
-            _alike(mesh, leaf.placement[1], owner) for leaf, owner in zip(leaves, self._owners, strict=True)
+        self._owned = {k: [j for j, owner in enumerate(owners) if owner == k] for k in self._members}
+        self._mine = self._owned[self._me]
+        sizes = tuple(mesh.shape)
+        self._boxes = [
+            _boxes(sizes, leaf.placement[1], shape) for leaf, shape in zip(leaves, self._shapes, strict=True)
         ]
-        self._mine = [j for j, owner in enumerate(self._owners) if owner == self._me]
+        self._sources = [_alike(sizes, leaf.placement[1], owner) for leaf, owner in zip(leaves, owners, strict=True)]
         for leaf, boxes in zip(leaves, self._boxes, strict=True):
             if tuple(leaf.shape) != boxes[self._me].shape:
                 raise TypeError(
@@ -67,7 +70,7 @@ class Exchange:
 
     def _gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The matrices that this process owns."""
-        sent = [[parts[j] for j in self._owned_by(k) if self._me in self._sources[j]] for k in self._members]
+        sent = [[parts[j] for j in self._owned[k] if self._me in self._sources[j]] for k in self._members]
         got = [[j for j in self._mine if k in self._sources[j]] for k in self._members]
         sizes = [[self._boxes[j][k].size for j in of_member] for k, of_member in zip(self._members, got, strict=True)]
         wholes = {j: parts[0].new_empty(self._shapes[j]) for j in self._mine}
@@ -83,16 +86,13 @@ class Exchange:
             [self._boxes[j][k].read(x).reshape(-1) for j, x in zip(self._mine, wholes, strict=True)]
             for k in self._members
         ]
-        got = [self._owned_by(k) for k in self._members]
+        got = [self._owned[k] for k in self._members]
         received = self._exchange(sent, [[parts[j].numel() for j in of_member] for of_member in got], parts[0])
         found: list[Any] = [None] * len(parts)
         for of_member, pieces in zip(got, received, strict=True):
             for j, piece in zip(of_member, pieces, strict=True):
                 found[j] = piece
         return found
-
-    def _owned_by(self, k: int) -> list[int]:
-        return [j for j, owner in enumerate(self._owners) if owner == k]
 
     def _exchange(self, sent: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], like: Tensor) -> list[Any]:
         """For each member what it sends to this process, in pieces of the sizes."""
@@ -135,43 +135,29 @@ def _as_slice(index: Tensor) -> Any:
     return slice(first, last + 1) if last - first == len(index) - 1 else index
 
 
-def _boxes(mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]) -> list[Box]:
-    """What each process of the mesh has of a matrix, by its place."""
-    return _boxes_of(tuple(mesh.shape), placements, tuple(shape))
-
-
 @functools.lru_cache(maxsize=1024)
-def _boxes_of(sizes: tuple[int, ...], placements: tuple[Any, ...], shape: tuple[int, ...]) -> list[Box]:
+def _boxes(sizes: tuple[int, ...], placements: tuple[Any, ...], shape: tuple[int, ...]) -> list[Box]:
+    """What each process of a mesh of these sizes has of a matrix, by its place."""
+
     def part(axis: int, place: int) -> Tensor:
         found = torch.arange(shape[axis])
         divided = [i for i, x in enumerate(placements) if getattr(x, "dim", None) == axis]
         # FSDP's strided placement, before tensor parallelism's in the mesh, divides what that leaves.
         for i in sorted(divided, key=lambda i: hasattr(placements[i], "split_factor")):
             chunks = found.chunk(sizes[i])
-            k = coordinate(sizes, place)[i]
+            k = np.unravel_index(place, sizes)[i]
             found = chunks[k] if k < len(chunks) else found[:0]
         return found
 
     return [Box(part(0, place), part(1, place)) for place in range(math.prod(sizes))]
 
 
-def coordinate(sizes: Sequence[int], place: int) -> tuple[int, ...]:
-    """Where a process is in a mesh of these sizes, whose processes are counted through."""
-    found = []
-    for size in reversed(sizes):
-        found.append(place % size)
-        place //= size
-    return tuple(reversed(found))
-
-
-def _alike(mesh: Any, placements: tuple[Any, ...], owner: int) -> set[int]:
+def _alike(sizes: tuple[int, ...], placements: tuple[Any, ...], owner: int) -> set[int]:
     """The processes whose parts make the matrix that the owner gets: of the copies the nearest one."""
     copied = [i for i, x in enumerate(placements) if x.is_replicate()]
-    sizes = tuple(mesh.shape)
-    of_owner = coordinate(sizes, owner)
-    return {
-        place for place in range(math.prod(sizes)) if all(coordinate(sizes, place)[i] == of_owner[i] for i in copied)
-    }
+    of_owner = np.unravel_index(owner, sizes)
+    coordinates = map(np.unravel_index, range(math.prod(sizes)), itertools.repeat(sizes))
+    return {place for place, at in enumerate(coordinates) if all(at[i] == of_owner[i] for i in copied)}
 
 
 def _iterate_alike(matrices: Sequence[Tensor], iterate: Iterate) -> list[Tensor]:

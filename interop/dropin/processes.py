@@ -29,14 +29,9 @@ def meshes(optimizer: Any, *, with_plain: bool = True) -> list[Any]:
     Raises:
       TypeError: some are DTensors, some plain, of which nobody knows whether other processes have the same.
     """
-    found: dict[Any, None] = {}
-    plain = []
-    for index, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            if (placed := dtensor.placement(p)) is None:
-                plain.append((index, p))
-            else:
-                found[placed[0]] = None
+    params = _placed(optimizer)
+    found = dict.fromkeys(placed[0] for _, _, placed in params if placed is not None)
+    plain = [(index, p) for index, p, placed in params if placed is None]
     if found and plain and not with_plain:
         raise TypeError(
             f"{parameter_name(optimizer, *plain[0])}: expected DTensors alone for a norm of all gradients or a loss "
@@ -104,7 +99,6 @@ def together(meshes: Sequence[Any], optimizer: Any) -> Iterator[None]:
     except Exception as error:
         if meshes:
             agree(meshes, optimizer, error=error)
-            optimizer._plan = None  # processes may have different ones now
         raise
 
 
@@ -163,8 +157,10 @@ def _whole(optimizer: Any, mesh: Any) -> list[tuple[int, Tensor]]:
     """The parameters on a mesh that are looked at as a whole, with their groups."""
     if optimizer.rule.scope != "tensor":
         return []
-    found = []
-    for index, group in enumerate(optimizer.param_groups):
-        placed = ((p, dtensor.placement(p)) for p in group["params"])
-        found += [(index, p) for p, x in placed if x is not None and x[0] == mesh]
-    return found
+    return [(index, p) for index, p, placed in _placed(optimizer) if placed is not None and placed[0] == mesh]
+
+
+def _placed(optimizer: Any) -> list[tuple[int, Tensor, Any]]:
+    """All parameters, with their groups and `dtensor.placement`s."""
+    groups = enumerate(optimizer.param_groups)
+    return [(index, p, dtensor.placement(p)) for index, group in groups for p in group["params"]]
