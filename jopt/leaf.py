@@ -204,7 +204,7 @@ def step_leaves(
     for members in groups.values():
         alike = [leaves[i] for i in members]
         few = stack_size(alike[0][3].size)
-        out = _step_stacked(rule, alike, few if few < len(alike) else None)
+        out = _step_stacked(rule, alike, few if few < len(alike) and not numerics.on_mesh() else None)
         results.update(zip(members, out, strict=True))
     return [results[i] for i in range(len(leaves))]
 

@@ -405,10 +405,41 @@ def matmul(t1: Array, t2: Array) -> Array:
 
 def gathered(x: Array) -> Array:
     """x, gathered if it lies on a mesh: what follows needs all of it, and a loop would gather in each turn."""
+    return constrain(x, PartitionSpec()) if on_mesh() else x
+
+
+def on_mesh() -> bool:
+    """Whether what is traced is for a mesh on which XLA chooses how arrays lie."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
-        return x
-    return constrain(x, PartitionSpec())
+    return not mesh.empty and set(mesh.axis_types) == {AxisType.Auto}
+
+
+def each_once(f: Callable[..., Array], x: Array, others: Any) -> Array:
+    """`f(x, others)`. Under `vmap` and on a mesh each device computes some of the batch, and none twice.
+
+    The batch is filled up with zeros to a multiple of the number of devices.
+    """
+    if not on_mesh():
+        return f(x, others)
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec(mesh.axis_names)
+
+    @jax.custom_batching.custom_vmap
+    def alone(x: Array, others: Any) -> Array:
+        return gathered(f(gathered(x), others))  # after it too: else XLA computes it as its result lies
+
+    @alone.def_vmap
+    def batched(size: int, in_batched: Any, x: Array, others: Any) -> tuple[Array, bool]:
+        def filled(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return jnp.concatenate([x, jnp.zeros((-size % mesh.size, *x.shape[1:]), x.dtype)])
+
+        # Before and after it arrays lie as their matrices do: else XLA divides all that is stacked by the batch.
+        free = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - in_batched[0]))
+        x, others = jax.tree.map(filled, (constrain(x, free), others), tuple(in_batched))
+        return constrain(constrain(jax.vmap(f)(constrain(x, spec), others), spec)[:size], free), True
+
+    return alone(x, others)
 
 
 def constrain(x: Array, spec: PartitionSpec) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Unpack
 
@@ -103,9 +104,12 @@ class Muon(Rule):
 
 def orthogonalize(c: Scalars, matrix: Array, steps: int) -> Array:
     """A bfloat16 matrix of the same singular vectors, with singular values near 1."""
-    rows, columns = matrix.shape
     c = {name: x.astype(jnp.float32) for name, x in c.items()}
-    x = t.gathered(matrix)
+    return t.each_once(functools.partial(_iterated, steps), matrix, c)
+
+
+def _iterated(steps: int, x: Array, c: Scalars) -> Array:
+    rows, columns = x.shape
     if rows > columns:
         x = x.T
     x = t.div(x, t.maximum(t.norm(x), t.cast(c["eps"], x)))
@@ -121,7 +125,6 @@ def orthogonalize(c: Scalars, matrix: Array, steps: int) -> Array:
 
     # XLA on CPU multiplies bfloat16 as such only where no factor is a transpose that it knows as one; else in float32.
     x = lax.platform_dependent(x, cpu=lambda x: iterations(x, x.T), default=lambda x: iterations(x, None))
-    x = t.gathered(x)  # here too: else the iteration is sharded as its result is
     return x.T if rows > columns else x
 
 
