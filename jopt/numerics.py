@@ -403,6 +403,9 @@ def matmul(t1: Array, t2: Array) -> Array:
     return _round(jnp.matmul(t1, t2, preferred_element_type=compute_dtype(t1.dtype)), t1.dtype)
 
 
+LARGE = 2**28  # elements of a matrix that no device computes alone: 0.5 GB in bfloat16
+
+
 def gathered(x: Array) -> Array:
     """x, gathered if it lies on a mesh: what follows needs all of it, and a loop would gather in each turn."""
     return constrain(x, PartitionSpec()) if on_mesh() else x
@@ -415,14 +418,18 @@ def on_mesh() -> bool:
 
 
 def each_once(f: Callable[..., Array], x: Array, others: Any) -> Array:
-    """`f(x, others)`. Under `vmap` and on a mesh each device computes some of the batch, and none twice.
+    """`f(x, others)` of a matrix. Under `vmap` and on a mesh each device computes some of the batch, and none twice.
 
-    The batch is filled up with zeros to a multiple of the number of devices.
+    The batch is filled up with zeros to a multiple of the number of devices. A matrix of more than `LARGE` elements is
+    divided itself.
     """
     if not on_mesh():
         return f(x, others)
     mesh = jax.sharding.get_abstract_mesh()
     spec = PartitionSpec(mesh.axis_names)
+    if x.size > LARGE and max(x.shape) % mesh.size == 0:
+        longer = PartitionSpec(mesh.axis_names) if x.shape[0] > x.shape[1] else PartitionSpec(None, mesh.axis_names)
+        return constrain(f(constrain(x, longer), others), longer)
 
     @jax.custom_batching.custom_vmap
     def alone(x: Array, others: Any) -> Array:

@@ -28,6 +28,9 @@ from jopt.transform import P, Transform, check_array, check_params
 
 Tree = Any
 
+IN_PIECES = {"tpu"}  # the platforms on which large parameters are gathered in pieces
+PIECE = 2**24  # bytes of such a piece
+
 
 def shard_state(
     tx: optax.GradientTransformation,
@@ -117,7 +120,10 @@ class Sharded(chaining.Around[Any]):
         def run(grads: Tree, state: Any, params: Tree, arguments: Mapping[str, Any], exact: bool) -> Any:
             def step(grads: Tree, state: Any, params: Tree, arguments: Mapping[str, Any]) -> Any:
                 args = layout.constrained(grads, layout.grads), state, layout.constrained(params, layout.work)
-                return chaining.step(tx, *args, **arguments) if exact else update_of(*args, **arguments)
+                if not exact:
+                    return update_of(*args, **arguments)
+                new, state = chaining.step(tx, *args, **arguments)
+                return layout.gathered(new, params), state
 
             return layout.on_mesh(step, (self.param_shardings, self.shardings), grads, state, params, arguments)
 
@@ -224,6 +230,21 @@ class _Layout:
                 f = jax.sharding.auto_axes(f, out_sharding=jax.tree.map(lambda s: s.spec, shardings))
             return jax.tree.map(lambda x, s: numerics.constrain(x, s.spec), f(*args), shardings)
 
+    def gathered(self, new: Tree, old: Tree) -> Tree:
+        """The stepped parameters. On a TPU large ones that were divided for the step are whole again, in `old`'s memory.
+
+        XLA for TPUs would gather them into memory of their own, and copy from there.
+        """
+        if self.mesh.devices.flat[0].platform not in IN_PIECES:
+            return new
+        leaves = [
+            _in_pieces(x, whole, work, own, self.mesh) if work != own and x.ndim > 1 and x.nbytes >= 2 * PIECE else x
+            for x, whole, work, own in zip(
+                self.treedef.flatten_up_to(new), self.treedef.flatten_up_to(old), self.work, self.own, strict=True
+            )
+        ]
+        return self.treedef.unflatten(leaves)
+
     # --- what is refused
 
     def check_present(self) -> None:
@@ -264,6 +285,34 @@ class _Layout:
                 raise ValueError(f"{at}: expected shape {shapes[keystr(path)]}, found {np.shape(x)}")
             if isinstance(x, Array) and not isinstance(x, Tracer):
                 _check_place(at, x, self.mesh)
+
+
+def _in_pieces(part: Array, whole: Array, spread: PartitionSpec, own: PartitionSpec, mesh: Mesh) -> Array:
+    """`part`, divided as `spread` says, gathered to how `own` says, piece after piece, in the memory of `whole`."""
+    axis = next(i for i, (a, b) in enumerate(zip(spread, own, strict=True)) if a != b)
+    names = _names(spread[axis])[len(_names(own[axis])) :]
+    n = _size(mesh, names)
+
+    def fill(part: Array, whole: Array) -> Array:
+        # Pieces are of rows. A device's rows lie apart where the first dimension is the one that was divided.
+        along = 1 if axis == 0 else 0
+        if axis == 0:
+            part, filled = part[None], whole.reshape(n, *part.shape)
+        else:
+            filled = whole
+        rows = part.shape[along]
+        some = min(rows, max(8, PIECE * rows // whole.nbytes // 8 * 8))  # whole tiles of a TPU
+
+        def piece(i: Array, filled: Array) -> Array:
+            # The last may begin before the end of the one before it, and writes the same there.
+            start = jnp.minimum(i * some, rows - some)
+            x = jax.lax.dynamic_slice_in_dim(part, start, some, along)
+            x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
+            return jax.lax.dynamic_update_slice_in_dim(filled, x, start, along)
+
+        return jax.lax.fori_loop(0, -(-rows // some), piece, filled).reshape(whole.shape)
+
+    return jax.shard_map(fill, in_specs=(spread, own), out_specs=own, check_vma=False)(part, whole)
 
 
 def _axes(mesh: Any, axis: Any) -> tuple[str, ...]:

@@ -160,8 +160,8 @@ def test_divided_state_is_a_quarter_and_parameters_are_gathered_once(target):
             assert gathered == size, program
             assert summed <= (0 if rule.scope == "element" else 2 * 4 * (SHAPES["a"][1] + 8)), program
         assert set(moved) <= {"all-gather", "all-reduce"}, program
-        # The parts before they are gathered; on a TPU the gathered ones too. Muon's matrices, as on one device.
-        room = 3 * size if rule.batched else size / 2 if target == "H100" else 1.25 * size
+        # The parts before they are gathered. A packed buffer on a TPU is gathered first; Muon's matrices are bfloat16.
+        room = 3 * size if rule.batched else size / 2 if "packed" not in program or target == "H100" else 1.25 * size
         assert found["temporary"] <= room + 10 * SCALARS, program
 
 

@@ -45,10 +45,16 @@ def replicated(tree, mesh):
 def collectives(program):
     """The collective operations of a compiled program, and how many elements each gives."""
     found = []
-    for shapes, kind in re.findall(r"= (.+?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", program):
+    for shapes, kind in re.findall(r"= (.+?) (all-to-all|all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", program):
         sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
         found.append((kind, int(sum(sizes))))
     return found
+
+
+def products(program):
+    """How many numbers the matrix products of a compiled program give, a loop's counted once."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* dot\(", program)
+    return sum(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
 
 
 def assert_equal(ours, theirs, tolerance=0.0):
@@ -111,6 +117,9 @@ def check_step(case):
 
     # Each divided parameter is gathered once; tensor rules sum their norms, means of rows or columns.
     found = collectives(compiled.as_text())
+    if case.name == "muon":  # the matrix of a shape of its own; of two alike each goes to a device, and to all from it
+        assert sorted(found) == [("all-gather", 6 * 96), ("all-reduce", 2 * 64 * 32), ("all-to-all", 64 * 32)]
+        return
     divided = [shapes[name] for name in DIVIDED if state.slots]
     gathered = sum(n for kind, n in found if kind == "all-gather")
     assert gathered == sum(rows * columns for rows, columns in divided), found
@@ -166,8 +175,71 @@ def check_sharded_parameters():
     shapes = {name: SHAPES[name] for name in ("a", "b", "wide")}
     ours, theirs, _, compiled = run_both(jopt.muon(lr=0.02), shapes, params_at=at | {"b": P("data")})
     assert_equal(ours, theirs)
+    found = sorted(collectives(compiled.as_text()))
+    assert found == [("all-gather", 6 * 96), ("all-to-all", 64 * 32), ("all-to-all", 64 * 32)]
+
+
+def check_muon_divided():
+    """Each matrix is iterated on one device; to it and back each device sends and gets what it has, and no more."""
+    size = 64 * 32
+    alone = {"0": (64, 32)}
+    tx = jopt.muon(lr=0.02)
+    params = make(alone)
+    one = products(jax.jit(tx.step).lower(params, tx.init(params), params).compile().as_text())
+    both = mesh_of((4, 2), ("data", "model"))
+    for count, mesh, axes in ((3, mesh_of(), "data"), (11, mesh_of(), "data"), (16, both, ("data", "model"))):
+        shapes = {str(i): (64, 32) for i in range(count)}
+        each = -(-count // DEVICES)  # the most that a device has
+        for at in (P(), P(axes)):
+            ours, theirs, _, compiled = run_both(tx, shapes, mesh=mesh, params_at=at, axis=axes, steps=2)
+            assert_equal(ours, theirs)
+            program = compiled.as_text()
+            assert products(program) == each * one
+            found = sorted(collectives(program))
+            there = ("all-to-all", each * size)
+            gather, add = ("all-gather", DEVICES * each * size), ("all-reduce", count * size)
+            allowed = [[there, there]] if at == P(axes) else [[gather, there], [add, there]]
+            assert found in allowed, (count, at, found)
+
+
+def check_large_muon():
+    """A matrix too large for a device is divided along its longer side: of it no device ever has all."""
+    tx, at = jopt.muon(lr=0.02), {"wide": P(None, "data"), "tall": P("data")}
+    shapes = {"wide": (16, 512), "tall": (512, 16)}
+    whole = run_both(tx, shapes, params_at=at)[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jopt.numerics, "LARGE", 16 * 512 - 1)
+        jax.clear_caches()  # of what was traced with another
+        ours, theirs, _, compiled = run_both(tx, shapes, params_at=at)
+    jax.clear_caches()
+    assert_equal(ours, theirs, cases.MUON["float32"])  # a product is summed in parts
     found = collectives(compiled.as_text())
-    assert sum(n for _, n in found) == 64 * 32 * 2 + 6 * 96, found  # the update, once
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert sum(n for _, n in found) == 2 * (16 * 16 + 1)  # in each turn of the loop x @ x.T; the norm
+    assert compiled.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes / 4
+
+
+def check_gathered_in_pieces():
+    """As for a TPU: parameters that were divided for a step are gathered piece after piece, where they lay."""
+    shapes = {"rows": (512, 33), "narrow": (2400, 6), "columns": (37, 512), "cube": (40, 256, 3), "vector": (64,)}
+    for explicit in (False, True):
+        for mesh, axes, at in (
+            (mesh_of(explicit=explicit), "data", P()),
+            (mesh_of((4, 2), ("data", "model"), explicit), "data", {"columns": P(None, "model")}),
+            (mesh_of((4, 2), ("data", "model"), explicit), ("model", "data"), P()),
+        ):
+            places = dict.fromkeys(shapes, P()) | (at if isinstance(at, dict) else {})
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(jopt.sharding, "IN_PIECES", {"cpu"})
+                patch.setattr(jopt.sharding, "PIECE", 8192)
+                for tx in (jopt.adamw(lr=0.02), jopt.chain(jopt.clip_grad_value(0.5), jopt.adagrad(lr=0.1))):
+                    ours, theirs, _, compiled = run_both(tx, shapes, mesh=mesh, params_at=places, axis=axes)
+                    assert_equal(ours, theirs)
+                    for name, x in ours[0].items():
+                        assert x.sharding.is_equivalent_to(NamedSharding(mesh, places[name]), x.ndim)
+            found = collectives(compiled.as_text())
+            assert {kind for kind, _ in found} == {"all-gather"}
+            assert max(n for _, n in found) <= 8 * 256 * 3  # eight rows, of arrays of more than twice that
 
 
 def check_two_axes():
