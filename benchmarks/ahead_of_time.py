@@ -32,6 +32,7 @@ from tests import cases
 # Large, since the scalars in emulated float64 count as 2 MB.
 SHAPES = {"a": (32768, 1024), "b": (32768, 1024), "bias": (1024,)}
 ROWS = 512  # of a sparse gradient
+DEVICES = 8
 ZERO, FSDP = "state divided", "all divided"
 NOTEBOOK = "the notebook's train step"
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ OPTIMIZERS = dict(sorted(OPTIMIZERS.items())) | {"sparse_adam": jopt.sparse_adam
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
@@ -78,11 +79,11 @@ COLAB = {
     "TPU v6e-1": ("libtpu", {"platform": "tpu", "topology_name": "v6e:1x1"} | ONE_CHIP),
 }
 TARGETS = {
-    "TPU v5e": ("libtpu", {"platform": "tpu", "topology_name": "v5e:2x2"}),
-    "TPU v6e": ("libtpu", {"platform": "tpu", "topology_name": "v6e:2x2"}),
+    "TPU v5e": ("libtpu", {"platform": "tpu", "topology_name": "v5e:2x4"}),
+    "TPU v6e": ("libtpu", {"platform": "tpu", "topology_name": "v6e:2x4"}),
     "H100": (
         "jax_cuda12_plugin",
-        {"platform": "cuda", "topology_name": "", "target_config": H100, "topology": "1x1x4"},
+        {"platform": "cuda", "topology_name": "", "target_config": H100, "topology": "1x1x8"},
     ),
 }
 
@@ -92,7 +93,7 @@ def compile_all(target, names):
     if JAX < (0, 8):  # which crashes where it asks a device that is not there for its layouts
         pxla.is_default_layout = lambda *_: True
     devices = topologies.get_topology_desc(**(TARGETS | COLAB)[target][1]).devices
-    mesh = Mesh(np.array(devices[:4]), ("data",))
+    mesh = Mesh(np.array(devices[:DEVICES]), ("data",))
     found = {NOTEBOOK: look_at(*notebook_step(mesh))} if target in COLAB else {}
     for name in names:
         for form, compiled in programs(name, devices[0], mesh):
@@ -189,13 +190,22 @@ def elements(dims):
 
 
 def collectives(program):
-    """What each kind of operation between devices gives, in bytes; what is asynchronous is counted where it ends."""
+    """What each kind of operation between devices gives, in bytes; what is asynchronous is counted where it ends.
+
+    What a loop gives is counted as often as it turns: the number that its condition compares with.
+    """
     kinds = r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    computations = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*\{\n((?:  .*\n)*)", program, re.MULTILINE))
+    turns = {}
+    for condition, body in re.findall(r" while\(.*condition=%([\w.-]+), body=%([\w.-]+)", program):
+        turns[body] = int(*re.findall(r"s32\[\]\S* constant\((\d+)\)", computations[condition]))
     found = {}
-    for shapes, kind in re.findall(rf" = (.+?) ({kinds})(?:-done)?\(", program):
-        sizes = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        found[kind] = found.get(kind, 0) + sum(sizes[dtype] * elements(dims) for dtype, dims in arrays)
+    for name, text in computations.items():
+        for shapes, kind in re.findall(rf" = (.+?) ({kinds})(?:-done)?\(", text):
+            sizes = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+            given = sum(sizes[dtype] * elements(dims) for dtype, dims in arrays)
+            found[kind] = found.get(kind, 0) + turns.get(name, 1) * given
     return found
 
 
@@ -232,22 +242,26 @@ state are donated, and each lies where it lay.
 {{one}}
 
 Adafactor, MARS and Muon read a tensor again for its norms; Muon's products need room for bfloat16 matrices.
+Adafactor's 1615 MB are three sweeps over 268 MB, and none can be left out: the second needs all sums of rows and
+columns of the first (gradient and parameter), the third the norm of what the second scaled (gradient), and it alone
+writes (gradient and parameter read, parameter written). It is six times the parameters' bytes.
 
-## On four devices
+## On eight devices
 
-`jopt.shard_state` over an axis of 4. *{ZERO}*: the parameters are on every device (ZeRO's first stage); *{FSDP}*:
+`jopt.shard_state` over an axis of 8, on a v5e-8, a v6e-8 and 8 H100s. *{ZERO}*: the parameters are on every device (ZeRO's first stage); *{FSDP}*:
 they are in parts too. *State*: on each device, of how much undivided. *Between devices*: what each collective operation
 gives, on each device.
 
 {{four}}
 
 - Parameters on every device are gathered after the step. On a TPU XLA 0.10.2 does so into memory of its own and
-  copies from there: a temporary as large as the parameters. A program of plain `p - 0.1 * g`, divided the same, has
-  it too.
+  copies from there: a temporary as large as the parameter, as a program of plain `p - 0.1 * g` has it too. Those of
+  32 MB and more are gathered in pieces of 16 MB, each of which is written where the parameter lies.
 - Packed buffers of a length that the TPU's tiles do not divide are gathered by an all-reduce of parts beside zeros:
   no temporary, twice the traffic. Where state is divided, leave the tree as it is: XLA joins the collectives of its
   arrays.
-- Muon gathers its update once, in bfloat16: half the bytes of the parameter that others gather. Adafactor sums a row
+- Muon sends each matrix to one device, which iterates it, and back from it, in bfloat16: half the bytes of the
+  parameter that others gather. Two matrices are here on eight devices: six have nothing to do. Adafactor sums a row
   and four scalars for each matrix, MARS a scalar. SparseAdam sums the rows that have a gradient. Plain SGD has nothing
   to divide, and moves nothing.
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,7 +18,7 @@ from jax import Array, lax
 from jopt import numerics
 from jopt._compat import varying
 from jopt.loops import separately
-from jopt.rule import LeafState, Rule, Scalars
+from jopt.rule import Batched, LeafState, Rule, Scalars
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO
@@ -50,6 +49,7 @@ def step_leaf(
     active: Array | None = None,
     key: Array | None = None,
     factors: Sequence[Array] = (),
+    update: Callable[..., tuple[Array, LeafState]] | None = None,
 ) -> tuple[Array, LeafState]:
     """rule.update for a leaf of any type.
 
@@ -60,12 +60,14 @@ def step_leaf(
       active: a bool array that broadcasts against the leaf; where False, the leaf and its state are kept.
       key: a bfloat16 leaf is rounded at random: up or down with the probability that keeps the mean.
       factors: what the gradient is multiplied by first, in its own type, one after the other.
+      update: what is called in the place of rule.update.
     """
     if not rule.elements(param):
         return param, state
     old_state, old_param = state, param
     at_random = key is not None and param.dtype == jnp.bfloat16
-    param, state = rule.update(*in_step_type(c, numerics.scale(grad, factors), state, param, wide=at_random))
+    update = rule.update if update is None else update
+    param, state = update(*in_step_type(c, numerics.scale(grad, factors), state, param, wide=at_random))
 
     if jnp.iscomplexobj(old_param):
         param = _as_complex(param)
@@ -194,7 +196,7 @@ def step_leaves(
     """
     if rule.scope == "element":
         return [_step_element(rule, *leaf, separate=separate) for leaf in leaves]
-    if not rule.batched:
+    if not isinstance(rule, Batched):
         return [_step_whole(rule, *leaf) for leaf in leaves]
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
@@ -214,19 +216,53 @@ def stack_size(size: int) -> int:
     return max(1, STACKED // max(1, size))
 
 
-def _step_alike(rule: Rule, leaves: Sequence[tuple[Any, ...]], few: int | None = None) -> list[tuple[Array, LeafState]]:
-    """`step_leaf` for leaves of equal shapes, stacked: all together, or on CPU a few together."""
-    if few is not None:
+def _step_alike(
+    rule: Batched, leaves: Sequence[tuple[Any, ...]], few: int | None = None
+) -> list[tuple[Array, LeafState]]:
+    """`step_leaf` for leaves of equal shapes; what takes whole matrices for all together, or on CPU a few together."""
+    if len(leaves) == 1 or not rule.elements(leaves[0][3]):
+        return [step_leaf(rule, *leaf) for leaf in leaves]
+    prepared = [_directed(rule, *leaf) for leaf in leaves]
 
-        def in_turn(leaves: Any) -> Any:
-            return [x for i in range(0, len(leaves), few) for x in _step_alike(rule, leaves[i : i + few])]
+    def together(prepared: Any, few: int) -> list[Array]:
+        found: list[Array] = []
+        for i in range(0, len(prepared), few):
+            found += list(jax.vmap(rule.whole)(*jax.tree.map(lambda *xs: jnp.stack(xs), *prepared[i : i + few])))
+        return found
 
-        return lax.platform_dependent(leaves, cpu=in_turn, default=functools.partial(_step_alike, rule))
-    if len(leaves) == 1:
-        return [step_leaf(rule, *leaves[0])]
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
-    out = jax.vmap(functools.partial(step_leaf, rule))(*stacked)
-    return [jax.tree.map(operator.itemgetter(k), out) for k in range(len(leaves))]
+    if few is None:
+        whole = together(prepared, len(leaves))
+    else:
+        some, every = (functools.partial(together, few=n) for n in (few, len(leaves)))
+        whole = lax.platform_dependent(prepared, cpu=some, default=every)
+    return [_moved(rule, x, *leaf) for x, leaf in zip(whole, leaves, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _directed(
+    rule: Batched,
+    c: Scalars,
+    grad: Array,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
+    factors: Sequence[Array] = (),
+) -> tuple[Scalars, Array]:
+    """What `rule.whole` takes of a leaf."""
+    wide = key is not None and param.dtype == jnp.bfloat16
+    c, grad, state, _ = in_step_type(c, numerics.scale(grad, factors), state, param, wide=wide)
+    return c, rule.direct(c, grad, state)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moved(rule: Batched, whole: Array, *leaf: Any) -> tuple[Array, LeafState]:
+    """step_leaf with what `rule.whole` gave for it."""
+
+    def update(c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
+        return rule.move(c, param, whole), rule.direct(c, grad, state)[1]
+
+    return step_leaf(rule, *leaf, update=update)
 
 
 _step_stacked = jax.jit(_step_alike, static_argnums=(0, 2))

@@ -444,6 +444,7 @@ def each_once(f: Callable[..., Array], x: Array, others: Any) -> Array:
         # Before and after it arrays lie as their matrices do: else XLA divides all that is stacked by the batch.
         free = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - in_batched[0]))
         x, others = jax.tree.map(filled, (constrain(x, free), others), tuple(in_batched))
+        others = jax.tree.map(gathered, others)  # numbers, which XLA would send in turn
         return constrain(constrain(jax.vmap(f)(constrain(x, spec), others), spec)[:size], free), True
 
     return alone(x, others)

@@ -71,7 +71,6 @@ class Rule(ABC):
     limits: ClassVar[Mapping[str, Limit]] = {}
     scope: ClassVar[Literal["element", "tensor", "rows"]] = "element"
     real_only: ClassVar[bool] = False  # no complex leaves
-    batched: ClassVar[bool] = False  # leaves of equal shapes are stacked and stepped at once
 
     @abstractmethod
     def init(self, h: Scalars, param: Array) -> LeafState:
@@ -143,6 +142,26 @@ class Rule(ABC):
             raise RuntimeError(
                 f"{type(self).__name__} does not support complex parameters: {name} is {jnp.dtype(dtype)}"
             )
+
+
+class Batched(Rule):
+    """A rule in three parts. The second takes whole arrays, and is computed for all leaves of one shape at once."""
+
+    @abstractmethod
+    def direct(self, c: Scalars, grad: Array, state: LeafState) -> tuple[Array, LeafState]:
+        """What `whole` takes, and the state after the step; by elements."""
+
+    @abstractmethod
+    def whole(self, c: Scalars, x: Array) -> Array:
+        """What `move` takes, an array of the leaf's shape."""
+
+    @abstractmethod
+    def move(self, c: Scalars, param: Array, x: Array) -> Array:
+        """The leaf after the step; by elements."""
+
+    def update(self, c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
+        x, state = self.direct(c, grad, state)
+        return self.move(c, param, self.whole(c, x)), state
 
 
 def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from jopt import numerics
 from jopt.around import chaining
 from jopt.around.chaining import Chain
 from jopt.around.groups import Groups
+from jopt.rule import Batched
 from jopt.transform import P, Transform, check_array, check_params
 
 Tree = Any
@@ -80,8 +81,8 @@ def shard_state(
       the state's; `shard(tree)` lays out an average of the parameters, or accumulated gradients, like it.
 
     The steps' numbers are those of `tx`: bit for bit, how XLA vectorizes an array's end aside, where elements are
-    independent, and for Muon, which gathers its update in bfloat16. Norms (clipping, Adafactor, MARS) and the
-    gradients' own sum over devices add in another order.
+    independent, and for Muon, whose matrices go to one device each and back. Norms (clipping, Adafactor, MARS), Muon's
+    matrices of more than 2^28 elements and the gradients' own sum over devices add in another order.
 
     Raises:
       TypeError: a mesh, axis or parameter that is none.
@@ -231,7 +232,7 @@ class _Layout:
             return jax.tree.map(lambda x, s: numerics.constrain(x, s.spec), f(*args), shardings)
 
     def gathered(self, new: Tree, old: Tree) -> Tree:
-        """The stepped parameters. On a TPU large ones that were divided for the step are whole again, in `old`'s memory.
+        """The stepped parameters. On a TPU large ones that were divided for the step are gathered in `old`'s memory.
 
         XLA for TPUs would gather them into memory of their own, and copy from there.
         """
@@ -402,11 +403,11 @@ def _state_spec(shape: tuple[int, ...], of: tuple[int, ...], spec: Any) -> Parti
 def _stepped_whole(tx: Any, params: Tree) -> list[bool]:
     """Which parameters are stepped where they lie: those whose step gathers something smaller than they are.
 
-    Muon gathers its update, in bfloat16; SparseAdam its rows.
+    Muon moves its update, in bfloat16; SparseAdam its rows.
     """
     n = len(jax.tree.leaves(params))
     if isinstance(tx, Transform):
-        return [tx.rule.batched or tx.rule.scope == "rows"] * n
+        return [isinstance(tx.rule, Batched) or tx.rule.scope == "rows"] * n
     if isinstance(tx, Chain):
         return _stepped_whole(tx.transforms[-1], params)
     if isinstance(tx, Groups):

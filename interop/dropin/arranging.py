@@ -12,7 +12,7 @@ from interop.dropin.leaf import Leaf, is_big
 from interop.memory import Device
 from interop.memory.tensors import extent
 from jopt.leaf import stack_size
-from jopt.rule import Rule
+from jopt.rule import Batched, Rule
 
 SHELF = 2**20  # elements: of small tensors in one buffer, whose gradients are gathered in as much memory
 
@@ -23,10 +23,10 @@ def shelves(device: Device, rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
     Those that are stepped together are of one shape and group, and of as many elements as caches hold; or of one group,
     if they are parts of matrices that processes exchange, all at once.
     """
-    if rule.batched and any(leaf.whole is not None for leaf in leaves):
+    if isinstance(rule, Batched) and any(leaf.whole is not None for leaf in leaves):
         groups = dict.fromkeys(leaf.group for leaf in leaves)
         return [[leaf for leaf in leaves if leaf.group == group] for group in groups]
-    if rule.batched:
+    if isinstance(rule, Batched):
         alike: dict[Any, list[list[Leaf]]] = {}
         for leaf in leaves:
             found = alike.setdefault((leaf.shape, leaf.group), [[]])

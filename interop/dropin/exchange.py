@@ -21,6 +21,7 @@ from torch import Tensor
 from interop.dropin import dtensor
 from interop.dropin.leaf import Leaf
 from jopt.leaf import stack_size
+from jopt.rule import Batched
 
 if TYPE_CHECKING:
     from interop.dropin.bucket import Bucket
@@ -210,7 +211,7 @@ def between_processes(buckets: Sequence[Bucket]) -> list[Any]:
     for bucket in buckets:
         if not bucket.spec.wholes:
             found.append(None)
-        elif not bucket.rule.batched:
+        elif not isinstance(bucket.rule, Batched):
             found.append(bucket.leaves[0].placement[0])
         else:
             mesh = bucket.leaves[0].placement[0]

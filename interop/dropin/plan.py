@@ -24,7 +24,7 @@ from interop.dropin.state import check_state, is_shared, state_dtypes
 from interop.dropin.whole import Whole
 from interop.memory import Buffer, Device, Staging, check_parameter
 from interop.memory.tensors import DTYPES, address, is_alone
-from jopt.rule import Rule
+from jopt.rule import Batched, Rule
 
 BESIDE = 2**28
 """Bytes of state whose buffers are made while programs are compiled, which itself takes some 100 MB."""
@@ -215,7 +215,7 @@ class Plan:
                 elif between is None:
                     updates.append(optimizer.compile_update(bucket.spec, clip, unscale, norms))
                 else:
-                    of_parts = optimizer.compile_update if bucket.rule.batched else parts.compile_update
+                    of_parts = optimizer.compile_update if isinstance(bucket.rule, Batched) else parts.compile_update
                     updates.append(of_parts(bucket.spec, clip, unscale, norms).across(between))
             self._compiled[clip, unscale] = measures, updates
         return self._compiled[clip, unscale]

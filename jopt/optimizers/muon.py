@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jopt import numerics as t
-from jopt.rule import Hyperparameter, Rule, Scalars, at_least_zero
+from jopt.rule import Batched, Hyperparameter, Scalars, at_least_zero
 from jopt.transform import Options, Transform, optimizer, transform
 
 ADJUSTMENTS = {
@@ -23,7 +23,7 @@ ADJUSTMENTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon(Rule):
+class Muon(Batched):
     """Momentum, made orthogonal by a Newton-Schulz iteration in bfloat16. Matrices only: see `muon`.
 
     The momentum buffer is as stated also for bfloat16 gradients without nesterov; torch normalizes it in place there
@@ -43,7 +43,6 @@ class Muon(Rule):
     }
     scope = "tensor"
     real_only = True
-    batched = True
 
     def __post_init__(self):
         if not isinstance(self.ns_steps, int):
@@ -82,20 +81,17 @@ class Muon(Rule):
         }
         return c | {name: h[name] for name in ("a", "b", "c", "eps")}, {}
 
-    def update(self, c, grad, state, param):
-        direction, state = self.direct(c, grad, state)
-        x = t.operation(orthogonalize)(c, direction, self.ns_steps)
-        return self.move(c, param, x, self.adjustment(param.shape)), state
-
     def direct(self, c, grad, state):
-        """What is made orthogonal, and the state after the step; by elements."""
         buffer = t.lerp(state["momentum_buffer"], grad, c["1-momentum"])
         direction = t.lerp(grad, buffer, c["momentum"]) if self.nesterov else buffer
         return direction.astype(jnp.bfloat16), {"momentum_buffer": buffer}
 
-    def move(self, c, param, orthogonal, adjustment):
-        """The parameter after the step; by elements."""
-        return t.add(t.mul(param, c["decay"]), orthogonal.astype(param.dtype), alpha=c["-lr"] * adjustment)
+    def whole(self, c, x):
+        return t.operation(orthogonalize)(c, x, self.ns_steps)
+
+    def move(self, c, param, x, adjustment=None):
+        adjustment = self.adjustment(param.shape) if adjustment is None else adjustment
+        return t.add(t.mul(param, c["decay"]), x.astype(param.dtype), alpha=c["-lr"] * adjustment)
 
     def adjustment(self, shape):
         """What the learning rate is multiplied by."""

@@ -87,12 +87,48 @@ def from_torch(folder):
     return tx, sharded, mesh, params, state, model, optimizer
 
 
-def leg_four(folder, rank, address):
+def join(rank, address):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
+    assert (jax.device_count(), jax.local_device_count()) == (4, 2)
+
+
+WHOLE = {
+    "muon": (lambda: jopt.muon(lr=0.02), 0.0),
+    "adafactor": (lambda: jopt.adafactor(lr=0.02), cases.FRONT_ENDS["float32"]),
+    "clipped": (lambda: jopt.chain(jopt.clip_grad_norm(0.5), jopt.adamw(lr=0.02)), cases.FRONT_ENDS["float32"]),
+}
+
+
+def leg_whole(folder, rank, address):
+    """What looks at whole tensors, over two processes' devices and alone; parameters whole and divided."""
+    join(rank, address)
     from jax.experimental import multihost_utils
 
-    assert (jax.device_count(), jax.local_device_count()) == (4, 2)
+    rng = np.random.default_rng(0)
+    host = {name: rng.standard_normal((64, 32), np.float32) for name in "abcde"}
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    for name, (make, tolerance) in WHOLE.items():
+        tx = make()
+        for at in (P(), P("data")):
+            params, alone = jax.device_put(host, NamedSharding(mesh, at)), jax.tree.map(jnp.asarray, host)
+            sharded = jopt.shard_state(tx, params, mesh)
+            state, alone_state = sharded.init(params), tx.init(alone)
+            step, step_alone = jax.jit(sharded.step), jax.jit(tx.step)
+            for i in range(3):
+                grads = {k: np.random.default_rng(i).standard_normal(x.shape, np.float32) for k, x in host.items()}
+                params, state = step(jax.device_put(grads, NamedSharding(mesh, at)), state, params)
+                alone, alone_state = step_alone(grads, alone_state, alone)
+            found = multihost_utils.process_allgather((params, state), tiled=True)
+            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves((alone, alone_state)), strict=True):
+                assert cases.difference(x, y) <= tolerance, (name, at)
+    jax.distributed.shutdown()
+
+
+def leg_four(folder, rank, address):
+    join(rank, address)
+    from jax.experimental import multihost_utils
+
     _, sharded, mesh, params, state, *_ = from_torch(folder)
     params, state = jax_leg(sharded, params, state, LEGS["four"], mesh)
     assert not state.slots["exp_avg"]["0.weight"].is_fully_addressable
@@ -153,16 +189,24 @@ def finish(children):
     assert [child.returncode for child in children] == [0] * len(children), "\n".join(outputs)
 
 
+def two_processes(name, folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    finish([start(name, folder, str(rank), address) for rank in range(2)])
+
+
+def test_whole_tensors_over_two_processes(tmp_path):
+    two_processes("leg_whole", tmp_path)
+
+
 @pytest.fixture(scope="module")
 def after_four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model, optimizer = make()
     torch_leg(model, optimizer, LEGS["torch"])
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "start.pt")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    finish([start("leg_four", folder, str(rank), address) for rank in range(2)])
+    two_processes("leg_four", folder)
     return folder
 
 
