@@ -6,6 +6,9 @@ tensors in one process: torch's Adafactor does not step DTensors, and its Muon g
 
 import collections
 import itertools
+import os
+import signal
+import time
 
 import pytest
 
@@ -13,6 +16,7 @@ torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
@@ -242,8 +246,8 @@ def save_worker(rank, folder, world):
         dcp.save({"model": model_state, "optimizer": opt_state}, checkpoint_id=f"{folder}/{name}")
 
 
-def load_worker(rank, folder, world):
-    for name in ("Adafactor", "Muon"):
+def load_worker(rank, folder, world, names=("Adafactor", "Muon")):
+    for name in names:
         reference = network()
         train(reference, optimizers(torch.optim, reference, name), range(6))
         model = network()
@@ -270,6 +274,29 @@ def test_checkpoints_are_divided_anew(tmp_path):
     spawn(save_worker, tmp_path, 2, folder=tmp_path, world=2)
     spawn(load_worker, tmp_path, 4, folder=tmp_path, world=4)
     spawn(load_worker, tmp_path, 1, folder=tmp_path, world=1)
+
+
+def killed_in_a_save_worker(rank, folder):
+    model = in_1d(network(), init_device_mesh("cpu", (2,)))
+    opts = optimizers(optim, model, "Muon")
+    train(model, opts, range(3))
+    for name in ("Muon", "killed"):
+        if name == "killed" and rank == 1:
+            FileSystemWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        model_state, opt_state = get_state_dict(model, opts)
+        dcp.save({"model": model_state, "optimizer": opt_state}, checkpoint_id=f"{folder}/{name}")
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_a_save_leaves_the_last_checkpoint(tmp_path):
+    """The other process fails at once; what was saved before goes on, and what is in parts is refused."""
+    started = time.monotonic()
+    with pytest.raises(Exception, match="SIGKILL|Connection closed"):
+        spawn(killed_in_a_save_worker, tmp_path, folder=tmp_path, world=2)
+    assert time.monotonic() - started < 120  # not by the timeout of 300 seconds
+    spawn(load_worker, tmp_path, 1, ("Muon",), folder=tmp_path, world=1)
+    with pytest.raises(CheckpointException):
+        dcp.load({}, checkpoint_id=tmp_path / "killed", no_dist=True)
 
 
 # --- work and traffic
