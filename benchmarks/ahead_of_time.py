@@ -248,9 +248,9 @@ writes (gradient and parameter read, parameter written). It is six times the par
 
 ## On eight devices
 
-`jopt.shard_state` over an axis of 8, on a v5e-8, a v6e-8 and 8 H100s. *{ZERO}*: the parameters are on every device (ZeRO's first stage); *{FSDP}*:
-they are in parts too. *State*: on each device, of how much undivided. *Between devices*: what each collective operation
-gives, on each device.
+`jopt.shard_state` over an axis of 8, on a v5e-8, a v6e-8 and 8 H100s. *{ZERO}*: the parameters are on every device
+(ZeRO's first stage); *{FSDP}*: they are in parts too. *State*: on each device, of how much undivided. *Between
+devices*: what each collective operation gives, on each device.
 
 {{four}}
 

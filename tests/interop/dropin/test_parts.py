@@ -291,7 +291,7 @@ def killed_in_a_save_worker(rank, folder):
 def test_a_process_killed_in_a_save_leaves_the_last_checkpoint(tmp_path):
     """The other process fails at once; what was saved before goes on, and what is in parts is refused."""
     started = time.monotonic()
-    with pytest.raises(Exception, match="SIGKILL|Connection closed"):
+    with pytest.raises(Exception, match=r"SIGKILL|Connection closed"):
         spawn(killed_in_a_save_worker, tmp_path, folder=tmp_path, world=2)
     assert time.monotonic() - started < 120  # not by the timeout of 300 seconds
     spawn(load_worker, tmp_path, 1, ("Muon",), folder=tmp_path, world=1)
