@@ -381,15 +381,15 @@ def root(total: Array, like: Array) -> Array:
 
 
 @operation
-def mean(x: Array, axis: int) -> Array:
-    """torch.mean over an axis, which is kept."""
-    return cast(summed(x, axis) / x.shape[axis], x)
+def mean(x: Array, axis: int | None = None) -> Array:
+    """torch.mean over an axis, which is kept, or over all."""
+    return cast(summed(x, axis) / (x.size if axis is None else x.shape[axis]), x)
 
 
-def summed(x: Array, axis: int) -> Array:
-    """The sum over an axis, which is kept, in the compute type."""
+def summed(x: Array, axis: int | None) -> Array:
+    """The sum over an axis, which is kept, or over all, in the compute type."""
     (a,) = _up(x)
-    return jnp.sum(a, axis=axis, keepdims=True)
+    return jnp.sum(a, axis=axis, keepdims=axis is not None)
 
 
 def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | float) -> Array:

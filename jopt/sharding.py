@@ -236,7 +236,7 @@ class _Layout:
 
         XLA for TPUs would gather them into memory of their own, and copy from there.
         """
-        if self.mesh.devices.flat[0].platform not in IN_PIECES:
+        if self.mesh.size == 1 or self.mesh.devices.flat[0].platform not in IN_PIECES:
             return new
         leaves = [
             _in_pieces(x, whole, work, own, self.mesh) if work != own and x.ndim > 1 and x.nbytes >= 2 * PIECE else x

@@ -107,7 +107,7 @@ class Record:
             shape = tuple(1 if i == args[1] % len(shape) else n for i, n in enumerate(shape))
         elif len(tensors) > 1:
             shape = tuple(np.broadcast_shapes(*(x.shape for x in tensors)))
-        is_number = name == "norm" and len(args) == 1
+        is_number = name in ("norm", "mean") and len(args) == 1
         dtype = args[1] if name == "astype" else dtype
         result = Operand(self, f"v{len(self.operations)}", is_number, shape, dtype)
         for x in (*operands, *options.values()):
@@ -210,6 +210,8 @@ def _call(name: str, args: Sequence[Any], options: dict[str, Any], in_place: boo
             return f"{x}.norm(2).item()"
         case "norm":
             return f"torch.norm({x}, dim={others[0]}, keepdim=True)"
+        case "mean" if not others:
+            return f"{x}.mean().item()"
         case "mean":
             return f"{x}.mean(dim={others[0]}, keepdim=True)"
         case "astype":

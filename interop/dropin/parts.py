@@ -117,8 +117,10 @@ class Part(t.Foreign):
             total, new = self._sum(axis, t.squares(self.array, axis))
             return dataclasses.replace(new, array=t.root(total, self.array))
         if name == "mean":
-            total, new = self._sum(args[1], t.summed(self.array, args[1]))
-            return dataclasses.replace(new, array=t.cast(total / self.shape[args[1]], self.array))
+            axis = args[1] if len(args) > 1 else None
+            total, new = self._sum(axis, t.summed(self.array, axis))
+            size = self.whole.size if axis is None else self.shape[axis]
+            return dataclasses.replace(new, array=t.cast(total / size, self.array))
         f = _OPERATORS.get(name) or getattr(t, name)
         result = f(*map(_array, args), **{key: _array(x) for key, x in options.items()})
         parts = [x for x in (*args, *options.values()) if isinstance(x, Part)]

@@ -8,9 +8,15 @@ They raise torch's ValueError for a number out of range, TypeError for what is n
 from jopt.optimizers.adadelta import Adadelta, adadelta
 from jopt.optimizers.adafactor import Adafactor, adafactor
 from jopt.optimizers.adagrad import Adagrad, adagrad
-from jopt.optimizers.adam import Adam, adam, adamw
+from jopt.optimizers.adam import Adam, CautiousAdam, adam, adamw
 from jopt.optimizers.adamax import Adamax, adamax
+from jopt.optimizers.adan import Adan, adan
+from jopt.optimizers.ademamix import AdEMAMix, ademamix
+from jopt.optimizers.adopt import ADOPT, adopt
 from jopt.optimizers.asgd import ASGD, asgd
+from jopt.optimizers.lamb import LAMB, lamb
+from jopt.optimizers.lars import LARS, lars
+from jopt.optimizers.lion import CautiousLion, Lion, lion
 from jopt.optimizers.mars import Mars, mars
 from jopt.optimizers.momentum import Momentum, momentum
 from jopt.optimizers.muon import Muon, muon
@@ -22,13 +28,21 @@ from jopt.optimizers.sgd import SGD, gradient_descent, sgd
 from jopt.optimizers.sparse_adam import SparseAdam, sparse_adam
 
 __all__ = [
+    "ADOPT",
     "ASGD",
+    "LAMB",
+    "LARS",
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adafactor",
     "Adagrad",
     "Adam",
     "Adamax",
+    "Adan",
+    "CautiousAdam",
+    "CautiousLion",
+    "Lion",
     "Mars",
     "Momentum",
     "Muon",
@@ -43,8 +57,14 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "adan",
+    "ademamix",
+    "adopt",
     "asgd",
     "gradient_descent",
+    "lamb",
+    "lars",
+    "lion",
     "mars",
     "momentum",
     "muon",

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Unpack
 
 from jopt import numerics as t
-from jopt.optimizers.common import decay, moments, regularize
+from jopt.optimizers.common import caution, decay, moments, regularize
 from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
 from jopt.transform import Options, Transform, optimizer, transform
 
@@ -54,7 +54,21 @@ class Adam(Rule):
         if self.amsgrad:
             new["max_exp_avg_sq"] = exp_avg_sq = t.maximum(state["max_exp_avg_sq"], exp_avg_sq)
         denom = t.add(t.mul(t.sqrt(exp_avg_sq), c["1/sqrt(bias_correction2)"]), c["eps"])
-        return t.addcdiv(param, exp_avg, denom, c["-step_size"]), new
+        return t.addcdiv(param, self.chosen(exp_avg, grad), denom, c["-step_size"]), new
+
+    def chosen(self, exp_avg, grad):
+        """What of the momentum is taken."""
+        return exp_avg
+
+
+class CautiousAdam(Adam):
+    """Adam that takes only what of its momentum points as the gradient does: see `adamw`."""
+
+    scope = "tensor"
+    real_only = True
+
+    def chosen(self, exp_avg, grad):
+        return t.mul(exp_avg, caution(exp_avg, grad))
 
 
 @optimizer
@@ -67,6 +81,7 @@ def adam(
     *,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
+    cautious: bool = False,
     **options: Unpack[Options],
 ) -> Transform:
     """Adam, as `torch.optim.Adam`: the bias corrections in float64, AMSGrad's maximum over the raw moment.
@@ -74,6 +89,7 @@ def adam(
     With g = grad + weight_decay * p:
     m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2;  amsgrad: v_max <- max(v_max, v)
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v or v_max) / sqrt(1 - beta2^t) + eps)
+    cautious: with m * k / max(mean(k), 1e-3) in m's place, k 1 where m * g > 0, else 0; the mean over the tensor.
 
     >>> import jax.numpy as jnp, jopt
     >>> tx = jopt.adam(lr=lambda step: 0.1 * 0.5**step)
@@ -96,7 +112,7 @@ def adam(
         decoupled_weight_decay=decoupled_weight_decay,
     )
     return transform(
-        Adam,
+        CautiousAdam if cautious else Adam,
         arguments,
         **options,
     )
@@ -111,6 +127,7 @@ def adamw(
     amsgrad: bool = False,
     *,
     maximize: bool = False,
+    cautious: bool = False,
     **options: Unpack[Options],
 ) -> Transform:
     """AdamW, as `torch.optim.AdamW`: `adam` with p <- p * (1 - lr * weight_decay) before it, and no L2 term.
@@ -124,7 +141,8 @@ def adamw(
     >>> [round(x, 5) for x in params["w"].tolist()]
     [0.99899, 0.99899, 0.99899]
 
-    Source: torch/optim/adamw.py; Loshchilov & Hutter 2019.
+    Source: torch/optim/adamw.py; Loshchilov & Hutter 2019. `cautious`: Liang et al. 2024, "Cautious Optimizers:
+    Improving Training with One Line of Code".
     """
     return adam(
         lr,
@@ -134,5 +152,6 @@ def adamw(
         amsgrad,
         maximize=maximize,
         decoupled_weight_decay=True,
+        cautious=cautious,
         **options,
     )

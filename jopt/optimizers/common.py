@@ -32,3 +32,21 @@ def moments(c: Scalars, grad: Array, state: LeafState) -> tuple[Array, Array]:
     exp_avg = t.lerp(state["exp_avg"], grad, c["1-beta1"])
     exp_avg_sq = t.addcmul(t.mul(state["exp_avg_sq"], c["beta2"]), grad, grad, c["1-beta2"])
     return exp_avg, exp_avg_sq
+
+
+def trust(ratio: Array, *norms: Array) -> Array:
+    """The ratio, or 1 where one of the norms is 0."""
+    for norm in norms:
+        ratio = t.where(norm > 0, ratio, t.ones_like(ratio))
+    return ratio
+
+
+def caution(update: Array, grad: Array) -> Array:
+    """Of each element whether the update goes with the gradient, over the share of those that do (at least 1e-3).
+
+    Source: Liang et al. 2024, "Cautious Optimizers: Improving Training with One Line of Code"; the authors' c_adamw.py.
+    Of its two ways the one without `capturable` compares the momentum with itself (line 233), so that all is taken.
+    """
+    mask = t.where(t.mul(update, grad) > 0, t.ones_like(grad), t.zeros_like(grad))
+    share = t.mean(mask)
+    return t.div(mask, t.maximum(share, t.full_like(share, 1e-3)))

@@ -5,9 +5,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jopt
-from tests import ROOT, cases
+from tests import ROOT, authors, cases
 
 DATA = ROOT / "tests" / "data"
 
@@ -32,3 +33,26 @@ def test_mars(x64):
             params, state = step(grads, state, params)
         for p, x in zip(params, expected, strict=True):
             assert cases.difference(p, x) <= cases.TOLERANCES["float64"]
+
+
+@pytest.mark.parametrize("name", authors.REFERENCES)
+def test_the_authors_numbers(x64, name):
+    """Parameters and state after 200 steps of the authors' own code, in float64: see `tests/authors.py`."""
+    saved = json.loads((DATA / f"{name}.json").read_text())
+    reference = authors.REFERENCES[name]
+    assert saved["source"] == reference.source
+    for arguments, run in zip(reference.runs, saved["runs"], strict=True):
+        tx = getattr(jopt, reference.function or name)(**arguments)
+        params = authors.start(jnp)
+        state = tx.init(params)
+
+        @jax.jit
+        def step(params, state, i, tx=tx):
+            return tx.step(authors.gradients(jnp, params, i), state, params)
+
+        for i in range(authors.STEPS):
+            params, state = step(params, state, jnp.asarray(float(i)))
+        for k, (p, expected) in enumerate(zip(params, run["params"], strict=True)):
+            assert cases.difference(p, np.array(expected)) <= cases.AUTHORS["float64"], (arguments, k)
+            for key, x in run["state"][k].items():
+                assert cases.difference(state.slots[key][k], np.array(x)) <= cases.AUTHORS["float64"], (arguments, key)

@@ -1,0 +1,161 @@
+"""Numbers of the authors' own code for optimizers that torch has not: tests/data/<optimizer>.json.
+
+python -m tests.authors [NAME ...]      with torch, and what REFERENCES names, on PYTHONPATH
+
+A package is installed by `pip install PACKAGE==VERSION`; a file is one of a repository at the commit that is named.
+The code runs for 200 steps in float64, and for some in float32 and bfloat16 too, on three parameters that start at
+cos((k + 1) * index), with the gradient 0.8 * p + sin(index + step * (k + 1.5)) / 2, so that what differs feeds back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests import ROOT
+
+STEPS = 200
+SHAPES = ((4, 3), (5,), (2, 3, 2))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the authors' class is, and with which arguments it runs.
+
+    Attributes:
+      source: the package and its version, or the repository, its commit and file.
+      path: module and class.
+      runs: arguments of each run, of the class and of jopt's function alike.
+      others: arguments of the class alone, which choose among its own ways or turn off what jopt has elsewhere.
+      function: jopt's, if it is not called as the reference is.
+      renamed: jopt's arguments, and what the class calls them.
+    """
+
+    source: str
+    path: str
+    runs: tuple[dict[str, Any], ...]
+    others: dict[str, Any] = field(default_factory=dict)
+    function: str = ""
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+DECAYED = dict(lr=0.01, weight_decay=0.1)
+REFERENCES = {
+    "lion": Reference(
+        "google/automl at 6a54c87, lion/lion_pytorch.py",
+        "lion_pytorch.Lion",
+        (dict(lr=0.01), DECAYED | dict(betas=(0.95, 0.98))),
+    ),
+    "adan": Reference(
+        "sail-sg/Adan at 2c65bea, adan.py",
+        "adan.Adan",
+        (dict(lr=0.01), DECAYED, DECAYED | dict(no_prox=True, betas=(0.9, 0.8, 0.95), eps=1e-4)),
+        dict(foreach=False),
+    ),
+    "ademamix": Reference(
+        "apple/ml-ademamix at c3d73c0, pytorch/ademamix.py",
+        "ademamix.AdEMAMix",
+        (
+            dict(lr=0.01),
+            DECAYED | dict(betas=(0.9, 0.99, 0.995), alpha=5.0, beta3_warmup=120, alpha_warmup=150),
+            dict(lr=0.01, betas=(0.0, 0.99, 0.99), eps=1e-4),
+        ),
+    ),
+    "adopt": Reference(
+        "iShohei220/adopt at 6468572, src/adopt/adopt.py",
+        "adopt.ADOPT",
+        (
+            dict(lr=0.01),
+            DECAYED | dict(betas=(0.8, 0.99), eps=1e-3),
+            DECAYED | dict(decouple=True, clip_lambda=None),
+            dict(lr=0.001, maximize=True),
+        ),
+        dict(foreach=False),
+    ),
+    "lamb": Reference(
+        "timm==1.0.31",
+        "timm.optim.lamb.Lamb",
+        (
+            dict(lr=0.01),
+            dict(lr=0.01, weight_decay=0.0, bias_correction=False),
+            dict(lr=0.01, weight_decay=0.0, always_adapt=True, betas=(0.8, 0.95), eps=1e-3),
+            dict(lr=0.01, weight_decay=0.1, trust_clip=True, grad_averaging=False),
+        ),
+        dict(max_grad_norm=None, foreach=False),
+    ),
+    "lars": Reference(
+        "timm==1.0.31",
+        "timm.optim.lars.Lars",
+        (
+            dict(lr=0.1),
+            dict(lr=0.5, momentum=0.9, weight_decay=0.1, trust_coeff=0.02),
+            dict(lr=0.5, momentum=0.9, nesterov=True, always_adapt=True, trust_coeff=0.02),
+            dict(lr=0.01, momentum=0.5, dampening=0.5, weight_decay=0.1, trust_coeff=0.02, trust_clip=True, eps=1e-3),
+        ),
+        dict(foreach=False),
+    ),
+    "cautious_adamw": Reference(
+        "timm==1.0.31",
+        "timm.optim.adamw.AdamWLegacy",
+        (dict(cautious=True, lr=0.01), dict(cautious=True, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3)),
+        function="adamw",
+        renamed={"cautious": "caution"},
+    ),
+    "cautious_lion": Reference(
+        "timm==1.0.31",
+        "timm.optim.lion.Lion",
+        (dict(cautious=True, lr=0.01), DECAYED | dict(cautious=True, betas=(0.95, 0.98))),
+        dict(foreach=False),
+        function="lion",
+        renamed={"cautious": "caution"},
+    ),
+}
+
+
+def start(xp: Any, shapes: Any = SHAPES) -> list[Any]:
+    """The parameters, of NumPy's or JAX's functions."""
+    return [xp.cos((k + 1) * index(xp, shape)) for k, shape in enumerate(shapes)]
+
+
+def index(xp: Any, shape: Any) -> Any:
+    size = 1
+    for n in shape:
+        size *= n
+    return xp.arange(float(size)).reshape(shape)
+
+
+def gradients(xp: Any, params: list[Any], step: int) -> list[Any]:
+    return [0.8 * p + 0.5 * xp.sin(index(xp, p.shape) + step * (k + 1.5)) for k, p in enumerate(params)]
+
+
+def run(reference: Reference, arguments: dict[str, Any], shapes: Any = SHAPES) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    module, _, name = reference.path.rpartition(".")
+    params = [torch.nn.Parameter(torch.tensor(x)) for x in start(np, shapes)]
+    theirs = {reference.renamed.get(key, key): x for key, x in arguments.items()} | reference.others
+    optimizer = getattr(importlib.import_module(module), name)(params, **theirs)
+    for step in range(STEPS):
+        for p, grad in zip(params, gradients(np, [p.detach().numpy() for p in params], step), strict=True):
+            p.grad = torch.tensor(grad)
+        optimizer.step()
+    state = [
+        {key: x.tolist() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor) and x.ndim}
+        for p in params
+    ]
+    return {"arguments": arguments, "params": [p.tolist() for p in params], "state": state}
+
+
+def main(names: list[str]) -> None:
+    for name in names or REFERENCES:
+        reference = REFERENCES[name]
+        found = {"source": reference.source, "runs": [run(reference, x) for x in reference.runs]}
+        (ROOT / "tests" / "data" / f"{name}.json").write_text(json.dumps(found, default=list) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
