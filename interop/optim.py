@@ -18,20 +18,30 @@ import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from interop.dropin import muon, sparse
+from interop.dropin.constructed import Constructed
 from interop.dropin.lbfgs import LBFGS
 from interop.dropin.step import CompiledStep, Stepped
 from jopt import optimizers
 
 __all__ = [
+    "ADOPT",
     "ASGD",
+    "LAMB",
+    "LARS",
     "LBFGS",
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
+    "Adan",
+    "CautiousAdamW",
+    "CautiousLion",
+    "Lion",
+    "Mars",
     "Muon",
     "NAdam",
     "Optimizer",
@@ -43,7 +53,9 @@ __all__ = [
     "swa_utils",
 ]
 
-CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils"))
+# What torch has not.
+OTHERS = ("ADOPT", "AdEMAMix", "Adan", "CautiousAdamW", "CautiousLion", "LAMB", "LARS", "Lion", "Mars")
+CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils", *OTHERS))
 
 # What torch.optim has beside its classes is torch's, `from interop.optim.lr_scheduler import StepLR` too.
 sys.modules |= {f"{__name__}.{module.__name__.rpartition('.')[2]}": module for module in (lr_scheduler, swa_utils)}
@@ -154,6 +166,65 @@ class Muon(CompiledStep, torch.optim.Muon):
     rule = optimizers.Muon
     compile_update = staticmethod(muon.compile_update)
     late_slots = frozenset({"momentum_buffer"})
+
+
+class CautiousAdamW(Constructed):
+    """AdamW that takes only what of its momentum goes with the gradient: `jopt.adamw` with `cautious=True`."""
+
+    rule, function = optimizers.CautiousAdam, staticmethod(optimizers.adamw)
+    fixed = {"cautious": True, "decoupled_weight_decay": True}
+
+
+class ADOPT(Constructed):
+    """`jopt.adopt` as a torch optimizer."""
+
+    rule, function = optimizers.ADOPT, staticmethod(optimizers.adopt)
+
+
+class Adan(Constructed):
+    """`jopt.adan` as a torch optimizer."""
+
+    rule, function = optimizers.Adan, staticmethod(optimizers.adan)
+
+
+class AdEMAMix(Constructed):
+    """`jopt.ademamix` as a torch optimizer."""
+
+    rule, function = optimizers.AdEMAMix, staticmethod(optimizers.ademamix)
+
+
+class LAMB(Constructed):
+    """`jopt.lamb` as a torch optimizer."""
+
+    rule, function = optimizers.LAMB, staticmethod(optimizers.lamb)
+
+
+class LARS(Constructed):
+    """`jopt.lars` as a torch optimizer."""
+
+    rule, function = optimizers.LARS, staticmethod(optimizers.lars)
+    hidden_scalars = frozenset({"step"})
+    late_slots = frozenset({"momentum_buffer"})
+
+
+class Lion(Constructed):
+    """`jopt.lion` as a torch optimizer."""
+
+    rule, function = optimizers.Lion, staticmethod(optimizers.lion)
+    fixed = {"cautious": False}
+
+
+class CautiousLion(Constructed):
+    """`jopt.lion` with `cautious=True` as a torch optimizer."""
+
+    rule, function = optimizers.CautiousLion, staticmethod(optimizers.lion)
+    fixed = {"cautious": True}
+
+
+class Mars(Constructed):
+    """`jopt.mars` as a torch optimizer."""
+
+    rule, function = optimizers.Mars, staticmethod(optimizers.mars)
 
 
 class SparseAdam(Stepped, torch.optim.SparseAdam):

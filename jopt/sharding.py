@@ -236,7 +236,7 @@ class _Layout:
 
         XLA for TPUs would gather them into memory of their own, and copy from there.
         """
-        if self.mesh.size == 1 or self.mesh.devices.flat[0].platform not in IN_PIECES:
+        if self.mesh.devices.flat[0].platform not in IN_PIECES:
             return new
         leaves = [
             _in_pieces(x, whole, work, own, self.mesh) if work != own and x.ndim > 1 and x.nbytes >= 2 * PIECE else x
@@ -293,6 +293,8 @@ def _in_pieces(part: Array, whole: Array, spread: PartitionSpec, own: PartitionS
     axis = next(i for i, (a, b) in enumerate(zip(spread, own, strict=True)) if a != b)
     names = _names(spread[axis])[len(_names(own[axis])) :]
     n = _size(mesh, names)
+    if n == 1:
+        return part
 
     def fill(part: Array, whole: Array) -> Array:
         # Pieces are of rows. A device's rows lie apart where the first dimension is the one that was divided.

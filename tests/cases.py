@@ -132,6 +132,20 @@ CASES = [
     Case("gradient_descent", "gradient_descent", None, {}, ()),
     Case("momentum", "momentum", None, {}, ("exp_avg",)),
     Case("mars", "mars", None, dict(amsgrad=True), (*MOMENTS, "max_exp_avg_sq", "last_grad")),
+    Case("lion", "lion", None, dict(weight_decay=0.1), ("exp_avg",)),
+    Case("cautious_lion", "lion", None, dict(cautious=True), ("exp_avg",)),
+    Case("adan", "adan", None, dict(weight_decay=0.1), ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")),
+    Case(
+        "ademamix",
+        "ademamix",
+        None,
+        dict(beta3_warmup=20, alpha_warmup=30),
+        ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+    ),
+    Case("adopt", "adopt", None, dict(weight_decay=0.1), MOMENTS),
+    Case("lamb", "lamb", None, {}, MOMENTS),
+    Case("lars", "lars", None, dict(momentum=0.9, weight_decay=0.1), ("momentum_buffer",)),
+    Case("cautious_adamw", "adamw", None, dict(cautious=True), MOMENTS),
     Case("momentum-scaled", "momentum", None, dict(beta2=0.999), MOMENTS),
 ]
 TORCH_CASES = [case for case in CASES if case.torch]

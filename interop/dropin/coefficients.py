@@ -53,7 +53,7 @@ def _stored(x: Any) -> Any:
 class _Numbers:
     """What rules ask of NumPy, for Python's numbers. It raises where NumPy's result is infinite or none."""
 
-    sqrt = staticmethod(math.sqrt)
+    sqrt, log = staticmethod(math.sqrt), staticmethod(math.log)
 
     @staticmethod
     def where(condition: bool, x: float, y: float) -> float:

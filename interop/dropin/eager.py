@@ -101,7 +101,8 @@ class Record:
         operands = [x for x in args if isinstance(x, Operand)]
         tensors = [x for x in operands if not x.is_number]
         if not tensors:
-            return Operand(self, _number(name, list(map(_text, args))), is_number=True)
+            texts = [*map(_text, args), *(_text(x) for x in options.values() if x is not None)]
+            return Operand(self, _number(name, texts), is_number=True)
         shape, dtype = tensors[0].shape, tensors[0].dtype
         if name in ("norm", "mean") and len(args) > 1:
             shape = tuple(1 if i == args[1] % len(shape) else n for i, n in enumerate(shape))
@@ -128,8 +129,18 @@ def _number(name: str, texts: list[str]) -> str:
             return value
         case "where", [condition, x, y]:
             return f"({x} if {condition} else {y})"
+        case "ones_like", _:
+            return "1.0"
         case "neg", [x]:
             return f"(-{x})"
+        case "add", [x, y, *alpha]:
+            return f"({x} + {' * '.join([*alpha, y])})"
+        case "mul", [x, y]:
+            return f"({x} * {y})"
+        case "div", [x, y]:
+            return f"({x} / {y})"
+        case "maximum" | "minimum", [x, y]:
+            return f"{name[:3]}({x}, {y})"
         case _:
             return f"({texts[0]} {name} {texts[1]})"
 

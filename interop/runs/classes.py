@@ -1,4 +1,4 @@
-"""What torch's optimizers are like: the one table from which everything that moves or stores runs asks."""
+"""What torch's optimizers and ours beside them are like: the one table that all that moves or stores runs asks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jopt.rule import Rule
 
 @dataclasses.dataclass(frozen=True)
 class TorchClass:
-    """A class of torch.optim that is one rule.
+    """A class of torch.optim, or one that `interop.optim` has beside those, that is one rule.
 
     Attributes:
       name: torch's.
@@ -51,9 +51,14 @@ class TorchClass:
         """All keys that the state of a parameter may have."""
         return self.always | self.sometimes | {EMA}
 
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """What its groups say of it, beside its options."""
+        return getattr(getattr(optim, self.name), "fixed", {})
+
     def decouples(self, options: Mapping[str, Any]) -> bool:
         """Whether its weight decay is decoupled, as these options of a group say, or its name."""
-        return bool(options.get("decoupled_weight_decay", self.name == "AdamW"))
+        return bool(options.get("decoupled_weight_decay", self.name in ("AdamW", "CautiousAdamW")))
 
 
 def _of(name: str, make: Callable[..., jopt.Transform], always: str, sometimes: str = "", **rest: bool) -> TorchClass:
@@ -78,6 +83,16 @@ CLASSES = {
         _of("Rprop", jopt.rprop, "step prev step_size"),
         _of("SGD", jopt.sgd, "", "momentum_buffer"),
         _of("SparseAdam", jopt.sparse_adam, MOMENTS, counts_in_integers=True),
+        # Those of interop.optim that torch has not.
+        _of("ADOPT", jopt.adopt, MOMENTS),
+        _of("AdEMAMix", jopt.ademamix, "step exp_avg_slow exp_avg_sq", "exp_avg_fast"),
+        _of("Adan", jopt.adan, f"{MOMENTS} exp_avg_diff neg_pre_grad"),
+        _of("CautiousAdamW", functools.partial(jopt.adamw, cautious=True), MOMENTS, "max_exp_avg_sq"),
+        _of("CautiousLion", functools.partial(jopt.lion, cautious=True), "exp_avg"),
+        _of("LAMB", jopt.lamb, MOMENTS),
+        _of("LARS", jopt.lars, "", "momentum_buffer"),
+        _of("Lion", jopt.lion, "exp_avg"),
+        _of("Mars", jopt.mars, MOMENTS, "max_exp_avg_sq last_grad"),
     )
 }
 LINE_SEARCHING = "LBFGS"  # torch's one class that is no rule: `interop.dropin.lbfgs` moves it
@@ -102,8 +117,11 @@ def class_of(optimizer: Any) -> str:
     for cls in type(optimizer).__mro__:
         if cls.__module__.startswith("torch.optim") and cls.__name__ in optim.CLASSES:
             return cls.__name__
+        if cls.__module__ == optim.__name__ and cls.__name__ in optim.OTHERS:
+            return cls.__name__
     raise TypeError(
-        f"optimizer: expected one of torch.optim's, found {type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        "optimizer: expected one of torch.optim's or interop.optim's, found "
+        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     )
 
 
@@ -114,5 +132,6 @@ def classes_of(rule: type[Rule]) -> list[TorchClass]:
 
 @functools.cache
 def defaults(name: str) -> Mapping[str, Any]:
-    """The options of a class in torch's order, and their defaults; only torch's constructor knows them all."""
-    return types.MappingProxyType(getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1, 1))]).defaults)
+    """The options of a class in torch's order, and their defaults; only the constructor knows them all."""
+    where = optim if name in optim.OTHERS else torch.optim
+    return types.MappingProxyType(getattr(where, name)([torch.nn.Parameter(torch.zeros(1, 1))]).defaults)

@@ -11,16 +11,11 @@ from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
 from jopt.transform import Options, Transform, optimizer, transform
 
 
-def fourth_root(step: Any) -> Any:
-    """The authors' bound of the normalized gradient: step^(1/4)."""
-    return step**0.25
-
-
 @dataclasses.dataclass(frozen=True)
 class ADOPT(Rule):
     """Adam that divides by the second moment before this gradient, and averages after that: see `adopt`."""
 
-    clip_lambda: Callable[[Any], Any] | None
+    clip_lambda: Callable[[Any], Any] | float | None
     weight_decay: bool
     decouple: bool
     maximize: bool
@@ -54,7 +49,7 @@ class ADOPT(Rule):
             "eps": h["eps"],
         }
         if self.clip_lambda is not None:
-            c["clip"] = self.clip_lambda(step)
+            c["clip"] = self.clip_lambda(step) if callable(self.clip_lambda) else step**self.clip_lambda
         return c, {"step": step + 1}
 
     def update(self, c, grad, state, param):
@@ -79,7 +74,7 @@ def adopt(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.9999),
     eps: Hyperparameter = 1e-6,
-    clip_lambda: Callable[[Any], Any] | None = fourth_root,
+    clip_lambda: Callable[[Any], Any] | float | None = 0.25,
     weight_decay: Hyperparameter = 0.0,
     decouple: bool = False,
     *,
@@ -89,7 +84,7 @@ def adopt(
     """ADOPT: Adam whose gradient is divided by the second moment of those before it, which makes any beta2 converge.
 
     With g = grad + weight_decay * p, or with decouple p <- p - lr * weight_decay * p:
-    n = g / max(sqrt(v), eps), between -clip_lambda(t) and clip_lambda(t), t the steps before
+    n = g / max(sqrt(v), eps), between -t^clip_lambda and t^clip_lambda, t the steps before
     m <- m + (1 - beta1) (n - m);  p <- p - lr * m;  v <- beta2 v + (1 - beta2) g^2
     The first step only sets v = g^2.
 
@@ -102,7 +97,7 @@ def adopt(
     >>> round(params.item(), 5)
     0.99
 
-    Args that others have not: clip_lambda, a function of the step, which is an array here, or None.
+    clip_lambda may also be a function of t, which may be an array, as the authors' is; None: no bound.
 
     State: `step`, `exp_avg`, `exp_avg_sq`. Source: Taniguchi et al. 2024; the authors' src/adopt/adopt.py
     (iShohei220/adopt).

@@ -226,7 +226,7 @@ def _guess(groups: list[dict[str, Any]], state: Mapping[str, Mapping[str, Any]])
             continue
         if given <= options and options - given <= later and "maximize" in given:
             matches.append(cls)
-        if given == options:
+        if given == options and cls.fixed.items() <= groups[0].items():
             exact.append(cls)
     best = exact or matches
     if len({cls.rule for cls in best}) == 1 and "decoupled_weight_decay" in given:  # two names of one rule
