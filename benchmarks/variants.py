@@ -9,6 +9,7 @@ docs/optimizers. Needs `pip install pytorch_optimizer==4.1.0`; without it optax 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable
@@ -94,10 +95,8 @@ def main(names: list[str]) -> None:
         for steps in (1, 2, authors.STEPS):
             expected = in_jax(ours(), steps)
             found = {label: in_jax(make(), steps) for label, make in optaxs.items()}
-            try:
+            with contextlib.suppress(ModuleNotFoundError):
                 found |= {label: in_torch(*arguments, steps) for label, arguments in torchs.items()}
-            except ModuleNotFoundError:
-                pass
             for label, params in found.items():
                 worst = max(cases.difference(x, y) for x, y in zip(params, expected, strict=True))
                 print(f"{name:10} {label:30} after {steps:3} steps {worst:.1e}")

@@ -18,7 +18,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from interop.dropin import muon, sparse
-from interop.dropin.constructed import Constructed
+from interop.dropin.constructed import Constructed, ScheduleFree
 from interop.dropin.lbfgs import LBFGS
 from interop.dropin.step import CompiledStep, Stepped
 from jopt import optimizers
@@ -36,6 +36,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
     "Adamax",
     "Adan",
     "CautiousAdamW",
@@ -48,13 +49,17 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "SGDScheduleFree",
     "SparseAdam",
     "lr_scheduler",
     "swa_utils",
 ]
 
 # What torch has not.
-OTHERS = ("ADOPT", "AdEMAMix", "Adan", "CautiousAdamW", "CautiousLion", "LAMB", "LARS", "Lion", "Mars")
+OTHERS = (
+    *("ADOPT", "AdEMAMix", "AdamWScheduleFree", "Adan", "CautiousAdamW", "CautiousLion", "LAMB", "LARS", "Lion"),
+    *("Mars", "SGDScheduleFree"),
+)
 CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils", *OTHERS))
 
 # What torch.optim has beside its classes is torch's, `from interop.optim.lr_scheduler import StepLR` too.
@@ -185,6 +190,7 @@ class Adan(Constructed):
     """`jopt.adan` as a torch optimizer."""
 
     rule, function = optimizers.Adan, staticmethod(optimizers.adan)
+    in_groups = {"step": "step"}
 
 
 class AdEMAMix(Constructed):
@@ -197,6 +203,7 @@ class LAMB(Constructed):
     """`jopt.lamb` as a torch optimizer."""
 
     rule, function = optimizers.LAMB, staticmethod(optimizers.lamb)
+    in_groups = {"step": "step"}
 
 
 class LARS(Constructed):
@@ -205,6 +212,18 @@ class LARS(Constructed):
     rule, function = optimizers.LARS, staticmethod(optimizers.lars)
     hidden_scalars = frozenset({"step"})
     late_slots = frozenset({"momentum_buffer"})
+
+
+class AdamWScheduleFree(ScheduleFree):
+    """`jopt.schedule_free_adamw` as a torch optimizer, with the authors' `train()` and `eval()`."""
+
+    rule, function = optimizers.ScheduleFreeAdamW, staticmethod(optimizers.schedule_free_adamw)
+
+
+class SGDScheduleFree(ScheduleFree):
+    """`jopt.schedule_free_sgd` as a torch optimizer, with the authors' `train()` and `eval()`."""
+
+    rule, function = optimizers.ScheduleFreeSGD, staticmethod(optimizers.schedule_free_sgd)
 
 
 class Lion(Constructed):

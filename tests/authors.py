@@ -97,6 +97,22 @@ REFERENCES = {
         ),
         dict(foreach=False),
     ),
+    "schedule_free_adamw": Reference(
+        "schedulefree==1.4.1",
+        "schedulefree.AdamWScheduleFree",
+        (
+            dict(lr=0.01),
+            dict(lr=0.01, weight_decay=0.1, warmup_steps=30, betas=(0.95, 0.99), eps=1e-4),
+            dict(lr=0.01, r=0.5, weight_lr_power=1.0),
+        ),
+        dict(foreach=False),
+    ),
+    "schedule_free_sgd": Reference(
+        "schedulefree==1.4.1",
+        "schedulefree.SGDScheduleFree",
+        (dict(lr=0.1), dict(lr=0.1, momentum=0.8, weight_decay=0.1, warmup_steps=30, r=1.0)),
+        dict(foreach=False),
+    ),
     "cautious_adamw": Reference(
         "timm==1.0.31",
         "timm.optim.adamw.AdamWLegacy",
@@ -139,7 +155,13 @@ def run(reference: Reference, arguments: dict[str, Any], shapes: Any = SHAPES) -
     params = [torch.nn.Parameter(torch.tensor(x)) for x in start(np, shapes)]
     theirs = {reference.renamed.get(key, key): x for key, x in arguments.items()} | reference.others
     optimizer = getattr(importlib.import_module(module), name)(params, **theirs)
+    if hasattr(optimizer, "train"):  # schedulefree's parameters are those of training
+        optimizer.train()
+    halfway: dict[str, Any] = {}
     for step in range(STEPS):
+        if step == STEPS // 2:
+            saved = optimizer.state_dict()
+            halfway = {"params": [p.tolist() for p in params], "state_dict": as_lists(saved)}
         for p, grad in zip(params, gradients(np, [p.detach().numpy() for p in params], step), strict=True):
             p.grad = torch.tensor(grad)
         optimizer.step()
@@ -147,14 +169,42 @@ def run(reference: Reference, arguments: dict[str, Any], shapes: Any = SHAPES) -
         {key: x.tolist() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor) and x.ndim}
         for p in params
     ]
-    return {"arguments": arguments, "params": [p.tolist() for p in params], "state": state}
+    found = {"arguments": arguments, "halfway": halfway, "params": [p.tolist() for p in params], "state": state}
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+        found["evaluated"] = [p.tolist() for p in params]
+    return found
+
+
+def as_lists(x: Any) -> Any:
+    """A state_dict for JSON: a tensor as {"tensor": its numbers}."""
+    import torch
+
+    if isinstance(x, torch.Tensor):
+        return {"tensor": x.tolist()}
+    if isinstance(x, dict):
+        return {str(key): as_lists(value) for key, value in x.items()}
+    return [as_lists(y) for y in x] if isinstance(x, list | tuple) else x
+
+
+def as_tensors(x: Any) -> Any:
+    """What `as_lists` was given; lists of numbers are tuples, as betas are."""
+    import torch
+
+    if isinstance(x, dict):
+        if x.keys() == {"tensor"}:
+            return torch.tensor(x["tensor"], dtype=torch.float64)
+        return {int(key) if key.isdigit() else key: as_tensors(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return tuple(x) if x and isinstance(x[0], float) else [as_tensors(y) for y in x]
+    return x
 
 
 def main(names: list[str]) -> None:
     for name in names or REFERENCES:
         reference = REFERENCES[name]
         found = {"source": reference.source, "runs": [run(reference, x) for x in reference.runs]}
-        (ROOT / "tests" / "data" / f"{name}.json").write_text(json.dumps(found, default=list) + "\n")
+        (ROOT / "tests" / "data" / f"{name}.json").write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,9 +28,13 @@ class Constructed(CompiledStep, Optimizer):
 
     function: ClassVar[Callable[..., Any]]
     fixed: ClassVar[dict[str, Any]] = {}  # what the class is for: in each of its groups, and no argument
+    modes: ClassVar[dict[str, Any]] = {}  # what methods of the class set in its groups
+    in_groups: ClassVar[dict[str, str]] = {}  # what the authors' class counts in a group, and our state's name of it
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "function" not in vars(cls):
+            return
         left_out = {*SHARED, *cls.fixed}
         own = [x for x in inspect.signature(cls.function).parameters.values() if x.name not in left_out]
         keyword = [
@@ -49,7 +54,7 @@ class Constructed(CompiledStep, Optimizer):
             params, around = given.pop("params"), {name: given.pop(name) for name in ("max_norm", "ema")}
             numbers = {name: x for name, x in given.items() if name not in EXECUTION}
             cls.function(**{name: x.item() if isinstance(x, Tensor) else x for name, x in numbers.items()})  # checks
-            super(cls, self).__init__(params, given | cls.fixed, **around)  # type: ignore[reportCallIssue]
+            super(cls, self).__init__(params, given | cls.fixed | cls.modes, **around)  # type: ignore[reportCallIssue]
 
         init.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
@@ -59,15 +64,33 @@ class Constructed(CompiledStep, Optimizer):
 
     @classmethod
     def known_options(cls) -> frozenset[str]:
-        return super().known_options() | cls.fixed.keys()
+        return super().known_options() | cls.fixed.keys() | cls.modes.keys()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._check_fixed([param_group], len(self.param_groups))
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; also that of the authors' class."""
         self._check_fixed(state_dict["param_groups"])
-        super().load_state_dict(state_dict)
+        super().load_state_dict(self._of_authors(state_dict))
+
+    def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state_dict in which what the authors count by the group is in each parameter's state."""
+        state, groups = dict(state_dict["state"]), []
+        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            counted = self._counted({ours: float(group[key]) for key, ours in self.in_groups.items() if key in group})
+            for i in group["params"] if counted else ():
+                if state.get(i):
+                    state[i] = {key: torch.tensor(x) for key, x in counted.items()} | state[i]
+            numbers = {*self.rule.hyperparameters, *self.rule.tuples, "param_names"}
+            lacks = {key: x for key, x in own.items() if key not in group and key not in numbers}
+            groups.append(lacks | {key: x for key, x in group.items() if key not in self.in_groups})
+        return {**state_dict, "state": state, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
+
+    def _counted(self, numbers: dict[str, float]) -> dict[str, float]:
+        """What the state has of the numbers of a group."""
+        return numbers
 
     def _check_fixed(self, groups: Iterable[Mapping[str, Any]], first: int = 0) -> None:
         for i, group in enumerate(groups, first):
@@ -77,3 +100,45 @@ class Constructed(CompiledStep, Optimizer):
                         f"param_groups[{i}][{name!r}]: expected {value!r} for {type(self).__name__}, found "
                         f"{group[name]!r}; take the class that is for it"
                     )
+
+
+class ScheduleFree(Constructed):
+    """A schedule-free class. Its parameters are those of training, y, or those to evaluate, x, as the user says.
+
+    `train()` before the steps, `eval()` before evaluation and before a checkpoint is deployed, as the authors' have it.
+    """
+
+    modes = {"train_mode": False}
+    in_groups = {"k": "step", "lr_max": "lr_max", "weight_sum": "weight_sum"}
+
+    def eval(self) -> None:
+        """Put the averages in the parameters' places. A parameter that was never stepped stays."""
+        self._turn(False, lambda momentum: 1 - 1 / momentum)
+
+    def train(self) -> None:
+        """Put what is trained in the parameters' places."""
+        self._turn(True, lambda momentum: 1 - momentum)
+
+    @torch.no_grad()
+    def _turn(self, mode: bool, weight: Callable[[float], float]) -> None:
+        rule: Any = self.rule
+        for group in self.param_groups:
+            if group["train_mode"] is mode:
+                continue
+            momentum = float(rule.members(group)[rule.averaged_by])
+            for p in group["params"]:
+                if "z" in self.state[p]:
+                    p.lerp_(self.state[p]["z"].to(p.dtype), weight(momentum))
+            group["train_mode"] = mode
+
+    def _step(self) -> None:
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError(
+                "Optimizer was not in train mode when step is called. Please insert .train() and .eval() calls on the "
+                "optimizer: optimizer.train() before the steps of an epoch, optimizer.eval() before evaluation"
+            )
+        super()._step()
+
+    def _counted(self, numbers: dict[str, float]) -> dict[str, float]:
+        sums = {name: numbers[name] for name in ("lr_max", "weight_sum") if name in numbers}
+        return numbers | {f"{name}_rest": x - torch.tensor(x).item() for name, x in sums.items()}

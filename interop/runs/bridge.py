@@ -76,6 +76,8 @@ def run_to_jax(
     """
     cls = CLASSES[str(run.name)]
     check_groups(getattr(optim, cls.name), run.groups)
+    if not all(group.get("train_mode", True) for group in run.groups):
+        raise ValueError(f"param_groups: {cls.name} holds the averages to evaluate; call optimizer.train() first")
     turned = [leaf.name for leaf in leaves.values() if leaf.axes is not None]
     if turned and cls.looks_at_axes:
         raise ValueError(

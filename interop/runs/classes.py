@@ -66,6 +66,7 @@ def _of(name: str, make: Callable[..., jopt.Transform], always: str, sometimes: 
 
 
 MOMENTS = "step exp_avg exp_avg_sq"
+SUMS = "step lr_max lr_max_rest weight_sum weight_sum_rest"  # of a schedule-free class
 CLASSES = {
     x.name: x
     for x in (
@@ -87,6 +88,8 @@ CLASSES = {
         _of("ADOPT", jopt.adopt, MOMENTS),
         _of("AdEMAMix", jopt.ademamix, "step exp_avg_slow exp_avg_sq", "exp_avg_fast"),
         _of("Adan", jopt.adan, f"{MOMENTS} exp_avg_diff neg_pre_grad"),
+        _of("AdamWScheduleFree", jopt.schedule_free_adamw, f"{SUMS} z exp_avg_sq"),
+        _of("SGDScheduleFree", jopt.schedule_free_sgd, f"{SUMS} z"),
         _of("CautiousAdamW", functools.partial(jopt.adamw, cautious=True), MOMENTS, "max_exp_avg_sq"),
         _of("CautiousLion", functools.partial(jopt.lion, cautious=True), "exp_avg"),
         _of("LAMB", jopt.lamb, MOMENTS),
@@ -96,7 +99,7 @@ CLASSES = {
     )
 }
 LINE_SEARCHING = "LBFGS"  # torch's one class that is no rule: `interop.dropin.lbfgs` moves it
-SCALARS = frozenset({"step", "mu_product", "eta", "mu"})  # of the state, what is one number
+SCALARS = frozenset({"step", "mu_product", "eta", "mu", *SUMS.split()})  # of the state, what is one number
 
 
 def state_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -169,6 +169,9 @@ def optimizer_to_torch(
                 optimizer.state[p] = found | average
             else:
                 optimizer.state.pop(p, None)
+    for group in optimizer.param_groups:
+        if "train_mode" in group:  # the parameters are those of training now
+            group["train_mode"] = True
     if scheduler is None:
         for part_tx, part, members in groups:
             own = set(members)

@@ -24,6 +24,13 @@ from jopt.optimizers.nadam import NAdam, nadam
 from jopt.optimizers.radam import RAdam, radam
 from jopt.optimizers.rmsprop import RMSprop, rmsprop
 from jopt.optimizers.rprop import Rprop, rprop
+from jopt.optimizers.schedule_free import (
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    schedule_free_adamw,
+    schedule_free_eval,
+    schedule_free_sgd,
+)
 from jopt.optimizers.sgd import SGD, gradient_descent, sgd
 from jopt.optimizers.sparse_adam import SparseAdam, sparse_adam
 
@@ -50,6 +57,8 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "SparseAdam",
     "adadelta",
     "adafactor",
@@ -72,6 +81,9 @@ __all__ = [
     "radam",
     "rmsprop",
     "rprop",
+    "schedule_free_adamw",
+    "schedule_free_eval",
+    "schedule_free_sgd",
     "sgd",
     "sparse_adam",
 ]

@@ -56,3 +56,6 @@ def test_the_authors_numbers(x64, name):
             assert cases.difference(p, np.array(expected)) <= cases.AUTHORS["float64"], (arguments, k)
             for key, x in run["state"][k].items():
                 assert cases.difference(state.slots[key][k], np.array(x)) <= cases.AUTHORS["float64"], (arguments, key)
+        if "evaluated" in run:
+            for x, expected in zip(jopt.schedule_free_eval(tx, params, state), run["evaluated"], strict=True):
+                assert cases.difference(x, np.array(expected)) <= cases.AUTHORS["float64"], arguments

@@ -60,6 +60,8 @@ def _options(tx: Transform, state: State) -> tuple[str, dict[str, Any]]:
     for field in dataclasses.fields(rule):
         if field.name in options and field.name not in numbers:
             options[field.name] = getattr(rule, field.name)
+    if "train_mode" in options:  # what JAX steps are the parameters of training
+        options["train_mode"] = True
     return name, options
 
 

@@ -29,13 +29,22 @@ CLASSES = {  # by jopt's function and the reference of tests/authors.py
     "lars": "LARS",
     "lion": "Lion",
     "mars": "Mars",
+    "schedule_free_adamw": "AdamWScheduleFree",
+    "schedule_free_sgd": "SGDScheduleFree",
 }
 ARGUMENTS = {"LARS": dict(momentum=0.9, weight_decay=0.1, trust_coeff=0.02), "Mars": dict(amsgrad=True)}
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def make(name, params, **extra):
-    return getattr(optim, name)(params, **dict(lr=0.01) | ARGUMENTS.get(name, {}) | extra)
+    optimizer = getattr(optim, name)(params, **dict(lr=0.01) | ARGUMENTS.get(name, {}) | extra)
+    return in_training(optimizer)
+
+
+def in_training(optimizer):
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
 
 
 def network(dtype=torch.float64):
@@ -67,7 +76,7 @@ def test_the_authors_numbers(name):
     ):
         params = [torch.nn.Parameter(torch.tensor(x)) for x in authors.start(np)]
         given = {key: x for key, x in arguments.items() if key not in reference.renamed}
-        optimizer = getattr(optim, CLASSES[name])(params, **given)
+        optimizer = in_training(getattr(optim, CLASSES[name])(params, **given))
         for step in range(authors.STEPS):
             grads = authors.gradients(np, [p.detach().numpy() for p in params], step)
             for p, grad in zip(params, grads, strict=True):
@@ -77,6 +86,30 @@ def test_the_authors_numbers(name):
             assert cases.difference(p.detach(), np.array(expected)) <= cases.AUTHORS["float64"], arguments
             for key, x in state.items():
                 assert cases.difference(optimizer.state[p][key], np.array(x)) <= cases.AUTHORS["float64"], key
+        if "evaluated" in run:
+            optimizer.eval()
+            for p, expected in zip(params, run["evaluated"], strict=True):
+                assert cases.difference(p.detach(), np.array(expected)) <= cases.AUTHORS["float64"], arguments
+
+
+@pytest.mark.parametrize("name", authors.REFERENCES)
+def test_a_state_dict_of_the_authors_class_goes_on(name):
+    """What their code had saved after half of the steps."""
+    reference = authors.REFERENCES[name]
+    for arguments, run in zip(
+        reference.runs, json.loads((ROOT / "tests" / "data" / f"{name}.json").read_text())["runs"], strict=True
+    ):
+        params = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in run["halfway"]["params"]]
+        given = {key: x for key, x in arguments.items() if key not in reference.renamed}
+        optimizer = getattr(optim, CLASSES[name])(params, **given)
+        optimizer.load_state_dict(authors.as_tensors(run["halfway"]["state_dict"]))
+        for step in range(authors.STEPS // 2, authors.STEPS):
+            grads = authors.gradients(np, [p.detach().numpy() for p in params], step)
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = torch.tensor(grad)
+            optimizer.step()
+        for p, expected in zip(params, run["params"], strict=True):
+            assert cases.difference(p.detach(), np.array(expected)) <= cases.AUTHORS["float64"], arguments
 
 
 @pytest.mark.parametrize("name", optim.OTHERS)
@@ -219,3 +252,28 @@ def test_parameters_without_gradient_and_parts_of_a_model():
         alone = network()
         alone.load_state_dict(model.state_dict())
         assert optimizer.state[model[2].weight].get("step", 1) == 1
+
+
+def test_schedule_free_trains_and_evaluates():
+    """Turned between steps, saved while it evaluates, and refused where it is in the other mode."""
+    ours, theirs = network(), network()
+    turned, straight = (optim.AdamWScheduleFree(x.parameters(), lr=0.01) for x in (ours, theirs))
+    with pytest.raises(RuntimeError, match="Optimizer was not in train mode when step is called"):
+        train(ours, turned, 1)
+    straight.train()
+    for _ in range(3):
+        turned.train()
+        train(ours, turned, 2)
+        turned.eval()
+        turned.eval()
+    train(theirs, straight, 6)
+    resumed_model = network()
+    resumed = optim.AdamWScheduleFree(resumed_model.parameters(), lr=0.01)
+    resumed_model.load_state_dict(ours.state_dict())
+    resumed.load_state_dict(turned.state_dict())
+    with pytest.raises(ValueError, match=r"AdamWScheduleFree holds the averages to evaluate; call optimizer.train"):
+        interop.optimizer_to_jax(resumed, resumed_model)
+    resumed.train()
+    train(resumed_model, resumed, 2)
+    train(theirs, straight, 2)
+    assert largest(resumed_model, theirs) <= cases.NETWORK["float64"]
