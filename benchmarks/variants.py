@@ -56,6 +56,16 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Callable[[], Any]], dict[
         {"optax.lamb": lambda: optax.lamb(LR, weight_decay=0.1)},
         {"pytorch_optimizer.Lamb": ("Lamb", dict(lr=LR, weight_decay=0.1))},
     ),
+    "schedule_free_adamw": (
+        lambda: jopt.schedule_free_adamw(lr=LR),
+        {"optax.contrib.schedule_free_adamw": lambda: optax.contrib.schedule_free_adamw(LR)},
+        {},
+    ),
+    "schedule_free_sgd": (
+        lambda: jopt.schedule_free_sgd(lr=LR),
+        {"optax.contrib.schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(LR)},
+        {},
+    ),
     "lars": (
         lambda: jopt.lars(lr=0.1, momentum=0.9, weight_decay=0.1, trust_coeff=0.02),
         {"optax.lars": lambda: optax.lars(0.1, weight_decay=0.1, trust_coefficient=0.02, momentum=0.9)},
@@ -99,7 +109,7 @@ def main(names: list[str]) -> None:
                 found |= {label: in_torch(*arguments, steps) for label, arguments in torchs.items()}
             for label, params in found.items():
                 worst = max(cases.difference(x, y) for x, y in zip(params, expected, strict=True))
-                print(f"{name:10} {label:30} after {steps:3} steps {worst:.1e}")
+                print(f"{name:20} {label:34} after {steps:3} steps {worst:.1e}")
 
 
 if __name__ == "__main__":
