@@ -59,7 +59,9 @@ class Adan(Rule):
         param = t.addcdiv(param, d, denom, c["-step_size_diff"])
         if self.weight_decay and not self.no_prox:
             param = t.mul(param, c["1/proximal"])
-        return param, {"exp_avg": m, "exp_avg_sq": v, "exp_avg_diff": d, "neg_pre_grad": -grad}
+        # Never the old one; but XLA for GPUs writes in place only what is made from what it replaces.
+        neg_pre_grad = t.where(c["has_previous"] > -1, -grad, state["neg_pre_grad"])
+        return param, {"exp_avg": m, "exp_avg_sq": v, "exp_avg_diff": d, "neg_pre_grad": neg_pre_grad}
 
 
 @optimizer
