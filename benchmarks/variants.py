@@ -92,9 +92,7 @@ def in_torch(name: str, arguments: dict[str, Any], steps: int) -> list[Any]:
     params = [torch.nn.Parameter(torch.tensor(x)) for x in authors.start(np)]
     optimizer = getattr(importlib.import_module("pytorch_optimizer"), name)(params, **arguments)
     for step in range(steps):
-        for p, grad in zip(params, authors.gradients(np, [p.detach().numpy() for p in params], step), strict=True):
-            p.grad = torch.tensor(grad)
-        optimizer.step()
+        authors.torch_step(params, optimizer, step)
     return [p.detach().numpy() for p in params]
 
 

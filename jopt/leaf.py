@@ -65,9 +65,9 @@ def step_leaf(
     if not rule.elements(param):
         return param, state
     old_state, old_param = state, param
-    at_random = key is not None and param.dtype == jnp.bfloat16
+    at_random = _rounds_at_random(param, key)
     update = rule.update if update is None else update
-    param, state = update(*in_step_type(c, numerics.scale(grad, factors), state, param, wide=at_random))
+    param, state = update(*_arguments(c, grad, state, param, active, key, factors))
 
     if jnp.iscomplexobj(old_param):
         param = _as_complex(param)
@@ -83,6 +83,23 @@ def step_leaf(
         param = jnp.where(active, param, old_param)
         state = {name: jnp.where(active, state[name], old_state[name]) for name in old_state}
     return param, state
+
+
+def _rounds_at_random(param: Array, key: Array | None) -> bool:
+    return key is not None and param.dtype == jnp.bfloat16
+
+
+def _arguments(
+    c: Scalars,
+    grad: Array,
+    state: LeafState,
+    param: Array,
+    active: Array | None = None,
+    key: Array | None = None,
+    factors: Sequence[Array] = (),
+) -> tuple[Scalars, Array, LeafState, Array]:
+    """What `Rule.update` takes of a leaf."""
+    return in_step_type(c, numerics.scale(grad, factors), state, param, wide=_rounds_at_random(param, key))
 
 
 def in_step_type(
@@ -239,19 +256,9 @@ def _step_alike(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _directed(
-    rule: Batched,
-    c: Scalars,
-    grad: Array,
-    state: LeafState,
-    param: Array,
-    active: Array | None = None,
-    key: Array | None = None,
-    factors: Sequence[Array] = (),
-) -> tuple[Scalars, Array]:
+def _directed(rule: Batched, *leaf: Any) -> tuple[Scalars, Array]:
     """What `rule.whole` takes of a leaf."""
-    wide = key is not None and param.dtype == jnp.bfloat16
-    c, grad, state, _ = in_step_type(c, numerics.scale(grad, factors), state, param, wide=wide)
+    c, grad, state, _ = _arguments(*leaf)
     return c, rule.direct(c, grad, state)[0]
 
 

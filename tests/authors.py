@@ -147,6 +147,16 @@ def gradients(xp: Any, params: list[Any], step: int) -> list[Any]:
     return [0.8 * p + 0.5 * xp.sin(index(xp, p.shape) + step * (k + 1.5)) for k, p in enumerate(params)]
 
 
+def torch_step(params: list[Any], optimizer: Any, step: int) -> None:
+    """A step of a torch optimizer on these parameters."""
+    import numpy as np
+    import torch
+
+    for p, grad in zip(params, gradients(np, [p.detach().numpy() for p in params], step), strict=True):
+        p.grad = torch.tensor(grad)
+    optimizer.step()
+
+
 def run(reference: Reference, arguments: dict[str, Any], shapes: Any = SHAPES) -> dict[str, Any]:
     import numpy as np
     import torch
@@ -162,9 +172,7 @@ def run(reference: Reference, arguments: dict[str, Any], shapes: Any = SHAPES) -
         if step == STEPS // 2:
             saved = optimizer.state_dict()
             halfway = {"params": [p.tolist() for p in params], "state_dict": as_lists(saved)}
-        for p, grad in zip(params, gradients(np, [p.detach().numpy() for p in params], step), strict=True):
-            p.grad = torch.tensor(grad)
-        optimizer.step()
+        torch_step(params, optimizer, step)
     state = [
         {key: x.tolist() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor) and x.ndim}
         for p in params

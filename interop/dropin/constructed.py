@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from interop.dropin.options import EXECUTION
-from interop.dropin.step import CompiledStep
-
-SHARED = ("state_dtype", "master_copy", "stochastic_rounding", "hyperparams_in_state")  # jopt's own options
+from interop.dropin.step import AROUND, CompiledStep
+from jopt.transform import DEFAULTS
 
 
 class Constructed(CompiledStep, Optimizer):
@@ -35,14 +34,11 @@ class Constructed(CompiledStep, Optimizer):
         super().__init_subclass__()
         if "function" not in vars(cls):
             return
-        left_out = {*SHARED, *cls.fixed}
+        left_out = {*DEFAULTS, *cls.fixed}  # jopt's own options too
         own = [x for x in inspect.signature(cls.function).parameters.values() if x.name not in left_out]
-        keyword = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("max_norm", "ema")
-        ]
         execution = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in EXECUTION]
         params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        signature = inspect.Signature([params, *own, *execution, *keyword])
+        signature = inspect.Signature([params, *own, *execution, *AROUND])
 
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             try:
@@ -51,7 +47,7 @@ class Constructed(CompiledStep, Optimizer):
                 raise TypeError(f"{cls.__name__}: {error}") from None
             arguments.apply_defaults()
             given = arguments.arguments
-            params, around = given.pop("params"), {name: given.pop(name) for name in ("max_norm", "ema")}
+            params, around = given.pop("params"), {x.name: given.pop(x.name) for x in AROUND}
             numbers = {name: x for name, x in given.items() if name not in EXECUTION}
             cls.function(**{name: x.item() if isinstance(x, Tensor) else x for name, x in numbers.items()})  # checks
             super(cls, self).__init__(params, given | cls.fixed | cls.modes, **around)  # type: ignore[reportCallIssue]

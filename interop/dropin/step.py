@@ -31,6 +31,13 @@ from jopt.rule import Rule
 L = TypeVar("L")  # a loss
 
 
+# The arguments that `CompiledStep` adds to a class's.
+AROUND = tuple(
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
+    for name in ("max_norm", "ema")
+)
+
+
 def step(optimizer: Any) -> None:
     """A step of `CompiledStep`."""
     groups: Groups | None = optimizer._groups
@@ -248,11 +255,7 @@ class CompiledStep(Stepped):
 
         # Of its own, so that the signatures of the class and of its constructor tell the arguments.
         signature = inspect.signature(base.__init__)
-        own = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
-            for name in ("max_norm", "ema")
-        ]
-        init.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
+        init.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *AROUND])  # type: ignore[attr-defined]
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         cls.__init__ = init  # type: ignore[method-assign]
 

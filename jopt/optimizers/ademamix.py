@@ -7,6 +7,7 @@ import math
 from typing import Unpack
 
 from jopt import numerics as t
+from jopt.optimizers.adam import Adam
 from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
 from jopt.transform import Options, Transform, optimizer, transform
 
@@ -23,12 +24,8 @@ class AdEMAMix(Rule):
     hyperparameters = ("lr", "beta1", "beta2", "beta3", "alpha", "eps", "weight_decay")
     tuples = {"betas": ("beta1", "beta2", "beta3")}
     limits = {
-        "lr": at_least_zero("Invalid learning rate: {}"),
-        "eps": at_least_zero("Invalid epsilon value: {}"),
-        "beta1": fraction("Invalid beta parameter at index 0: {}"),
-        "beta2": fraction("Invalid beta parameter at index 1: {}"),
+        **Adam.limits,
         "beta3": fraction("Invalid beta parameter at index 2: {}"),
-        "weight_decay": at_least_zero("Invalid weight_decay value: {}"),
         "alpha": at_least_zero("Invalid alpha value: {}"),
     }
     real_only = True

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from jopt import numerics as t
-from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
+from jopt.optimizers.adam import Adam
+from jopt.rule import Hyperparameter, Rule
 from jopt.transform import Options, Transform, optimizer, transform
 
 
@@ -22,13 +23,7 @@ class ADOPT(Rule):
 
     hyperparameters = ("lr", "beta1", "beta2", "eps", "weight_decay")
     tuples = {"betas": ("beta1", "beta2")}
-    limits = {
-        "lr": at_least_zero("Invalid learning rate: {}"),
-        "eps": at_least_zero("Invalid epsilon value: {}"),
-        "beta1": fraction("Invalid beta parameter at index 0: {}"),
-        "beta2": fraction("Invalid beta parameter at index 1: {}"),
-        "weight_decay": at_least_zero("Invalid weight_decay value: {}"),
-    }
+    limits = Adam.limits
 
     def init(self, h, param):
         return {name: t.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}

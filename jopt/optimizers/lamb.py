@@ -6,8 +6,9 @@ import dataclasses
 from typing import Unpack
 
 from jopt import numerics as t
+from jopt.optimizers.adam import Adam
 from jopt.optimizers.common import trust
-from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
+from jopt.rule import Hyperparameter, Rule
 from jopt.transform import Options, Transform, optimizer, transform
 
 
@@ -23,13 +24,7 @@ class LAMB(Rule):
 
     hyperparameters = ("lr", "beta1", "beta2", "eps", "weight_decay")
     tuples = {"betas": ("beta1", "beta2")}
-    limits = {
-        "lr": at_least_zero("Invalid learning rate: {}"),
-        "eps": at_least_zero("Invalid epsilon value: {}"),
-        "beta1": fraction("Invalid beta parameter at index 0: {}"),
-        "beta2": fraction("Invalid beta parameter at index 1: {}"),
-        "weight_decay": at_least_zero("Invalid weight_decay value: {}"),
-    }
+    limits = Adam.limits
     scope = "tensor"
     real_only = True
 

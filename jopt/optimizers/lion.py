@@ -6,8 +6,9 @@ import dataclasses
 from typing import Unpack
 
 from jopt import numerics as t
+from jopt.optimizers.adam import Adam
 from jopt.optimizers.common import caution
-from jopt.rule import Hyperparameter, Rule, at_least_zero, fraction
+from jopt.rule import Hyperparameter, Rule
 from jopt.transform import Options, Transform, optimizer, transform
 
 
@@ -19,12 +20,7 @@ class Lion(Rule):
 
     hyperparameters = ("lr", "beta1", "beta2", "weight_decay")
     tuples = {"betas": ("beta1", "beta2")}
-    limits = {
-        "lr": at_least_zero("Invalid learning rate: {}"),
-        "beta1": fraction("Invalid beta parameter at index 0: {}"),
-        "beta2": fraction("Invalid beta parameter at index 1: {}"),
-        "weight_decay": at_least_zero("Invalid weight_decay value: {}"),
-    }
+    limits = Adam.limits
     real_only = True
 
     def init(self, h, param):

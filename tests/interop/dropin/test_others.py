@@ -78,10 +78,7 @@ def test_the_authors_numbers(name):
         given = {key: x for key, x in arguments.items() if key not in reference.renamed}
         optimizer = in_training(getattr(optim, CLASSES[name])(params, **given))
         for step in range(authors.STEPS):
-            grads = authors.gradients(np, [p.detach().numpy() for p in params], step)
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = torch.tensor(grad)
-            optimizer.step()
+            authors.torch_step(params, optimizer, step)
         for p, expected, state in zip(params, run["params"], run["state"], strict=True):
             assert cases.difference(p.detach(), np.array(expected)) <= cases.AUTHORS["float64"], arguments
             for key, x in state.items():
@@ -104,10 +101,7 @@ def test_a_state_dict_of_the_authors_class_goes_on(name):
         optimizer = getattr(optim, CLASSES[name])(params, **given)
         optimizer.load_state_dict(authors.as_tensors(run["halfway"]["state_dict"]))
         for step in range(authors.STEPS // 2, authors.STEPS):
-            grads = authors.gradients(np, [p.detach().numpy() for p in params], step)
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = torch.tensor(grad)
-            optimizer.step()
+            authors.torch_step(params, optimizer, step)
         for p, expected in zip(params, run["params"], strict=True):
             assert cases.difference(p.detach(), np.array(expected)) <= cases.AUTHORS["float64"], arguments
 
