@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from interop.dropin import muon, sparse
+from interop.dropin import constructed, muon, sparse
 from interop.dropin.constructed import Constructed, ScheduleFree
 from interop.dropin.lbfgs import LBFGS
 from interop.dropin.step import CompiledStep, Stepped
@@ -30,6 +30,7 @@ __all__ = [
     "LARS",
     "LBFGS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
     "Adadelta",
     "Adafactor",
@@ -58,7 +59,7 @@ __all__ = [
 # What torch has not.
 OTHERS = (
     *("ADOPT", "AdEMAMix", "AdamWScheduleFree", "Adan", "CautiousAdamW", "CautiousLion", "LAMB", "LARS", "Lion"),
-    *("Mars", "SGDScheduleFree"),
+    *("Mars", "SGDScheduleFree", "SOAP"),
 )
 CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils", *OTHERS))
 
@@ -224,6 +225,12 @@ class SGDScheduleFree(ScheduleFree):
     """`jopt.schedule_free_sgd` as a torch optimizer, with the authors' `train()` and `eval()`."""
 
     rule, function = optimizers.ScheduleFreeSGD, staticmethod(optimizers.schedule_free_sgd)
+
+
+class SOAP(constructed.SOAP):
+    """`jopt.soap` as a torch optimizer."""
+
+    rule, function = optimizers.SOAP, staticmethod(optimizers.soap)
 
 
 class Lion(Constructed):

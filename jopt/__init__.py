@@ -42,6 +42,7 @@ from jopt.optimizers import (
     schedule_free_eval,
     schedule_free_sgd,
     sgd,
+    soap,
     sparse_adam,
 )
 from jopt.sharding import Sharded, shard_state
@@ -112,6 +113,7 @@ __all__ = [
     "sgd",
     "shard_state",
     "skip_nonfinite",
+    "soap",
     "sparse_adam",
     "swa",
     "sweep",

@@ -348,6 +348,12 @@ zeros_like, ones_like, full_like = map(operation, (jnp.zeros_like, jnp.ones_like
 
 
 @operation
+def zeros(like: Array, shape: tuple[int, ...]) -> Array:
+    """Of a shape, in the compute type of an array."""
+    return jnp.zeros(shape, compute_dtype(like.dtype))
+
+
+@operation
 def sqrt(x: Array) -> Array:
     """torch.sqrt."""
     (a,) = _up(x)

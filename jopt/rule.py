@@ -10,7 +10,8 @@ once against an array namespace `xp`: NumPy on the host (the drop-in torch optim
 `numerics.in_double` (everything in JAX). `stored` rounds to the type in which scalar state is kept (torch: float32,
 or float64 where that is its default type), for what torch computes in it. A scalar has no axis or one entry for each
 leaf, since torch counts steps by the parameter; `scalars` must therefore be elementwise. `update` sees one leaf, with
-that leaf's coefficients in its compute type, uses the operations of `jopt.numerics` alone, and is pure.
+that leaf's coefficients in its compute type, uses the operations of `jopt.numerics` alone (but for
+`Rule.by_operations`), and is pure.
 
 `Rule.scope` says what `update` may look at:
     element   every element on its own: leaves may be flattened and packed into one buffer
@@ -39,6 +40,7 @@ Schedule = Callable[[Array], Array]
 Hyperparameter = float | Array | Schedule  # a number, a 0-d array or tracer, or step -> value
 Scalars = dict[str, Any]  # name -> float64 scalar, or one for each leaf
 LeafState = dict[str, Array]
+PHASE = "phase"  # scalar state that begins with the leaf's number, so that leaves can take turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Rule(ABC):
     limits: ClassVar[Mapping[str, Limit]] = {}
     scope: ClassVar[Literal["element", "tensor", "rows"]] = "element"
     real_only: ClassVar[bool] = False  # no complex leaves
+    by_operations: ClassVar[bool] = True  # `update` uses the operations of numerics alone; else branches, eigenvectors
 
     @abstractmethod
     def init(self, h: Scalars, param: Array) -> LeafState:

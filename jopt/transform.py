@@ -18,7 +18,7 @@ from jopt import _compat, numerics, valued
 from jopt.arena import is_packed
 from jopt.fusion import fuses_outputs
 from jopt.leaf import init_leaf, step_leaves
-from jopt.rule import Hyperparameter, Rule, at_count
+from jopt.rule import PHASE, Hyperparameter, Rule, at_count
 from jopt.valued import Valued
 
 if TYPE_CHECKING:
@@ -295,7 +295,8 @@ class _Lift:
         return State(
             count=count,
             scalars={
-                name: jnp.full((len(leaves),), value, jnp.float32) for name, value in self.rule.init_scalars(h).items()
+                name: jnp.full((len(leaves),), jnp.arange(len(leaves)) if name == PHASE else value, jnp.float32)
+                for name, value in self.rule.init_scalars(h).items()
             },
             slots={name: treedef.unflatten([s.get(name) for s in states]) for name in names},
             hyperparams=hyperparams,

@@ -10,7 +10,10 @@ cos((k + 1) * index), with the gradient 0.8 * p + sin(index + step * (k + 1.5)) 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import math
+import pathlib
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +35,11 @@ class Reference:
       others: arguments of the class alone, which choose among its own ways or turn off what jopt has elsewhere.
       function: jopt's, if it is not called as the reference is.
       renamed: jopt's arguments, and what the class calls them.
+      edits: what is read otherwise in the authors' file, so that it computes in float64 throughout.
+      shapes: of the parameters.
+      warp: what the index is made to grow by, so that a matrix is of full rank. The basis of what has no gradient is
+        anybody's choice.
+      up_to_sign: state that is compared by its magnitude, for an eigenvector's sign is LAPACK's choice.
     """
 
     source: str
@@ -40,6 +48,10 @@ class Reference:
     others: dict[str, Any] = field(default_factory=dict)
     function: str = ""
     renamed: dict[str, str] = field(default_factory=dict)
+    edits: tuple[tuple[str, str], ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
+    warp: float = 0.0
+    up_to_sign: tuple[str, ...] = ()
 
 
 DECAYED = dict(lr=0.01, weight_decay=0.1)
@@ -113,6 +125,26 @@ REFERENCES = {
         (dict(lr=0.1), dict(lr=0.1, momentum=0.8, weight_decay=0.1, warmup_steps=30, r=1.0)),
         dict(foreach=False),
     ),
+    "soap": Reference(
+        "nikhilvyas/SOAP at a1e5535, soap.py",
+        "soap.SOAP",
+        (
+            dict(lr=0.01),
+            dict(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), shampoo_beta=0.7, eps=1e-3, precondition_frequency=3),
+            dict(lr=0.01, max_precond_dim=3, normalize_grads=True, correct_bias=False),
+            dict(lr=0.01, precondition_1d=True, merge_dims=True, max_precond_dim=4, precondition_frequency=1),
+            dict(lr=0.01, merge_dims=True, max_precond_dim=4, data_format="channels_last"),
+        ),
+        # In another type than float32 theirs fails at the first power iteration: `original_device` is not defined there.
+        edits=(
+            (".float()", ".double()"),
+            ("torch.float:", "torch.float64:"),
+            ("device=grad.device)", "device=grad.device, dtype=grad.dtype)"),
+        ),
+        shapes=((4, 3), (2,), (3, 1, 4), (2, 1, 2, 3)),
+        warp=0.1,
+        up_to_sign=("exp_avg", "Q"),
+    ),
     "cautious_adamw": Reference(
         "timm==1.0.31",
         "timm.optim.adamw.AdamWLegacy",
@@ -131,40 +163,37 @@ REFERENCES = {
 }
 
 
-def start(xp: Any, shapes: Any = SHAPES) -> list[Any]:
+def start(xp: Any, shapes: Any = SHAPES, warp: float = 0.0) -> list[Any]:
     """The parameters, of NumPy's or JAX's functions."""
-    return [xp.cos((k + 1) * index(xp, shape)) for k, shape in enumerate(shapes)]
+    return [xp.cos((k + 1) * index(xp, shape, warp)) for k, shape in enumerate(shapes)]
 
 
-def index(xp: Any, shape: Any) -> Any:
-    size = 1
-    for n in shape:
-        size *= n
-    return xp.arange(float(size)).reshape(shape)
+def index(xp: Any, shape: Any, warp: float = 0.0) -> Any:
+    i = xp.arange(float(math.prod(shape))).reshape(shape)
+    return i + warp * i * i
 
 
-def gradients(xp: Any, params: list[Any], step: int) -> list[Any]:
-    return [0.8 * p + 0.5 * xp.sin(index(xp, p.shape) + step * (k + 1.5)) for k, p in enumerate(params)]
+def gradients(xp: Any, params: list[Any], step: int, warp: float = 0.0) -> list[Any]:
+    return [0.8 * p + 0.5 * xp.sin(index(xp, p.shape, warp) + step * (k + 1.5)) for k, p in enumerate(params)]
 
 
-def torch_step(params: list[Any], optimizer: Any, step: int) -> None:
+def torch_step(params: list[Any], optimizer: Any, step: int, warp: float = 0.0) -> None:
     """A step of a torch optimizer on these parameters."""
     import numpy as np
     import torch
 
-    for p, grad in zip(params, gradients(np, [p.detach().numpy() for p in params], step), strict=True):
+    for p, grad in zip(params, gradients(np, [p.detach().numpy() for p in params], step, warp), strict=True):
         p.grad = torch.tensor(grad)
     optimizer.step()
 
 
-def run(reference: Reference, arguments: dict[str, Any], shapes: Any = SHAPES) -> dict[str, Any]:
+def run(reference: Reference, arguments: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    module, _, name = reference.path.rpartition(".")
-    params = [torch.nn.Parameter(torch.tensor(x)) for x in start(np, shapes)]
+    params = [torch.nn.Parameter(torch.tensor(x)) for x in start(np, reference.shapes, reference.warp)]
     theirs = {reference.renamed.get(key, key): x for key, x in arguments.items()} | reference.others
-    optimizer = getattr(importlib.import_module(module), name)(params, **theirs)
+    optimizer = authors_class(reference)(params, **theirs)
     if hasattr(optimizer, "train"):  # schedulefree's parameters are those of training
         optimizer.train()
     halfway: dict[str, Any] = {}
@@ -172,16 +201,37 @@ def run(reference: Reference, arguments: dict[str, Any], shapes: Any = SHAPES) -
         if step == STEPS // 2:
             saved = optimizer.state_dict()
             halfway = {"params": [p.tolist() for p in params], "state_dict": as_lists(saved)}
-        torch_step(params, optimizer, step)
-    state = [
-        {key: x.tolist() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor) and x.ndim}
-        for p in params
-    ]
+        torch_step(params, optimizer, step, reference.warp)
+    state = [tensors(optimizer.state[p]) for p in params]
     found = {"arguments": arguments, "halfway": halfway, "params": [p.tolist() for p in params], "state": state}
     if hasattr(optimizer, "eval"):
         optimizer.eval()
         found["evaluated"] = [p.tolist() for p in params]
     return found
+
+
+def authors_class(reference: Reference) -> Any:
+    path, _, name = reference.path.rpartition(".")
+    spec = importlib.util.find_spec(path)
+    assert spec is not None and spec.origin is not None, f"{path} is not installed"
+    source = pathlib.Path(spec.origin).read_text()
+    for old, new in reference.edits:
+        assert old in source, (old, spec.origin)
+        source = source.replace(old, new)
+    module = importlib.import_module(path)
+    if reference.edits:
+        exec(compile(source, spec.origin, "exec"), vars(module))
+    return getattr(module, name)
+
+
+def tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state of arrays; of a list of them the k-th under <name>_k."""
+    import torch
+
+    items = [(f"{key}_{k}", x) for key, xs in state.items() if isinstance(xs, list) for k, x in enumerate(xs)]
+    return {
+        key: x.tolist() for key, x in [*state.items(), *items] if isinstance(x, torch.Tensor) and x.ndim and x.numel()
+    }
 
 
 def as_lists(x: Any) -> Any:

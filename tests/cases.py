@@ -145,6 +145,7 @@ CASES = [
     Case("adopt", "adopt", None, dict(weight_decay=0.1), MOMENTS),
     Case("lamb", "lamb", None, {}, MOMENTS),
     Case("lars", "lars", None, dict(momentum=0.9, weight_decay=0.1), ("momentum_buffer",)),
+    Case("soap", "soap", None, dict(precondition_frequency=3), MOMENTS),
     Case("schedule_free_sgd", "schedule_free_sgd", None, dict(weight_decay=0.1, warmup_steps=10), ("z",), 0.02),
     Case("schedule_free_adamw", "schedule_free_adamw", None, dict(weight_decay=0.1, r=1.0), ("z", "exp_avg_sq")),
     Case("cautious_adamw", "adamw", None, dict(cautious=True), MOMENTS),

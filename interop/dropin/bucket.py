@@ -30,7 +30,7 @@ from interop.dropin.whole import slot_placement
 from interop.memory import Buffer, Device, Freed, Staging
 from interop.memory.tensors import DTYPES, address, entry, leave, may_move, owned
 from jopt.arena import Layout
-from jopt.rule import Rule
+from jopt.rule import PHASE, Rule
 
 
 @dataclasses.dataclass
@@ -224,7 +224,9 @@ class Bucket:
         first: dict[str, Any] = {}
         if any(values.get(name) is None for name in leaf.views):
             scalars = self.rule.init_scalars(h)
-            slots = first_slots(self.rule, len(leaf.shape), leaf.dtype, tuple(h.items()))
+            if PHASE in scalars:
+                scalars[PHASE] = leaf.number
+            slots = first_slots(self.rule, tuple(leaf.shape), leaf.dtype, tuple(h.items()))
             first = scalars | slots | {EMA: leaf.local}
             for name in scalars.keys() - leaf.views.keys():
                 self.coefficients.scalars[name][i] = scalars[name]

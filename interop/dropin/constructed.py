@@ -98,6 +98,28 @@ class Constructed(CompiledStep, Optimizer):
                     )
 
 
+class SOAP(Constructed):
+    """The class that keeps a matrix for each axis of a tensor, where the authors' has lists of them.
+
+    Its `step` counts the first call too, in which no parameter moves.
+    """
+
+    def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = super()._of_authors(state_dict)
+        state = {
+            i: {**x, "step": torch.tensor(x["step"] + 1.0), **_listed(x, "GG"), **_listed(x, "Q")} if "GG" in x else x
+            for i, x in state_dict["state"].items()
+        }
+        dropped = ("GG", "Q", "precondition_frequency", "shampoo_beta")  # of which the last two are the group's
+        state = {i: {key: x for key, x in own.items() if key not in dropped} for i, own in state.items()}
+        return {**state_dict, "state": state}
+
+
+def _listed(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """The members of a list that are not empty, under names of their own."""
+    return {f"{name}_{k}": x for k, x in enumerate(state.get(name) or ()) if len(x)}
+
+
 class ScheduleFree(Constructed):
     """A schedule-free class. Its parameters are those of training, y, or those to evaluate, x, as the user says.
 

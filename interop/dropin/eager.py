@@ -239,6 +239,8 @@ def extra_passes(leaves: Iterable[tuple[Rule, Leaf]]) -> int | None:
     """How many elements the rules' operations pass over more often than programs; None where programs are needed."""
     extra = 0
     for rule, leaf in leaves:
+        if not rule.by_operations:
+            return None
         # An operation of torch's rounds to the parameter's type, which wider state is to be kept from.
         if {*map(real_dtype, leaf.state_dtypes.values())} - {real_dtype(leaf.dtype)}:
             return None

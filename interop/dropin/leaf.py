@@ -25,6 +25,7 @@ class Leaf:
     placement: Any  # of a DTensor; else None
     whole: Whole | None  # of a DTensor, where the rule looks at whole tensors: what it is a part of
     group: int
+    number: int  # among the parameters of the optimizer
     dtype: torch.dtype
     shape: torch.Size
     strides: tuple[int, ...]

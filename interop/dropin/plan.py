@@ -108,10 +108,10 @@ class Plan:
         ]
         passes = passes_of(params)
         leaves: dict[Tensor, Leaf] = {}
-        for index, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                if p in passes and p not in leaves:
-                    leaves[p] = self._leaf(optimizer, index, p, numbers[index], before.get(p))
+        everywhere = [(index, p) for index, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        for number, (index, p) in enumerate(everywhere):
+            if p in passes and p not in leaves:
+                leaves[p] = self._leaf(optimizer, index, number, p, numbers[index], before.get(p))
         return leaves, passes
 
     def _make_buckets(self, *, by_torch: bool) -> None:
@@ -142,13 +142,20 @@ class Plan:
         made = all(program.is_made(bucket.spec) for bucket in self.buckets)
         return exchanged and not made and previous.rent != 0
 
-    def _leaf(self, optimizer: Any, index: int, p: Tensor, h: dict[str, float], before: Leaf | None) -> Leaf:
+    def _leaf(
+        self, optimizer: Any, index: int, number: int, p: Tensor, h: dict[str, float], before: Leaf | None
+    ) -> Leaf:
         name, rule = parameter_name(optimizer, index, p), self.rules[index]
         x = dtensor.local(p)
         device = check_parameter(name, x)
         placement, lazy = dtensor.placement(p), is_lazy(x)
         whole = Whole.of(placement) if placement is not None and rule.scope == "tensor" else None
         rule.check_param(name, tuple(p.shape), DTYPES[x.dtype])
+        if whole is not None and not rule.by_operations:
+            raise NotImplementedError(
+                f"{name}: expected a whole tensor, for {type(optimizer).__name__} takes eigenvectors of it, found "
+                f"a part, {dtensor.say(placement)}; replicate it, or step it in JAX, where jopt's shards are stepped"
+            )
         shapes = slot_shapes(rule, tuple(x.shape)) | ({EMA: tuple(x.shape)} if self.averages else {})
         state = optimizer.state.get(p) or {}
         check_state(optimizer, name, rule, h, shapes, state)
@@ -159,6 +166,7 @@ class Plan:
             placement=placement,
             whole=whole,
             group=index,
+            number=number,
             dtype=x.dtype,
             shape=x.shape,
             strides=x.stride(),

@@ -28,8 +28,18 @@ class _Param(numerics.Foreign):
         return self.x.dim()
 
     def operate(self, name: str, *args: Any, **options: Any) -> Tensor:
-        value = {"zeros_like": lambda _: 0.0, "full_like": lambda _, value: value}[name](*args)
-        return torch.full(options.get("shape", self.shape), value, dtype=self.x.dtype, device=self.x.device)
+        dtype, shape = self.x.dtype, options.get("shape", self.shape)
+        if name == "zeros":
+            shape, dtype = args[1], torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        value = args[1] if name == "full_like" else 0.0
+        return torch.full((1,) * len(shape), value, dtype=dtype, device=self.x.device).expand(shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def slot_dtypes(rule: Rule, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The types of a leaf's tensor state before anything else is loaded."""
+    first = first_slots(rule, shape, dtype, tuple(dict.fromkeys(rule.hyperparameters, 0.0).items()))
+    return {name: x.dtype for name, x in first.items()}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -41,12 +51,18 @@ def slot_shapes(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def first_slots(rule: Rule, axes: int, dtype: torch.dtype, h: tuple[tuple[str, float], ...]) -> dict[str, Tensor]:
-    """The tensor state before the first step of a leaf of so many axes, in tensors of one element each.
+def first_slots(
+    rule: Rule, shape: tuple[int, ...], dtype: torch.dtype, h: tuple[tuple[str, float], ...]
+) -> dict[str, Tensor]:
+    """The tensor state of a leaf before its first step, each slot in the memory of one element.
 
-    In each of its slots all elements are equal (`Rule.init`), so that an array of the leaf's size is not needed. Those
-    of a complex leaf are complex, their real and imaginary parts alike.
+    In each all elements are equal (`Rule.init`). Those of a complex leaf are complex, their real and imaginary parts
+    alike.
     """
-    param: Any = _Param(torch.empty((1,) * axes, dtype=dtype.to_real() if dtype.is_complex else dtype))
+    real = dtype.to_real() if dtype.is_complex else dtype
+    param: Any = _Param(torch.empty((1,) * len(shape), dtype=real).expand(shape))
     state: dict[str, Any] = rule.init(dict(h), param)
-    return {name: torch.complex(x, x) if dtype.is_complex else x for name, x in state.items()}
+    if not dtype.is_complex:
+        return state
+    ones = {name: x[(slice(1),) * x.dim()] for name, x in state.items()}
+    return {name: torch.complex(x, x).expand(state[name].shape) for name, x in ones.items()}

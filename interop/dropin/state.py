@@ -10,6 +10,7 @@ from torch import Tensor
 from interop.dropin import dtensor
 from interop.dropin.groups import parameters
 from interop.dropin.leaf import EMA
+from interop.dropin.slots import slot_dtypes
 from interop.dropin.whole import slot_placement
 from interop.memory import Device, check
 from interop.memory.tensors import DTYPES
@@ -107,8 +108,8 @@ def is_shared(value: Any) -> bool:
 def state_dtypes(
     device: Device, name: str, rule: Rule, p: Tensor, shapes: dict[str, tuple[int, ...]], state: dict[str, Any]
 ) -> dict[str, torch.dtype]:
-    """The type of each slot: the parameter's, or float32 where a narrower parameter's loaded state has it."""
-    dtypes = {}
+    """The type of each slot: the rule's, or float32 where a narrower parameter's loaded state has it."""
+    dtypes, first = {}, slot_dtypes(rule, tuple(dtensor.local(p).shape), p.dtype)
     for slot, shape in shapes.items():
         value = state.get(slot)
         placed = slot_placement(rule, slot, dtensor.placement(p))
@@ -124,7 +125,7 @@ def state_dtypes(
             raise ValueError(f"{name}: expected its state {slot!r} of {whose} {shape}, found {found}")
         if value is not None and not value.is_sparse and (value.layout is not torch.strided or value.is_meta):
             check_place(device, f"the state {slot!r} of {name}", value)
-        dtype = p.dtype if value is None else value.dtype
+        dtype = first.get(slot, p.dtype) if value is None else value.dtype
         if dtype is not p.dtype and not KeepsWideState.keeps(dtype, p.dtype):
             raise TypeError(
                 f"{name}: expected its state {slot!r} in the parameter's type {p.dtype}, found {dtype}; convert the "

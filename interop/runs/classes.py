@@ -13,6 +13,7 @@ import torch
 import jopt
 from interop import optim
 from interop.dropin.leaf import EMA
+from interop.dropin.slots import slot_shapes
 from jopt.rule import Rule
 
 
@@ -67,6 +68,7 @@ def _of(name: str, make: Callable[..., jopt.Transform], always: str, sometimes: 
 
 MOMENTS = "step exp_avg exp_avg_sq"
 SUMS = "step lr_max lr_max_rest weight_sum weight_sum_rest"  # of a schedule-free class
+MATRICES = " ".join(f"{name}_{axis}" for name in ("GG", "Q") for axis in range(8))
 CLASSES = {
     x.name: x
     for x in (
@@ -95,20 +97,18 @@ CLASSES = {
         _of("LAMB", jopt.lamb, MOMENTS),
         _of("LARS", jopt.lars, "", "momentum_buffer"),
         _of("Lion", jopt.lion, "exp_avg"),
+        _of("SOAP", jopt.soap, MOMENTS, f"phase {MATRICES}", looks_at_axes=True),
         _of("Mars", jopt.mars, MOMENTS, "max_exp_avg_sq last_grad"),
     )
 }
 LINE_SEARCHING = "LBFGS"  # torch's one class that is no rule: `interop.dropin.lbfgs` moves it
-SCALARS = frozenset({"step", "mu_product", "eta", "mu", *SUMS.split()})  # of the state, what is one number
+SCALARS = frozenset({"step", "mu_product", "eta", "mu", "phase", *SUMS.split()})  # of the state, what is one number
 
 
-def state_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a parameter's state under a key."""
-    if key in SCALARS:
-        return ()
-    if key == "row_var":
-        return (*shape[:-1], 1)
-    return (*shape[:-2], 1, shape[-1]) if key == "col_var" else shape
+def state_shapes(name: str, options: Mapping[str, Any], shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of a parameter's state where they are not the parameter's, as a group's options have it."""
+    rule, given = CLASSES[name].rule, {**defaults(name), **options}
+    return slot_shapes(rule.shaped_by(given, rule.members(given)), shape) | dict.fromkeys(SCALARS, ())
 
 
 def class_of(optimizer: Any) -> str:

@@ -32,6 +32,7 @@ from jopt.optimizers.schedule_free import (
     schedule_free_sgd,
 )
 from jopt.optimizers.sgd import SGD, gradient_descent, sgd
+from jopt.optimizers.soap import SOAP, soap
 from jopt.optimizers.sparse_adam import SparseAdam, sparse_adam
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
     "Adadelta",
     "Adafactor",
@@ -85,5 +87,6 @@ __all__ = [
     "schedule_free_eval",
     "schedule_free_sgd",
     "sgd",
+    "soap",
     "sparse_adam",
 ]

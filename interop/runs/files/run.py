@@ -17,7 +17,7 @@ from interop.dropin.state import KeepsWideState
 from interop.memory import HOST
 from interop.modules import JaxLeaf
 from interop.runs.bridge import NO_ARGUMENTS, OptimizerState, run_to_jax, run_to_torch
-from interop.runs.classes import CLASSES, class_of, defaults, state_shape
+from interop.runs.classes import CLASSES, class_of, defaults, state_shapes
 from interop.runs.files.errors import CheckpointError
 from interop.runs.files.naming import compare, renamed
 from interop.runs.moving import names_of, run_of
@@ -323,7 +323,13 @@ def last_step(optimizer: OptimizerState) -> int | None:
 
 def check_state(optimizer: OptimizerState, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """That each parameter's state is one that the class steps from."""
-    cls = CLASSES[name]
+    cls, known = CLASSES[name], {}
+    for index, group in enumerate(optimizer.groups):
+        for parameter in set(group["params"]) & shapes.keys():
+            try:
+                known[parameter] = state_shapes(name, group, shapes[parameter])
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"groups[{index}]: {error}") from error
     for parameter, values in optimizer.state.items():
         where, shape = f"the state of {parameter!r}", shapes.get(parameter)
         if shape is None:
@@ -333,7 +339,7 @@ def check_state(optimizer: OptimizerState, name: str, shapes: Mapping[str, tuple
         if unknown := set(values) - cls.known:
             raise CheckpointError(f"{where}: {name} has no {', '.join(map(repr, sorted(unknown)))}")
         for key, x in values.items():
-            expected = state_shape(key, shape)
+            expected = known[parameter].get(key, shape)
             if x is None and key in cls.always:
                 raise CheckpointError(f"{where}: {key!r}: expected shape {expected}, found None")
             if x is not None and np.shape(x) != expected:
