@@ -135,7 +135,7 @@ REFERENCES = {
             dict(lr=0.01, precondition_1d=True, merge_dims=True, max_precond_dim=4, precondition_frequency=1),
             dict(lr=0.01, merge_dims=True, max_precond_dim=4, data_format="channels_last"),
         ),
-        # In another type than float32 theirs fails at the first power iteration: `original_device` is not defined there.
+        # In other types than float32 theirs fails at the first power iteration: `original_device` is not defined.
         edits=(
             (".float()", ".double()"),
             ("torch.float:", "torch.float64:"),
@@ -213,7 +213,8 @@ def run(reference: Reference, arguments: dict[str, Any]) -> dict[str, Any]:
 def authors_class(reference: Reference) -> Any:
     path, _, name = reference.path.rpartition(".")
     spec = importlib.util.find_spec(path)
-    assert spec is not None and spec.origin is not None, f"{path} is not installed"
+    assert spec, f"{path} is not installed"
+    assert spec.origin, f"{path} has no file"
     source = pathlib.Path(spec.origin).read_text()
     for old, new in reference.edits:
         assert old in source, (old, spec.origin)

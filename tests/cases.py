@@ -145,7 +145,8 @@ CASES = [
     Case("adopt", "adopt", None, dict(weight_decay=0.1), MOMENTS),
     Case("lamb", "lamb", None, {}, MOMENTS),
     Case("lars", "lars", None, dict(momentum=0.9, weight_decay=0.1), ("momentum_buffer",)),
-    Case("soap", "soap", None, dict(precondition_frequency=3), MOMENTS),
+    # eps: a basis of what no gradient has a part in is anybody's choice; what rounding leaves there is divided by eps.
+    Case("soap", "soap", None, dict(precondition_frequency=3, eps=0.1), (*MOMENTS, "GG_0", "GG_1", "Q_0", "Q_1")),
     Case("schedule_free_sgd", "schedule_free_sgd", None, dict(weight_decay=0.1, warmup_steps=10), ("z",), 0.02),
     Case("schedule_free_adamw", "schedule_free_adamw", None, dict(weight_decay=0.1, r=1.0), ("z", "exp_avg_sq")),
     Case("cautious_adamw", "adamw", None, dict(cautious=True), MOMENTS),
@@ -209,6 +210,8 @@ PARTS = {"float64": 1e-12, "float32": 1e-5}
 AUTHORS = {"float64": 1e-12}
 # Between two ways to compute the same in JAX: other fusions, other contractions.
 FRONT_ENDS = {"float64": 1e-14, "float32": 5e-6}
+# Eigenvectors turn by what rounding does to a matrix over the distance of its eigenvalues, some 1e-2 of the largest.
+EIGENVECTORS = 1e-4
 # An update is a difference of parameters: two of their ulps, in float32.
 UPDATES = 2**-22
 # Values of a schedule over its largest. Two ways to compute one formula in float64 differ by an ulp or two; torch's

@@ -131,7 +131,9 @@ class SOAP(Rule):
 
         if all(x is None for x in bases):
             return m, v, bases
-        return lax.switch(choice.astype(jnp.int32), [keep, turn, begin], grams, bases, m, v)
+        given = (lax.stop_gradient(grams), lax.stop_gradient(bases), m, v)
+        given = t.varying_alike(given, lambda: turn(*given))
+        return lax.switch(choice.astype(jnp.int32), [keep, turn, begin], *given)
 
     # --- axes
 
@@ -233,10 +235,12 @@ def soap(
     >>> [[round(abs(x), 4) for x in row] for row in params.tolist()]
     [[0.9, 0.0], [0.0, 0.9]]
 
-    State: `step`, which counts the first call too, where the authors' does not, `exp_avg` and `exp_avg_sq` in the eigenbases, for the k-th axis `GG_k` and
-    `Q_k`, in float32 for bfloat16 and float16 parameters; with stagger `phase`. Memory: for an n x m matrix
-    2 n m + 2 n^2 + 2 m^2 numbers. Source: Vyas et al. 2024, algorithm 3; the authors' soap.py, whose arguments
-    these are but for `stagger`.
+    Derivatives take the bases as constants, for those of equal eigenvalues have none.
+
+    State: `step`, which counts the first call too, where the authors' does not, `exp_avg` and `exp_avg_sq` in the
+    eigenbases, for the k-th axis `GG_k` and `Q_k`, in float32 for bfloat16 and float16 parameters; with stagger
+    `phase`. Memory: for an n x m matrix 2 n m + 2 n^2 + 2 m^2 numbers. Source: Vyas et al. 2024, algorithm 3; the
+    authors' soap.py, whose arguments these are but for `stagger`.
     """
     arguments = dict(
         lr=lr,

@@ -122,12 +122,19 @@ def alike(found, expected, tolerance, slack=0.0):
 
 
 # The fast ones have a root, an absolute value, and a momentum that is 0.
+# Eigenvectors are taken as constants: where eigenvalues are equal they have no derivative. See `test_bases`.
+BASES = {"soap"}
+
 FAST = {"adam-amsgrad", "adamax", "gradient_descent"}
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=c.id, marks=[] if c.id in FAST else pytest.mark.slow) for c in cases.CASES if not c.matrices],
+    [
+        pytest.param(c, id=c.id, marks=[] if c.id in FAST else pytest.mark.slow)
+        for c in cases.CASES
+        if not c.matrices and c.id not in BASES
+    ],
 )
 def test_modes_and_differences(case, x64):
     """Every number is an array here, so that no term is left out for being 0."""
@@ -157,6 +164,30 @@ def test_modes_and_differences(case, x64):
     alike(unravel(forward), unravel(reverse), max(cases.DERIVATIVES["modes"], 10 * stored))
     close = np.abs(by_difference - reverse) <= slack
     alike(unravel(reverse), unravel(jnp.where(close, reverse, by_difference)), cases.DERIVATIVES["differences"])
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.id in BASES], ids=lambda c: c.id)
+def test_bases(case, x64):
+    """Of the numbers that the bases do not depend on, as by differences: the gradients are given."""
+    rng = np.random.default_rng(0)
+    grads = [
+        {"a": jnp.asarray(rng.standard_normal((4, 3))), "b": jnp.asarray(rng.standard_normal(3))} for _ in range(8)
+    ]
+
+    def loss(h):
+        tx = case.jopt(**h)
+        params = jax.tree.map(jnp.ones_like, grads[0])
+        state = tx.init(params)
+        for g in grads:
+            params, state = tx.step(g, state, params)
+        return sum(jnp.sum(jnp.sin(x)) for x in params.values())
+
+    h = {"lr": jnp.asarray(0.02), "weight_decay": jnp.asarray(0.1)}
+    found, loss = jax.jit(jax.grad(loss))(h), jax.jit(loss)
+    for name, x in h.items():
+        width = 1e-5
+        by_difference = (loss(h | {name: x + width}) - loss(h | {name: x - width})) / (2 * width)
+        assert abs(found[name] - by_difference) <= cases.DERIVATIVES["differences"] * abs(by_difference), name
 
 
 def test_jumps(x64):

@@ -85,11 +85,12 @@ def test_the_first_state_of_a_leaf_is_one_element_repeated(case):
         for dtype in dtypes:
             param = to_jax(torch.randn(shape).to(dtype))
             whole = to_torch(init_leaf(transform.rule, {k: np.float32(x) for k, x in h.items()}, param))
-            one = first_slots(transform.rule, len(shape), dtype, tuple(h.items()))
+            one = first_slots(transform.rule, shape, dtype, tuple(h.items()))
             assert one.keys() == whole.keys()
             for name, expected in whole.items():
-                assert one[name].numel() == 1
-                assert torch.equal(torch.empty_like(expected).copy_(one[name]), expected)
+                assert one[name].untyped_storage().nbytes() == expected.itemsize
+                assert one[name].dtype is expected.dtype
+                assert torch.equal(one[name], expected)
 
 
 def test_a_libc_that_cannot_give_memory_back_is_let_be(monkeypatch):
