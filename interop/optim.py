@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from interop.dropin import constructed, muon, sparse
-from interop.dropin.constructed import Constructed, ScheduleFree
+from interop.dropin import muon, sparse
+from interop.dropin.constructed import Constructed, PerAxis, ScheduleFree
 from interop.dropin.lbfgs import LBFGS
 from interop.dropin.step import CompiledStep, Stepped
 from jopt import optimizers
@@ -42,6 +42,7 @@ __all__ = [
     "Adan",
     "CautiousAdamW",
     "CautiousLion",
+    "Kron",
     "Lion",
     "Mars",
     "Muon",
@@ -58,8 +59,8 @@ __all__ = [
 
 # What torch has not.
 OTHERS = (
-    *("ADOPT", "AdEMAMix", "AdamWScheduleFree", "Adan", "CautiousAdamW", "CautiousLion", "LAMB", "LARS", "Lion"),
-    *("Mars", "SGDScheduleFree", "SOAP"),
+    *("ADOPT", "AdEMAMix", "AdamWScheduleFree", "Adan", "CautiousAdamW", "CautiousLion", "Kron", "LAMB", "LARS"),
+    *("Lion", "Mars", "SGDScheduleFree", "SOAP"),
 )
 CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils", *OTHERS))
 
@@ -227,10 +228,18 @@ class SGDScheduleFree(ScheduleFree):
     rule, function = optimizers.ScheduleFreeSGD, staticmethod(optimizers.schedule_free_sgd)
 
 
-class SOAP(constructed.SOAP):
-    """`jopt.soap` as a torch optimizer."""
+class SOAP(PerAxis):
+    """`jopt.soap` as a torch optimizer. Its `step` counts the first call too, in which no parameter moves."""
 
     rule, function = optimizers.SOAP, staticmethod(optimizers.soap)
+    lists, foreign, uncounted = ("GG", "Q"), ("precondition_frequency", "shampoo_beta"), 1.0
+
+
+class Kron(PerAxis):
+    """`jopt.kron` as a torch optimizer."""
+
+    rule, function = optimizers.Kron, staticmethod(optimizers.kron)
+    lists, foreign = ("Q",), ("exprs", "merged_shape")
 
 
 class Lion(Constructed):

@@ -54,6 +54,29 @@ class Reference:
     up_to_sign: tuple[str, ...] = ()
 
 
+class Draws:
+    """The noise that jopt's rules draw, and what they count, for a reference that draws its own."""
+
+    def at(self, optimizer: Any, param: Any) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.place = int(optimizer.state[param]["step"]), next(i for i, p in enumerate(params) if p is param)
+
+    def normal(self, like: Any) -> Any:
+        import jax
+        import torch
+
+        jax.config.update("jax_enable_x64", True)
+        key = jax.random.key(0, impl="threefry2x32")
+        for part in self.place:
+            key = jax.random.fold_in(key, part)
+        return torch.tensor(jax.random.normal(key, like.shape, "float64").tolist(), dtype=like.dtype)
+
+    def balances(self, optimizer: Any, refreshes: bool) -> bool:
+        optimizer.refreshes = getattr(optimizer, "refreshes", 0) + int(refreshes)
+        return bool(refreshes) and optimizer.refreshes % 100 == 0
+
+
+DRAWS = Draws()
 DECAYED = dict(lr=0.01, weight_decay=0.1)
 REFERENCES = {
     "lion": Reference(
@@ -144,6 +167,35 @@ REFERENCES = {
         shapes=((4, 3), (2,), (3, 1, 4), (2, 1, 2, 3)),
         warp=0.1,
         up_to_sign=("exp_avg", "Q"),
+    ),
+    "kron": Reference(
+        "kron-torch==0.3.3",
+        "kron_torch.kron.Kron",
+        (
+            dict(lr=0.01),
+            dict(lr=0.01, b1=0.8, weight_decay=0.1, preconditioner_update_probability=0.3, precond_init_scale=2.0),
+            dict(lr=0.01, momentum_into_precond_update=False, merge_dims=False, precond_lr=0.03),
+            dict(lr=0.01, max_size_triangular=3, min_ndim_triangular=1),
+            dict(lr=0.01, memory_save_mode="smart_one_diag"),
+            dict(lr=0.01, memory_save_mode="one_diag", merge_dims=False),
+            dict(lr=0.01, memory_save_mode="all_diag"),
+        ),
+        edits=(
+            ("@torch.compile\n", ""),
+            (".float()", ".double()"),
+            ("precond_dtype = torch.float32", "precond_dtype = torch.float64"),
+            # Theirs adds this noise to the momentum that the step is made of too, or to the parameter's gradient.
+            ("G += eps.sqrt()", "G = G + eps.sqrt()"),
+            # The draws are ours, and so is when factors are balanced, which changes nothing but their sizes.
+            ("import string\n", "import string\nfrom tests.authors import DRAWS\n"),
+            ("torch.randn_like(G)", "DRAWS.normal(G)"),
+            (
+                '                state["step"] += 1\n',
+                '                state["step"] += 1\n                DRAWS.at(self, p)\n',
+            ),
+            ("self.rng.random() < 0.01 and do_update", "DRAWS.balances(self, do_update)"),
+        ),
+        shapes=((4, 3), (2,), (3, 1, 4), (2, 1, 2, 3)),
     ),
     "cautious_adamw": Reference(
         "timm==1.0.31",
@@ -236,14 +288,18 @@ def tensors(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_lists(x: Any) -> Any:
-    """A state_dict for JSON: a tensor as {"tensor": its numbers}."""
+    """A state_dict for JSON: a tensor as {"tensor": its numbers}, a function as None."""
     import torch
 
     if isinstance(x, torch.Tensor):
         return {"tensor": x.tolist()}
     if isinstance(x, dict):
         return {str(key): as_lists(value) for key, value in x.items()}
-    return [as_lists(y) for y in x] if isinstance(x, list | tuple) else x
+    if isinstance(x, list | tuple):
+        return [as_lists(y) for y in x]
+    if callable(x):
+        return None
+    return x.item() if hasattr(x, "item") else x  # of NumPy
 
 
 def as_tensors(x: Any) -> Any:

@@ -147,6 +147,7 @@ CASES = [
     Case("lars", "lars", None, dict(momentum=0.9, weight_decay=0.1), ("momentum_buffer",)),
     # eps: a basis of what no gradient has a part in is anybody's choice; what rounding leaves there is divided by eps.
     Case("soap", "soap", None, dict(precondition_frequency=3, eps=0.1), (*MOMENTS, "GG_0", "GG_1", "Q_0", "Q_1")),
+    Case("kron", "kron", None, dict(weight_decay=0.1), ("momentum_buffer", "Q_0", "Q_1")),
     Case("schedule_free_sgd", "schedule_free_sgd", None, dict(weight_decay=0.1, warmup_steps=10), ("z",), 0.02),
     Case("schedule_free_adamw", "schedule_free_adamw", None, dict(weight_decay=0.1, r=1.0), ("z", "exp_avg_sq")),
     Case("cautious_adamw", "adamw", None, dict(cautious=True), MOMENTS),

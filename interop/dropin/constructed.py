@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from interop.dropin.options import EXECUTION
 from interop.dropin.step import AROUND, CompiledStep
+from jopt.rule import PHASE
 from jopt.transform import DEFAULTS
 
 
@@ -98,26 +99,27 @@ class Constructed(CompiledStep, Optimizer):
                     )
 
 
-class SOAP(Constructed):
-    """The class that keeps a matrix for each axis of a tensor, where the authors' has lists of them.
+class PerAxis(Constructed):
+    """A class that keeps a matrix for each axis of a tensor, where the authors' has lists of them."""
 
-    Its `step` counts the first call too, in which no parameter moves.
-    """
+    lists: ClassVar[tuple[str, ...]]
+    foreign: ClassVar[tuple[str, ...]] = ()  # what else the authors' state has
+    uncounted: ClassVar[float] = 0.0  # calls that the authors' step does not count
 
     def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = super()._of_authors(state_dict)
-        state = {
-            i: {**x, "step": torch.tensor(x["step"] + 1.0), **_listed(x, "GG"), **_listed(x, "Q")} if "GG" in x else x
-            for i, x in state_dict["state"].items()
-        }
-        dropped = ("GG", "Q", "precondition_frequency", "shampoo_beta")  # of which the last two are the group's
-        state = {i: {key: x for key, x in own.items() if key not in dropped} for i, own in state.items()}
-        return {**state_dict, "state": state}
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {**state_dict, "state": {i: self._flat(i, x, params) for i, x in state_dict["state"].items()}}
 
-
-def _listed(state: dict[str, Any], name: str) -> dict[str, Any]:
-    """The members of a list that are not empty, under names of their own."""
-    return {f"{name}_{k}": x for k, x in enumerate(state.get(name) or ()) if len(x)}
+    def _flat(self, i: int, state: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+        if not any(name in state for name in self.lists) or i >= len(params):
+            return state
+        found = {key: x for key, x in state.items() if key not in (*self.lists, *self.foreign)}
+        for key, x in found.items():  # theirs has the shape of neighbouring axes in one
+            if isinstance(x, Tensor) and x.numel() == params[i].numel():
+                found[key] = x.reshape(params[i].shape)
+        found |= {f"{name}_{k}": x for name in self.lists for k, x in enumerate(state[name] or ()) if len(x)}
+        return found | {"step": torch.tensor(found["step"] + self.uncounted), PHASE: torch.tensor(float(i))}
 
 
 class ScheduleFree(Constructed):

@@ -94,6 +94,7 @@ CLASSES = {
         _of("SGDScheduleFree", jopt.schedule_free_sgd, f"{SUMS} z"),
         _of("CautiousAdamW", functools.partial(jopt.adamw, cautious=True), MOMENTS, "max_exp_avg_sq"),
         _of("CautiousLion", functools.partial(jopt.lion, cautious=True), "exp_avg"),
+        _of("Kron", jopt.kron, "step waited refreshes phase momentum_buffer", MATRICES, looks_at_axes=True),
         _of("LAMB", jopt.lamb, MOMENTS),
         _of("LARS", jopt.lars, "", "momentum_buffer"),
         _of("Lion", jopt.lion, "exp_avg"),
@@ -102,7 +103,8 @@ CLASSES = {
     )
 }
 LINE_SEARCHING = "LBFGS"  # torch's one class that is no rule: `interop.dropin.lbfgs` moves it
-SCALARS = frozenset({"step", "mu_product", "eta", "mu", "phase", *SUMS.split()})  # of the state, what is one number
+# Of the state, what is one number.
+SCALARS = frozenset({"step", "mu_product", "eta", "mu", "phase", "waited", "refreshes", *SUMS.split()})
 
 
 def state_shapes(name: str, options: Mapping[str, Any], shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from jopt.optimizers.adan import Adan, adan
 from jopt.optimizers.ademamix import AdEMAMix, ademamix
 from jopt.optimizers.adopt import ADOPT, adopt
 from jopt.optimizers.asgd import ASGD, asgd
+from jopt.optimizers.kron import Kron, kron
 from jopt.optimizers.lamb import LAMB, lamb
 from jopt.optimizers.lars import LARS, lars
 from jopt.optimizers.lion import CautiousLion, Lion, lion
@@ -51,6 +52,7 @@ __all__ = [
     "Adan",
     "CautiousAdam",
     "CautiousLion",
+    "Kron",
     "Lion",
     "Mars",
     "Momentum",
@@ -73,6 +75,7 @@ __all__ = [
     "adopt",
     "asgd",
     "gradient_descent",
+    "kron",
     "lamb",
     "lars",
     "lion",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jopt import numerics as t
+from jopt.matrices import outer, product
 from jopt.optimizers.adam import Adam
 from jopt.rule import PHASE, Hyperparameter, Limit, Rule, at_least_zero
 from jopt.transform import Options, Transform, optimizer, transform
@@ -172,22 +173,11 @@ class SOAP(Rule):
         return x.reshape(shape)
 
 
-def product(x: Array, y: Array, axes: Any = 1) -> Array:
-    """A product in the full precision of its type, which a TPU has to be asked for."""
-    return jnp.tensordot(x, y, axes, precision=lax.Precision.HIGHEST)
-
-
 def project(x: Array, bases: Matrices, *, back: bool = False) -> Array:
     """x in the bases, an axis each; or back from them."""
     for basis in bases:
         x = jnp.moveaxis(x, 0, -1) if basis is None else product(x, basis, ((0,), (int(back),)))
     return x
-
-
-def outer(x: Array, axis: int) -> Array:
-    """The products of all pairs of x's slices along an axis."""
-    others = [i for i in range(x.ndim) if i != axis]
-    return product(x, x, (others, others))
 
 
 def eigenvectors(x: Array) -> Array:
