@@ -54,6 +54,7 @@ class _Numbers:
     """What rules ask of NumPy, for Python's numbers. It raises where NumPy's result is infinite or none."""
 
     sqrt, log = staticmethod(math.sqrt), staticmethod(math.log)
+    exp, ceil = staticmethod(math.exp), staticmethod(math.ceil)
 
     @staticmethod
     def where(condition: bool, x: float, y: float) -> float:

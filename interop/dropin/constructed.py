@@ -103,23 +103,31 @@ class PerAxis(Constructed):
     """A class that keeps a matrix for each axis of a tensor, where the authors' has lists of them."""
 
     lists: ClassVar[tuple[str, ...]]
-    foreign: ClassVar[tuple[str, ...]] = ()  # what else the authors' state has
     uncounted: ClassVar[float] = 0.0  # calls that the authors' step does not count
 
     def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = super()._of_authors(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
-        return {**state_dict, "state": {i: self._flat(i, x, params) for i, x in state_dict["state"].items()}}
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        state = {
+            i: self._flat(i, x, *params[i]) if i < len(params) and any(name in x for name in self.lists) else x
+            for i, x in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
 
-    def _flat(self, i: int, state: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
-        if not any(name in state for name in self.lists) or i >= len(params):
-            return state
-        found = {key: x for key, x in state.items() if key not in (*self.lists, *self.foreign)}
-        for key, x in found.items():  # theirs has the shape of neighbouring axes in one
-            if isinstance(x, Tensor) and x.numel() == params[i].numel():
-                found[key] = x.reshape(params[i].shape)
-        found |= {f"{name}_{k}": x for name in self.lists for k, x in enumerate(state[name] or ()) if len(x)}
-        return found | {"step": torch.tensor(found["step"] + self.uncounted), PHASE: torch.tensor(float(i))}
+    def _flat(self, i: int, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state of the authors' class as ours."""
+        rule = self.rule.shaped_by(group, self.rule.members(group))
+        found = {name: torch.tensor(x) for name, x in rule.init_scalars(self.rule.members(group)).items()}
+        if PHASE in found:
+            found[PHASE] = torch.tensor(float(i))
+        for key, x in state.items():
+            if key in self.lists:
+                found |= {f"{key}_{k}": matrix for k, matrix in enumerate(x or ()) if len(matrix)}
+            elif (
+                isinstance(x, Tensor) and x.dim() and x.numel() == param.numel()
+            ):  # theirs has the shape of neighbouring axes in one
+                found[key] = x.reshape(param.shape)
+        return found | {"step": torch.tensor(state["step"] + self.uncounted)}
 
 
 class ScheduleFree(Constructed):

@@ -120,7 +120,7 @@ class Kron(Rule):
             return factors
 
         def begin(x: Array, factors: list[Array]) -> list[Array]:
-            return first()
+            return t.varying_alike(first(), lambda: factors)
 
         def refresh(x: Array, factors: list[Array]) -> list[Array]:
             factors = [jnp.where(c["step"] == 1, new, q) for new, q in zip(first(), factors, strict=True)]
@@ -225,8 +225,8 @@ def spectral_bound(x: Array) -> Array:
     x = x / jnp.where(largest > 0, largest, 1)
     column = jnp.take(x, jnp.argmax(jnp.sum(x * x, axis=0)), axis=1)
     column = along(column, x.T, 0)
-    length = jnp.linalg.norm(column)
-    return jnp.linalg.norm(along(column / jnp.where(length > 0, length, 1), x, 0)) * largest
+    length = t.norm(column)
+    return t.norm(along(column / jnp.where(length > 0, length, 1), x, 0)) * largest
 
 
 @optimizer

@@ -10,7 +10,7 @@ from tests import ROOT
 # From the bottom: a module may import what stands on its own line or above.
 JOPT = [
     ["_compat"],
-    ["numerics", "valued"],
+    ["matrices", "numerics", "valued"],
     ["loops", "rule"],
     ["leaf"],
     ["fusion", "arena"],
