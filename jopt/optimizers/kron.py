@@ -102,7 +102,7 @@ class Kron(Rule):
         for axis, q in enumerate(factors):
             x = times(times(x, q, axis), q, axis, transposed=True)
         root = t.sqrt(t.mean(t.mul(x, x)))
-        x = x * jnp.minimum(1.1 / (root + 1e-12), jnp.ones((), x.dtype))
+        x = x * (1.1 / jnp.maximum(root + 1e-12, 1.1))
         update = x.reshape(param.shape)
         if self.weight_decay and len(param.shape) >= 2:
             update = t.add(update, param, alpha=c["weight_decay"])
@@ -192,9 +192,19 @@ def along_axis(q: Array, x: Array, axis: int) -> Array:
     return q.reshape([-1 if k == axis else 1 for k in range(x.ndim)])
 
 
+def largest(x: Array) -> Array:
+    """The largest absolute value.
+
+    By its place: the derivative of `jnp.max` looks for the elements that are equal to it, and may find none where XLA
+    computes them twice in two ways.
+    """
+    x = t.absolute(x).ravel()
+    return jnp.take(x, jnp.argmax(x)) if x.size else jnp.zeros((), x.dtype)
+
+
 def balanced(factors: list[Array], balances: Array) -> list[Array]:
     """Factors of equal largest elements, whose product is as it was."""
-    norms = jnp.stack([jnp.max(jnp.abs(q)) for q in factors])
+    norms = jnp.stack([largest(q) for q in factors])
     scales = jnp.where(balances == 1, jnp.exp(jnp.mean(jnp.log(norms))) / norms, 1)
     return [q * scale for q, scale in zip(factors, scales, strict=True)]
 
@@ -202,7 +212,7 @@ def balanced(factors: list[Array], balances: Array) -> list[Array]:
 def fitted(factors: list[Array], x: Array, noise: Array, lr: Array) -> list[Array]:
     """The factors after a step of gradient descent, in the group of triangular matrices, on x and a draw of noise."""
     tiny = jnp.finfo(x.dtype).tiny
-    a, b = x + DAMPING * jnp.mean(jnp.abs(x)) * noise, noise
+    a, b = x + DAMPING * t.mean(t.absolute(x)) * noise, noise
     for axis, q in enumerate(factors):
         a, b = times(a, q, axis), divided(b, q, axis)
     new = []
@@ -210,7 +220,7 @@ def fitted(factors: list[Array], x: Array, noise: Array, lr: Array) -> list[Arra
         if q.ndim == 1:
             others = tuple(k for k in range(x.ndim) if k != axis)
             first, second = jnp.sum(a * a, others), jnp.sum(b * b, others)
-            size = jnp.maximum(jnp.max(jnp.abs(first + second)), tiny)
+            size = jnp.maximum(largest(first + second), tiny)
             new.append(q - lr * (first - second) * (q / size))
         else:
             first, second = outer(a, axis), outer(b, axis)
@@ -221,12 +231,12 @@ def fitted(factors: list[Array], x: Array, noise: Array, lr: Array) -> list[Arra
 
 def spectral_bound(x: Array) -> Array:
     """A lower bound of a symmetric matrix's spectral norm, from its longest column."""
-    largest = jnp.max(jnp.abs(x))
-    x = x / jnp.where(largest > 0, largest, 1)
+    size = largest(x)
+    x = x / jnp.where(size > 0, size, 1)
     column = jnp.take(x, jnp.argmax(jnp.sum(x * x, axis=0)), axis=1)
     column = along(column, x.T, 0)
     length = t.norm(column)
-    return t.norm(along(column / jnp.where(length > 0, length, 1), x, 0)) * largest
+    return t.norm(along(column / jnp.where(length > 0, length, 1), x, 0)) * size
 
 
 @optimizer
