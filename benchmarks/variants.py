@@ -66,6 +66,11 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Callable[[], Any]], dict[
         {"optax.contrib.schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(LR)},
         {},
     ),
+    "nor_muon": (
+        lambda: jopt.nor_muon(lr=LR, weight_decay=0.1),
+        {},
+        {"pytorch_optimizer.NorMuon": ("NorMuon", dict(lr=LR, weight_decay=0.1))},
+    ),
     "lars": (
         lambda: jopt.lars(lr=0.1, momentum=0.9, weight_decay=0.1, trust_coeff=0.02),
         {"optax.lars": lambda: optax.lars(0.1, weight_decay=0.1, trust_coefficient=0.02, momentum=0.9)},
@@ -74,8 +79,8 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Callable[[], Any]], dict[
 }
 
 
-def in_jax(tx: Any, steps: int) -> list[Any]:
-    params = authors.start(jnp)
+def in_jax(tx: Any, shapes: Any, steps: int) -> list[Any]:
+    params = authors.start(jnp, shapes)
     state = tx.init(params)
 
     @jax.jit
@@ -88,9 +93,10 @@ def in_jax(tx: Any, steps: int) -> list[Any]:
     return [np.asarray(p) for p in params]
 
 
-def in_torch(name: str, arguments: dict[str, Any], steps: int) -> list[Any]:
-    params = [torch.nn.Parameter(torch.tensor(x)) for x in authors.start(np)]
-    optimizer = getattr(importlib.import_module("pytorch_optimizer"), name)(params, **arguments)
+def in_torch(name: str, arguments: dict[str, Any], shapes: Any, steps: int) -> list[Any]:
+    params = [torch.nn.Parameter(torch.tensor(x)) for x in authors.start(np, shapes)]
+    groups = [dict(params=params, use_muon=True)] if name == "NorMuon" else params
+    optimizer = getattr(importlib.import_module("pytorch_optimizer"), name)(groups, **arguments)
     for step in range(steps):
         authors.torch_step(params, optimizer, step)
     return [p.detach().numpy() for p in params]
@@ -100,11 +106,12 @@ def main(names: list[str]) -> None:
     jax.config.update("jax_enable_x64", True)
     for name in names or VARIANTS:
         ours, optaxs, torchs = VARIANTS[name]
+        shapes = authors.REFERENCES[name].shapes
         for steps in (1, 2, authors.STEPS):
-            expected = in_jax(ours(), steps)
-            found = {label: in_jax(make(), steps) for label, make in optaxs.items()}
+            expected = in_jax(ours(), shapes, steps)
+            found = {label: in_jax(make(), shapes, steps) for label, make in optaxs.items()}
             with contextlib.suppress(ModuleNotFoundError):
-                found |= {label: in_torch(*arguments, steps) for label, arguments in torchs.items()}
+                found |= {label: in_torch(*arguments, shapes, steps) for label, arguments in torchs.items()}
             for label, params in found.items():
                 worst = max(cases.difference(x, y) for x, y in zip(params, expected, strict=True))
                 print(f"{name:20} {label:34} after {steps:3} steps {worst:.1e}")

@@ -47,6 +47,7 @@ __all__ = [
     "Mars",
     "Muon",
     "NAdam",
+    "NorMuon",
     "Optimizer",
     "RAdam",
     "RMSprop",
@@ -60,7 +61,7 @@ __all__ = [
 # What torch has not.
 OTHERS = (
     *("ADOPT", "AdEMAMix", "AdamWScheduleFree", "Adan", "CautiousAdamW", "CautiousLion", "Kron", "LAMB", "LARS"),
-    *("Lion", "Mars", "SGDScheduleFree", "SOAP"),
+    *("Lion", "Mars", "NorMuon", "SGDScheduleFree", "SOAP"),
 )
 CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils", *OTHERS))
 
@@ -275,6 +276,13 @@ class Mars(Constructed):
     """`jopt.mars` as a torch optimizer."""
 
     rule, function = optimizers.Mars, staticmethod(optimizers.mars)
+
+
+class NorMuon(Constructed):
+    """`jopt.nor_muon` as a torch optimizer, for matrices alone; its products are torch's, as `Muon`'s are."""
+
+    rule, function = optimizers.NorMuon, staticmethod(optimizers.nor_muon)
+    compile_update = staticmethod(muon.compile_update)
 
 
 class SparseAdam(Stepped, torch.optim.SparseAdam):

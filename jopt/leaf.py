@@ -267,7 +267,7 @@ def _moved(rule: Batched, whole: Array, *leaf: Any) -> tuple[Array, LeafState]:
     """step_leaf with what `rule.whole` gave for it."""
 
     def update(c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
-        return rule.move(c, param, whole), rule.direct(c, grad, state)[1]
+        return rule.move(c, param, whole, rule.direct(c, grad, state)[1])
 
     return step_leaf(rule, *leaf, update=update)
 

@@ -398,7 +398,7 @@ def summed(x: Array, axis: int | None) -> Array:
     return jnp.sum(a, axis=axis, keepdims=axis is not None)
 
 
-def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | float) -> Array:
+def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | float = 1) -> Array:
     """torch.addmm: beta * x + alpha * (t1 @ t2), summed in the compute type and rounded once."""
     product = jnp.matmul(t1, t2, preferred_element_type=compute_dtype(x.dtype))
     return _round(beta * _up(x)[0] + alpha * product, x.dtype)

@@ -148,23 +148,28 @@ class Rule(ABC):
 
 
 class Batched(Rule):
-    """A rule in three parts. The second takes whole arrays, and is computed for all leaves of one shape at once."""
+    """A rule in three parts. The second takes whole arrays, and is computed for all leaves of one shape at once.
+
+    `moves` says what the third looks at, as `scope` does: single elements, or norms and means of the whole leaf too.
+    """
+
+    moves: ClassVar[Literal["element", "tensor"]] = "element"
 
     @abstractmethod
     def direct(self, c: Scalars, grad: Array, state: LeafState) -> tuple[Array, LeafState]:
-        """What `whole` takes, and the state after the step; by elements."""
+        """What `whole` takes, and the state for `move`; by elements."""
 
     @abstractmethod
     def whole(self, c: Scalars, x: Array) -> Array:
         """What `move` takes, an array of the leaf's shape."""
 
     @abstractmethod
-    def move(self, c: Scalars, param: Array, x: Array) -> Array:
-        """The leaf after the step; by elements."""
+    def move(self, c: Scalars, param: Array, x: Array, state: LeafState) -> tuple[Array, LeafState]:
+        """The leaf and its state after the step, from the state that `direct` gave."""
 
     def update(self, c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
         x, state = self.direct(c, grad, state)
-        return self.move(c, param, self.whole(c, x)), state
+        return self.move(c, param, self.whole(c, x), state)
 
 
 def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]:

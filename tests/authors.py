@@ -22,6 +22,7 @@ from tests import ROOT
 
 STEPS = 200
 SHAPES = ((4, 3), (5,), (2, 3, 2))
+MATRICES = ((4, 3), (3, 5), (2, 6))  # of so few elements that sums in bfloat16 do not depend on their order
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,13 @@ REFERENCES = {
             dict(lr=0.01, momentum=0.5, dampening=0.5, weight_decay=0.1, trust_coeff=0.02, trust_clip=True, eps=1e-3),
         ),
         dict(foreach=False),
+    ),
+    "nor_muon": Reference(
+        "zichongli5/NorMuon at d45c9a4, normuon.py",
+        "normuon.SingleDeviceNorMuon",
+        (dict(lr=0.02), dict(lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.8)),
+        shapes=MATRICES,
+        edits=(("    return X\n", "    return X.to(G.dtype)\n"),),
     ),
     "schedule_free_adamw": Reference(
         "schedulefree==1.4.1",

@@ -96,8 +96,8 @@ class Record:
         if name == "cast":  # torch rounds a number itself
             return args[0]
         if name == "orthogonalize":
-            c, matrix, steps = args
-            args = [matrix, c["a"], c["b"], c["c"], c["eps"], steps]
+            c, matrix, *flags = args
+            args = [matrix, c["a"], c["b"], c["c"], c["eps"], *flags]
         operands = [x for x in args if isinstance(x, Operand)]
         tensors = [x for x in operands if not x.is_number]
         if not tensors:

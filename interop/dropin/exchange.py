@@ -41,7 +41,7 @@ class Exchange:
     """
 
     def __init__(self, leaves: Sequence[Leaf], owners: Sequence[int]):
-        mesh = leaves[0].placement[0]
+        self.mesh = mesh = leaves[0].placement[0]
         self._group = group_of(mesh)
         places = {rank: i for i, rank in enumerate(mesh.mesh.flatten().tolist())}
         # Processes in the order of the group, by their places in the mesh.

@@ -158,15 +158,16 @@ class OnParts:
         return self._whole.size
 
     def update(self, c: Any, grad: Array, state: dict[str, Array], param: Array) -> tuple[Array, dict[str, Array]]:
-        def part(x: Array, whole: Whole) -> Any:
+        def part(x: Array, whole: Whole = self._whole) -> Any:
             return Part(x, whole, self._sums)
 
+        c = {name: part(x) if x.ndim else x for name, x in c.items()}  # what is given in the leaf's shape
         states = {name: part(x, slot_whole(self._rule, name, self._whole)) for name, x in state.items()}
-        new, states = self._rule.update(c, part(grad, self._whole), states, part(param, self._whole))
+        new, states = self._rule.update(c, part(grad), states, part(param))
         return _array(new), {name: _array(x) for name, x in states.items()}
 
 
-class _Update(Update):
+class UpdateOfParts(Update):
     """`Update` of leaves that are parts. It takes the rounds of sums that are known so far before the rest."""
 
     def __init__(self, spec: Spec, clip: bool, unscale: bool, norms: Norms):
@@ -214,18 +215,22 @@ class _Update(Update):
         """Step, and what sums were asked for on the way."""
         spec, asked, out = self.spec, [Sums(x) for x in self._known(known)], []
         leaves, judged = self.leaves(*arguments)
-        for shape, whole, sums, (buffers, grad, *rest) in zip(spec.big, spec.wholes, asked, leaves, strict=True):
-            buffers = [x.reshape(s) for x, s in zip(buffers, spec.buffer_shapes(shape), strict=True)]
-            leaf, average = self.before(buffers, grad.reshape(shape), *rest)
+        for shape, whole, sums, leaf in zip(spec.big, spec.wholes, asked, leaves, strict=True):
+            inputs, average = self.in_shape(shape, *leaf)
             rule: Any = OnParts(spec.rule, whole, sums)
-            out += [x.reshape(-1) for x in self._after(step_leaf(rule, *leaf), average)]
+            out += [x.reshape(-1) for x in self._after(step_leaf(rule, *inputs), average)]
         return out + ([judged["norm"], judged["found_inf"]] if judged else []), asked
 
 
 @functools.lru_cache(maxsize=256)
 def compile_update(spec: Spec, clip: bool, unscale: bool, norms: Norms) -> Summing:
     """As `program.compile_update`, of leaves that are parts."""
-    update = _Update(spec, clip, unscale, norms)
+    return compile_sums(UpdateOfParts(spec, clip, unscale, norms))
+
+
+def compile_sums(update: UpdateOfParts) -> Summing:
+    """The programs of an update."""
+    spec = update.spec
     with host.own_settings():
         buffers, *rest = update.arguments()
         sizes = [update.vectors(i) for i in range(len(update.rounds))]

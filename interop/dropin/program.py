@@ -147,17 +147,8 @@ class Update:
             found,
         )
 
-    def __call__(
-        self,
-        buffers: list[Array],
-        grads: list[Array],
-        table: Array,
-        leaf_of_row: Array,
-        found: dict[str, Any],
-        given: Sequence[dict[str, Any]] = (),
-    ) -> list[Array]:
-        """Step. `given`: for each leaf coefficients that are not in the table."""
-        leaves, judged = self.leaves(buffers, grads, table, leaf_of_row, found, given)
+    def __call__(self, *arguments: Any) -> list[Array]:
+        leaves, judged = self.leaves(*arguments)
         step = self._step_tensors if self.spec.rule.scope == "tensor" else self._step_elements
         return step(leaves) + ([judged["norm"], judged["found_inf"]] if judged else [])
 
@@ -170,7 +161,10 @@ class Update:
         found: dict[str, Any],
         given: Sequence[dict[str, Any]] = (),
     ) -> tuple[list[Any], dict[str, Array]]:
-        """The arguments of `before` for each leaf, the small ones as one; and what `_judge` says of all gradients."""
+        """The arguments of `before` for each leaf, the small ones as one; and what `_judge` says of all gradients.
+
+        `given`: for each leaf coefficients that are not in the table.
+        """
         spec, judged = self.spec, {}
         if self.norms:
             # In each leaf's row, not shared: XLA merges leaves of one size that share a number into one slow loop.
@@ -213,14 +207,18 @@ class Update:
         step = jax.jit(one)
         return [x for leaf in leaves for x in step(*leaf)]
 
+    def in_shape(
+        self, shape: tuple[int, ...], buffers: Sequence[Array], grad: Array, row: Array, given: dict[str, Any]
+    ) -> Any:
+        """`before` of a leaf in its shape."""
+        shapes = self.spec.buffer_shapes(shape)
+        buffers = [x.reshape(s) for x, s in zip(buffers, shapes, strict=True)]
+        given = {name: x.reshape(shape) if jnp.ndim(x) else x for name, x in given.items()}
+        return self.before(buffers, grad.reshape(shape), row, given)
+
     def _step_tensors(self, leaves: list[Any]) -> list[Array]:
-        inputs, averages = [], []
-        for shape, (buffers, grad, *rest) in zip(self.spec.big, leaves, strict=True):
-            shapes = self.spec.buffer_shapes(shape)
-            buffers = [x.reshape(s) for x, s in zip(buffers, shapes, strict=True)]
-            leaf, average = self.before(buffers, grad.reshape(shape), *rest)
-            inputs.append(leaf)
-            averages.append(average)
+        shaped = [self.in_shape(shape, *leaf) for shape, leaf in zip(self.spec.big, leaves, strict=True)]
+        inputs, averages = zip(*shaped, strict=True)
         results = zip(step_leaves(self.spec.rule, inputs), averages, strict=True)
         return [x.reshape(-1) for result, average in results for x in self._after(result, average)]
 

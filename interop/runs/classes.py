@@ -100,6 +100,7 @@ CLASSES = {
         _of("Lion", jopt.lion, "exp_avg"),
         _of("SOAP", jopt.soap, MOMENTS, f"phase {MATRICES}", looks_at_axes=True),
         _of("Mars", jopt.mars, MOMENTS, "max_exp_avg_sq last_grad"),
+        _of("NorMuon", jopt.nor_muon, "momentum_buffer second_momentum_buffer", looks_at_axes=True),
     )
 }
 LINE_SEARCHING = "LBFGS"  # torch's one class that is no rule: `interop.dropin.lbfgs` moves it

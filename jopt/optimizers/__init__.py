@@ -22,6 +22,7 @@ from jopt.optimizers.mars import Mars, mars
 from jopt.optimizers.momentum import Momentum, momentum
 from jopt.optimizers.muon import Muon, muon
 from jopt.optimizers.nadam import NAdam, nadam
+from jopt.optimizers.nor_muon import NorMuon, nor_muon
 from jopt.optimizers.radam import RAdam, radam
 from jopt.optimizers.rmsprop import RMSprop, rmsprop
 from jopt.optimizers.rprop import Rprop, rprop
@@ -58,6 +59,7 @@ __all__ = [
     "Momentum",
     "Muon",
     "NAdam",
+    "NorMuon",
     "RAdam",
     "RMSprop",
     "Rprop",
@@ -83,6 +85,7 @@ __all__ = [
     "momentum",
     "muon",
     "nadam",
+    "nor_muon",
     "radam",
     "rmsprop",
     "rprop",

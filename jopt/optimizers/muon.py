@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,9 +22,8 @@ ADJUSTMENTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Muon(Batched):
-    """Momentum, made orthogonal by a Newton-Schulz iteration in bfloat16. Matrices only: see `muon`.
+class Orthogonal(Batched):
+    """Momentum, made orthogonal by a Newton-Schulz iteration in bfloat16. Matrices only.
 
     The momentum buffer is as stated also for bfloat16 gradients without nesterov; torch normalizes it in place there
     (`ortho_grad = grad.bfloat16()` is the buffer itself, then `ortho_grad.div_`).
@@ -33,9 +32,8 @@ class Muon(Batched):
     nesterov: bool
     ns_steps: int
     adjust_lr_fn: str | None
+    fused: ClassVar[bool]  # see `orthogonalize`
 
-    hyperparameters = ("lr", "weight_decay", "momentum", "a", "b", "c", "eps")
-    tuples = {"ns_coefficients": ("a", "b", "c")}
     limits = {
         "lr": at_least_zero("Learning rate should be >= 0 but is: {}"),
         "momentum": at_least_zero("momentum should be >= 0 but is: {}"),
@@ -44,26 +42,12 @@ class Muon(Batched):
     scope = "tensor"
     real_only = True
 
-    def __post_init__(self):
-        if not isinstance(self.ns_steps, int):
-            raise TypeError(f"ns_steps: expected an integer, found {self.ns_steps!r}")
-        if self.ns_steps >= 100:
-            raise ValueError("Number of steps must be less than 100 for computational efficiency")
-        if self.adjust_lr_fn not in ADJUSTMENTS:
-            raise ValueError(f"Adjust learning rate function {self.adjust_lr_fn} is not supported")
-
-    @classmethod
-    def members(cls, arguments):
-        if len(arguments["ns_coefficients"]) != 3:
-            raise ValueError("Coefficients must be a tuple of exactly 3 values")
-        return super().members(arguments)
-
     def check_param(self, name, shape, dtype):
         super().check_param(name, shape, dtype)
         if len(shape) != 2:
             raise ValueError(
-                f"Muon only supports 2D parameters whereas we found a parameter with size: {tuple(shape)} ({name}); "
-                "step the others with another optimizer, as with optax.partition"
+                f"{type(self).__name__} only supports 2D parameters whereas we found a parameter with size: "
+                f"{tuple(shape)} ({name}); step the others with another optimizer, as with optax.partition"
             )
 
     def init(self, h, param):
@@ -79,41 +63,82 @@ class Muon(Batched):
             "1-momentum": 1 - h["momentum"],
             "-lr": -h["lr"],
         }
-        return c | {name: h[name] for name in ("a", "b", "c", "eps")}, {}
+        return c, {}
 
     def direct(self, c, grad, state):
         buffer = t.lerp(state["momentum_buffer"], grad, c["1-momentum"])
         direction = t.lerp(grad, buffer, c["momentum"]) if self.nesterov else buffer
-        return direction.astype(jnp.bfloat16), {"momentum_buffer": buffer}
+        return direction.astype(jnp.bfloat16), state | {"momentum_buffer": buffer}
 
     def whole(self, c, x):
-        return t.operation(orthogonalize)(c, x, self.ns_steps)
-
-    def move(self, c, param, x, adjustment=None):
-        adjustment = self.adjustment(param.shape) if adjustment is None else adjustment
-        return t.add(t.mul(param, c["decay"]), x.astype(param.dtype), alpha=c["-lr"] * adjustment)
+        return t.operation(orthogonalize)(c, x, self.ns_steps, self.fused)
 
     def adjustment(self, shape):
         """What the learning rate is multiplied by."""
         return ADJUSTMENTS[self.adjust_lr_fn](*shape)
 
+    def adjusted(self, c, param):
+        """`adjustment`, which is given as a coefficient where `param` is flat."""
+        return c["adjustment"] if "adjustment" in c else self.adjustment(param.shape)
 
-def orthogonalize(c: Scalars, matrix: Array, steps: int) -> Array:
-    """A bfloat16 matrix of the same singular vectors, with singular values near 1."""
+
+@dataclasses.dataclass(frozen=True)
+class Muon(Orthogonal):
+    """See `muon`."""
+
+    nesterov: bool
+    ns_steps: int
+    adjust_lr_fn: str | None
+
+    hyperparameters = ("lr", "weight_decay", "momentum", "a", "b", "c", "eps")
+    tuples = {"ns_coefficients": ("a", "b", "c")}
+    fused = True
+
+    def __post_init__(self):
+        if not isinstance(self.ns_steps, int):
+            raise TypeError(f"ns_steps: expected an integer, found {self.ns_steps!r}")
+        if self.ns_steps >= 100:
+            raise ValueError("Number of steps must be less than 100 for computational efficiency")
+        if self.adjust_lr_fn not in ADJUSTMENTS:
+            raise ValueError(f"Adjust learning rate function {self.adjust_lr_fn} is not supported")
+
+    @classmethod
+    def members(cls, arguments):
+        if len(arguments["ns_coefficients"]) != 3:
+            raise ValueError("Coefficients must be a tuple of exactly 3 values")
+        return super().members(arguments)
+
+    def scalars(self, h, s, xp, stored):
+        c, s = super().scalars(h, s, xp, stored)
+        return c | {name: h[name] for name in ("a", "b", "c", "eps")}, s
+
+    def move(self, c, param, x, state):
+        alpha = c["-lr"] * self.adjusted(c, param)
+        return t.add(t.mul(param, c["decay"]), x.astype(param.dtype), alpha=alpha), state
+
+
+def orthogonalize(c: Scalars, matrix: Array, steps: int, fused: bool) -> Array:
+    """A bfloat16 matrix of the same singular vectors, with singular values near 1.
+
+    `fused`: as torch.optim.Muon computes it, which rounds each sum with a product once, and takes eps for the least
+    norm. Else as Jordan's code, which rounds each operation, and adds eps to the norm.
+    """
     c = {name: x.astype(jnp.float32) for name, x in c.items()}
-    return t.each_once(functools.partial(_iterated, steps), matrix, c)
+    return t.each_once(functools.partial(_iterated, steps, fused), matrix, c)
 
 
-def _iterated(steps: int, x: Array, c: Scalars) -> Array:
+def _iterated(steps: int, fused: bool, x: Array, c: Scalars) -> Array:
     rows, columns = x.shape
     if rows > columns:
         x = x.T
-    x = t.div(x, t.maximum(t.norm(x), t.cast(c["eps"], x)))
+    length = t.norm(x)
+    x = t.div(x, t.maximum(length, t.cast(c["eps"], x)) if fused else t.add(length, c["eps"]))
+    addmm = t.addmm if fused else _rounded_addmm
 
     def iterate(_, pair):
         x, transpose = pair
         gram = t.matmul(x, x.T if transpose is None else transpose)
-        x = t.addmm(x, t.addmm(gram, gram, gram, beta=c["b"], alpha=c["c"]), x, beta=c["a"], alpha=1)
+        x = addmm(x, addmm(gram, gram, gram, beta=c["b"], alpha=c["c"]), x, beta=c["a"])
         return x, None if transpose is None else x.T
 
     def iterations(*pair):
@@ -122,6 +147,11 @@ def _iterated(steps: int, x: Array, c: Scalars) -> Array:
     # XLA on CPU multiplies bfloat16 as such only where no factor is a transpose that it knows as one; else in float32.
     x = lax.platform_dependent(x, cpu=lambda x: iterations(x, x.T), default=lambda x: iterations(x, None))
     return x.T if rows > columns else x
+
+
+def _rounded_addmm(x: Array, t1: Array, t2: Array, beta: Array, alpha: Array | None = None) -> Array:
+    """beta * x + (alpha * t1) @ t2, each operation rounded."""
+    return t.add(t.mul(x, beta), t.matmul(t1 if alpha is None else t.mul(t1, alpha), t2))
 
 
 @optimizer

@@ -123,8 +123,12 @@ def check_step(case):
 
     # Each divided parameter is gathered once; tensor rules sum their norms, means of rows or columns.
     found = collectives(compiled.as_text())
-    if case.name == "muon":  # the matrix of a shape of its own; of two alike each goes to a device, and to all from it
-        assert sorted(found) == [("all-gather", 6 * 96), ("all-reduce", 2 * 64 * 32), ("all-to-all", 64 * 32)]
+    if case.matrices:  # the matrix of a shape of its own; of two alike each goes to a device, and from it
+        wide, alike = ("all-gather", 6 * 96), ("all-to-all", 64 * 32)
+        to_all = [("all-reduce", 2 * 64 * 32), alike]
+        # In parts, which have two norms together; and the parameters to all.
+        to_parts = [("all-gather", 64 * 32)] * 2 + [("all-reduce", 4), alike, alike]
+        assert sorted(found) == [wide, *(to_all if case.name == "muon" else to_parts)]
         return
     divided = [shapes[name] for name in DIVIDED if state.slots]
     gathered = sum(n for kind, n in found if kind == "all-gather")

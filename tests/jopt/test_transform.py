@@ -99,7 +99,7 @@ def test_grad_through_scan_of_steps(case, x64):
             params, state = carry
             return tx.step(jnp.sin(params) + 0.2, state, params), None
 
-        (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), length=1 if case.name == "muon" else 8)
+        (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), length=1 if case.matrices else 8)
         return jnp.sum(params**2)
 
     value = jax.jit(loss)

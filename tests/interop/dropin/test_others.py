@@ -30,6 +30,7 @@ CLASSES = {  # by jopt's function and the reference of tests/authors.py
     "lars": "LARS",
     "lion": "Lion",
     "mars": "Mars",
+    "nor_muon": "NorMuon",
     "schedule_free_adamw": "AdamWScheduleFree",
     "schedule_free_sgd": "SGDScheduleFree",
     "soap": "SOAP",
@@ -49,9 +50,11 @@ def in_training(optimizer):
     return optimizer
 
 
-def network(dtype=torch.float64):
+def network(name="", dtype=torch.float64):
+    """For an optimizer: NorMuon steps matrices alone."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).to(dtype)
+    layers = [torch.nn.Linear(*sizes, bias=name != "NorMuon", dtype=dtype) for sizes in ((8, 6), (6, 3))]
+    return torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1])
 
 
 def train(model, optimizer, steps, dtype=torch.float64):
@@ -113,19 +116,19 @@ def test_a_state_dict_of_the_authors_class_goes_on(name):
 @pytest.mark.parametrize("name", optim.OTHERS)
 def test_a_run_goes_to_jax_and_back(name, x64):
     """Five steps in torch, five in JAX, five in torch: fifteen in torch."""
-    model = network()
+    model = network(name)
     optimizer = make(name, model.parameters())
     train(model, optimizer, 5)
     tx, params, state = interop.optimizer_to_jax(optimizer, model)
 
     def loss(params):
         with jax.numpy_rank_promotion("allow"):
-            hidden = jnp.tanh(X.numpy() @ params["0.weight"].T + params["0.bias"])
-            return jnp.mean((hidden @ params["2.weight"].T + params["2.bias"]) ** 2)
+            hidden = jnp.tanh(X.numpy() @ params["0.weight"].T + params.get("0.bias", 0.0))
+            return jnp.mean((hidden @ params["2.weight"].T + params.get("2.bias", 0.0)) ** 2)
 
     for _ in range(5):
         params, state = tx.step(jax.grad(loss)(params), state, params)
-    back = network()
+    back = network(name)
     resumed = make(name, back.parameters())
     interop.optimizer_to_torch(tx, params, state, back, resumed)
     train(back, resumed, 5)
@@ -136,7 +139,7 @@ def test_a_run_goes_to_jax_and_back(name, x64):
 @pytest.mark.parametrize("name", optim.OTHERS)
 @pytest.mark.parametrize("file", ["run.pt", "run.safetensors"])
 def test_a_run_goes_through_files_and_copies(name, file, tmp_path, x64):
-    model = network()
+    model = network(name)
     optimizer = make(name, model.parameters())
     train(model, optimizer, 3)
     saved = interop.Checkpoint.from_torch(model, optimizer)
@@ -145,7 +148,7 @@ def test_a_run_goes_through_files_and_copies(name, file, tmp_path, x64):
     assert loaded.optimizer.name == name
     others = []
     for way in ("file", "state_dict", "deepcopy", "pickle"):
-        other = network()
+        other = network(name)
         if way == "file":
             opt = make(name, other.parameters())
             loaded.to_torch(other, opt)
@@ -169,7 +172,7 @@ def test_a_run_goes_through_files_and_copies(name, file, tmp_path, x64):
 @pytest.mark.parametrize("name", optim.OTHERS)
 def test_clipping_averages_schedules_and_low_precision(name, stepped_by):
     """As where the loop does it; and in bfloat16 with the state in float32 as jopt's step."""
-    ours, theirs = network(), network()
+    ours, theirs = network(name), network(name)
     norm = 0.05
     one = make(name, ours.parameters(), max_norm=norm, ema=0.9)
     other = make(name, theirs.parameters())
@@ -190,7 +193,7 @@ def test_clipping_averages_schedules_and_low_precision(name, stepped_by):
     for x, p in zip(average, ours.parameters(), strict=True):
         assert cases.difference(one.state[p]["ema"], x) <= cases.NETWORK["float64"]
 
-    model = network(torch.bfloat16)
+    model = network(name, torch.bfloat16)
     optimizer = make(name, model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, 4, torch.bfloat16)
@@ -226,6 +229,7 @@ def test_bad_arguments_are_named():
             ValueError,
             r"\['cautious'\]: expected False for Lion",
         ),
+        (lambda p: optim.NorMuon(p[:1], beta2=1.0), ValueError, r"beta2: expected a number in \[0, 1\), found 1.0"),
         (lambda p: optim.ADOPT(p, differentiable=True), NotImplementedError, "differentiable=True"),
     ):
         with pytest.raises(error, match=text):
@@ -238,7 +242,7 @@ def test_bad_arguments_are_named():
 def test_parameters_without_gradient_and_parts_of_a_model():
     """A parameter that comes late begins then, as torch's optimizers do it."""
     for name in optim.OTHERS:
-        model = network()
+        model = network(name)
         optimizer = make(name, [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.02}])
         for p in model[2].parameters():
             p.requires_grad_(False)
@@ -247,7 +251,7 @@ def test_parameters_without_gradient_and_parts_of_a_model():
         for p in model[2].parameters():
             p.requires_grad_(True)
         train(model, optimizer, 1)
-        alone = network()
+        alone = network(name)
         alone.load_state_dict(model.state_dict())
         assert optimizer.state[model[2].weight].get("step", 1) == 1
 

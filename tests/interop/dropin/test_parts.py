@@ -2,9 +2,11 @@
 
 Each worker runs in some processes; its assertions are the test. What is computed is compared with torch.optim on whole
 tensors in one process: torch's Adafactor does not step DTensors, and its Muon gathers each matrix on every one.
+NorMuon, which torch has not, is compared with ours in one process, which test_others.py compares with the authors'.
 """
 
 import collections
+import functools
 import itertools
 import os
 import signal
@@ -36,6 +38,7 @@ CONFIGURATIONS = (
     ("Adafactor", dict(lr=0.1, weight_decay=0.1, maximize=True, eps=(1e-3, 1e-2), d=1.5)),
     ("Muon", dict(lr=0.1)),
     ("Muon", dict(lr=0.1, nesterov=False, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")),
+    ("NorMuon", dict(lr=0.1, weight_decay=0.1, beta2=0.8)),
 )
 
 
@@ -67,11 +70,19 @@ def parameters(world, name, dtype):
     divided, wholes = [], []
     for (mesh, placements), shape in itertools.product(layouts(world), SHAPES):
         fits = all(getattr(x, "dim", 0) < len(shape) for x in placements)
-        if fits and (len(shape) == 2 or name != "Muon"):
+        if fits and (len(shape) == 2 or "Muon" not in name):
             full = random(len(wholes), shape, dtype)
             divided.append(torch.nn.Parameter(distribute_tensor(full.clone(), mesh, placements)))
             wholes.append(torch.nn.Parameter(full.clone()))
     return divided, wholes
+
+
+def in_one_process(name):
+    return getattr(torch.optim, name, getattr(optim, name))
+
+
+def near(name):
+    return (cases.MUON if "Muon" in name else cases.PARTS)["float64"]
 
 
 def give_gradients(divided, wholes, i):
@@ -89,7 +100,7 @@ def layouts_worker(rank, world, dtype):
     tolerance = cases.PARTS[str(dtype).split(".")[1]]
     for name, arguments in CONFIGURATIONS:
         divided, wholes = parameters(world, name, dtype)
-        ours, theirs = getattr(optim, name)(divided, **arguments), getattr(torch.optim, name)(wholes, **arguments)
+        ours, theirs = getattr(optim, name)(divided, **arguments), in_one_process(name)(wholes, **arguments)
         for i in range(20):
             give_gradients(divided, wholes, i)
             ours.step(), theirs.step()
@@ -124,7 +135,7 @@ def around_worker(rank, world):
     for name, arguments in CONFIGURATIONS[::2]:
         divided, wholes = parameters(world, name, torch.float64)
         ours = getattr(optim, name)(divided, **arguments, max_norm=1.0, ema=0.9)
-        theirs = getattr(torch.optim, name)(wholes, **arguments)
+        theirs = in_one_process(name)(wholes, **arguments)
         average = [q.detach().clone() for q in wholes]
         scaler = amp.GradScaler("cpu", init_scale=8.0)
         scaler.scale(torch.ones(()))
@@ -184,13 +195,13 @@ def in_1d(model, mesh):
     return fully_shard(model, mesh=mesh)
 
 
-def optimizers(module, model, name, **extra):
+def optimizers(model, name, find):
     """Muon for matrices, AdamW for what is none; or one for all."""
-    if name != "Muon":
-        return [getattr(module, name)(model.named_parameters(), lr=0.01, **extra)]
+    if "Muon" not in name:
+        return [find(name)(model.named_parameters(), lr=0.01)]
     matrices = [(k, p) for k, p in model.named_parameters() if p.dim() == 2]
     others = [(k, p) for k, p in model.named_parameters() if p.dim() != 2]
-    return [module.Muon(matrices, lr=0.01, **extra), module.AdamW(others, lr=0.01, **extra)]
+    return [find(name)(matrices, lr=0.01), find("AdamW")(others, lr=0.01)]
 
 
 def train(model, opts, steps):
@@ -216,17 +227,23 @@ def models_worker(rank, shape, name):
     else:
         model = in_2d(model, init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")))
     reference = network()
-    ours = train(model, optimizers(optim, model, name), range(20))
-    theirs = train(reference, optimizers(torch.optim, reference, name), range(20))
-    tolerance = cases.PARTS["float64"] if name != "Muon" else cases.MUON["float64"]
-    assert cases.difference(ours, theirs) <= tolerance
-    assert_near(model.parameters(), reference.parameters(), tolerance)
+    ours = train(model, optimizers(model, name, functools.partial(getattr, optim)), range(20))
+    theirs = train(reference, optimizers(reference, name, in_one_process), range(20))
+    assert cases.difference(ours, theirs) <= near(name)
+    assert_near(model.parameters(), reference.parameters(), near(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [((2,), "Adafactor"), ((4,), "Muon"), ((2, 2), "Adafactor"), ((2, 2), "Muon"), ((2, 2), "replicated")],
+    [
+        ((2,), "Adafactor"),
+        ((4,), "Muon"),
+        ((2, 2), "Adafactor"),
+        ((2, 2), "Muon"),
+        ((2, 2), "NorMuon"),
+        ((2, 2), "replicated"),
+    ],
     ids=str,
 )
 def test_models(shape, name, tmp_path):
@@ -238,34 +255,30 @@ def test_models(shape, name, tmp_path):
 
 
 def save_worker(rank, folder, world):
-    for name in ("Adafactor", "Muon"):
+    for name in ("Adafactor", "Muon", "NorMuon"):
         model = in_1d(network(), init_device_mesh("cpu", (world,)))
-        opts = optimizers(optim, model, name)
+        opts = optimizers(model, name, functools.partial(getattr, optim))
         train(model, opts, range(3))
         model_state, opt_state = get_state_dict(model, opts)
         dcp.save({"model": model_state, "optimizer": opt_state}, checkpoint_id=f"{folder}/{name}")
 
 
-def load_worker(rank, folder, world, names=("Adafactor", "Muon")):
+def load_worker(rank, folder, world, names=("Adafactor", "Muon", "NorMuon")):
     for name in names:
         reference = network()
-        train(reference, optimizers(torch.optim, reference, name), range(6))
+        train(reference, optimizers(reference, name, in_one_process), range(6))
         model = network()
         for p in model.parameters():
             torch.nn.init.zeros_(p)
         if world > 1:
             model = in_1d(model, init_device_mesh("cpu", (world,)))
-        opts = optimizers(optim, model, name)
+        opts = optimizers(model, name, functools.partial(getattr, optim))
         model_state, opt_state = get_state_dict(model, opts)
         state = {"model": model_state, "optimizer": opt_state}
         dcp.load(state, checkpoint_id=f"{folder}/{name}")
         set_state_dict(model, opts, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         train(model, opts, range(3, 6))
-        assert_near(
-            model.parameters(),
-            reference.parameters(),
-            cases.PARTS["float64"] if name != "Muon" else cases.MUON["float64"],
-        )
+        assert_near(model.parameters(), reference.parameters(), near(name))
 
 
 @pytest.mark.slow
@@ -278,7 +291,7 @@ def test_checkpoints_are_divided_anew(tmp_path):
 
 def killed_in_a_save_worker(rank, folder):
     model = in_1d(network(), init_device_mesh("cpu", (2,)))
-    opts = optimizers(optim, model, "Muon")
+    opts = optimizers(model, "Muon", functools.partial(getattr, optim))
     train(model, opts, range(3))
     for name in ("Muon", "killed"):
         if name == "killed" and rank == 1:
