@@ -1,4 +1,6 @@
-"""A rule lifted to one leaf of any type: complex, of low precision, with a master copy, with sparse rows; and to many.
+"""A rule lifted to one leaf of any type, and to many.
+
+A leaf may be complex, of low precision, with a master copy, with state in few bits, with sparse rows.
 
 `init_leaf` and `step_leaf` are `Rule.init` and `Rule.update` for such a leaf. `step_leaves` steps many: it traces
 leaves of one shape once, and stacks those that a rule takes together.
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jopt import numerics
+from jopt import numerics, quantized
 from jopt._compat import varying
 from jopt.loops import separately
 from jopt.rule import Batched, LeafState, Rule, Scalars
@@ -35,6 +37,8 @@ def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None, *, 
     state = rule.init(h, real)
     if jnp.iscomplexobj(param):
         state = {name: _as_complex(x) if x.shape == real.shape else x for name, x in state.items()}
+    elif state_dtype is not None and state_dtype in quantized.NARROW:
+        state = quantized.narrowed(state, rule.signs(), state_dtype)
     if master_copy and param.dtype in numerics.LOW_PRECISION:
         state[MASTER] = param.astype(jnp.float32)
     return state
@@ -55,15 +59,19 @@ def step_leaf(
 
     Args:
       rule, c, grad, state, param: as `Rule.update` takes them, but of any type. Where the state's type is wider
-        (`state_dtype`) the leaf is stepped in that and rounded once. A master copy in the state is stepped in the
-        leaf's place.
-      active: a bool array that broadcasts against the leaf; where False, the leaf and its state are kept.
-      key: a bfloat16 leaf is rounded at random: up or down with the probability that keeps the mean.
+        (`state_dtype`) the leaf is stepped in that and rounded once; where it is narrower the state is rounded. A
+        master copy in the state is stepped in the leaf's place.
+      active: a bool array that broadcasts against the leaf, a scalar for one with state in codes; where False, the leaf
+        and its state are kept.
+      key: a bfloat16 leaf, and state that is narrower than what the leaf is stepped in, are rounded at random: up or
+        down with the probability that keeps the mean.
       factors: what the gradient is multiplied by first, in its own type, one after the other.
       update: what is called in the place of rule.update.
     """
     if not rule.elements(param):
         return param, state
+    if quantized.holds_codes(state):
+        return _step_codes(rule, c, grad, state, param, active, key, factors, update)
     old_state, old_param = state, param
     at_random = _rounds_at_random(param, key)
     update = rule.update if update is None else update
@@ -74,7 +82,10 @@ def step_leaf(
         state = {name: _as_complex(x) if jnp.iscomplexobj(old_state[name]) else x for name, x in state.items()}
     if MASTER in old_state:
         state[MASTER] = param
-    state = {name: state[name].astype(old_state[name].dtype) for name in old_state}
+    for i, (name, old) in enumerate(old_state.items()):
+        if key is not None and old.dtype == jnp.bfloat16 and state[name].dtype == jnp.float32:
+            state[name] = numerics.round_at_random(jax.random.fold_in(key, i), state[name])
+    state = {name: state[name].astype(old.dtype) for name, old in old_state.items()}
     if at_random:
         assert key is not None
         param = numerics.round_at_random(key, param)
@@ -83,6 +94,34 @@ def step_leaf(
         param = jnp.where(active, param, old_param)
         state = {name: jnp.where(active, state[name], old_state[name]) for name in old_state}
     return param, state
+
+
+def _step_codes(
+    rule: Rule,
+    c: Scalars,
+    grad: Array,
+    state: LeafState,
+    param: Array,
+    active: Array | None,
+    key: Array | None,
+    factors: Sequence[Array],
+    update: Callable[..., tuple[Array, LeafState]] | None,
+) -> tuple[Array, LeafState]:
+    """step_leaf for a leaf with state in codes."""
+    signs = rule.signs()
+
+    def step(grad: Array, state: LeafState, param: Array, key: Array | None) -> tuple[Array, LeafState]:
+        wide = quantized.widened(state, signs)
+        new, wide = step_leaf(rule, c, grad, wide, param, None, key, factors, update)
+        found = quantized.encoded_like(state, wide, signs, key)
+        if active is None:
+            return new, found
+        # The codes themselves are kept: those of a block's numbers need not be the ones that it was decoded from.
+        return jnp.where(active, new, param), {name: jnp.where(active, x, state[name]) for name, x in found.items()}
+
+    if rule.scope == "element":
+        return quantized.in_pieces(step, grad, state, param, key)
+    return step(grad, state, param, key)
 
 
 def _rounds_at_random(param: Array, key: Array | None) -> bool:
@@ -110,6 +149,8 @@ def in_step_type(
     That is the widest of its parameter and state, with `wide` at least float32.
     """
     dtypes = {x.dtype for x in state.values()} | {param.dtype} | ({jnp.dtype(jnp.float32)} if wide else set())
+    if dtypes == set(numerics.LOW_PRECISION):
+        dtypes = {jnp.dtype(jnp.float32)}  # neither of the two has the other's numbers
     dtype = max(dtypes, key=lambda d: jnp.finfo(d).bits)
     grad, param = (_as_real(x.astype(dtype)) for x in (grad, state.get(MASTER, param)))
     state = {name: _as_real(x.astype(dtype)) for name, x in state.items() if name != MASTER}
@@ -191,7 +232,7 @@ def _step_element(
         param, new = step_leaf(rule, c, grad, state, param, *rest)
         return [param, *(new[name] for name in state)]
 
-    if separate and state:
+    if separate and state and not quantized.holds_codes(state):
         param, *slots = separately(outputs, 1 + len(state), grad, state, param)
     else:
         param, *slots = outputs(grad, state, param)
@@ -276,8 +317,12 @@ _step_stacked = jax.jit(_step_alike, static_argnums=(0, 2))
 
 
 def _state_dtype(param_dtype: Any, state_dtype: Any) -> Any:
-    """The wider of the two: a float64 leaf keeps float64 state."""
-    return max(jnp.dtype(param_dtype), jnp.dtype(state_dtype), key=lambda d: jnp.finfo(d).bits)
+    """The type of what is not narrowed: the wider of the two, so that a float64 leaf keeps float64 state.
+
+    Beside codes that is float32 at least.
+    """
+    dtypes = jnp.dtype(param_dtype), jnp.dtype(jnp.float32) if state_dtype == quantized.INT8 else jnp.dtype(state_dtype)
+    return max(dtypes, key=lambda d: jnp.finfo(d).bits)
 
 
 def _as_real(x: Array) -> Array:

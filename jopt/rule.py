@@ -91,6 +91,13 @@ class Rule(ABC):
     def update(self, c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
         """The leaf and its state after the step. `state` comes and goes with the same names."""
 
+    def signs(self) -> dict[str, bool]:
+        """The slots that may be kept in few bits (`state_dtype`), and whether their elements can be negative.
+
+        Not those of a parameter's kind: a step is less than what is lost there.
+        """
+        return {}
+
     def elements(self, param: Array) -> int:
         """How many elements the leaf has; none of an empty one's arrays change."""
         return param.size

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from jopt import _compat, numerics, valued
+from jopt import _compat, numerics, quantized, valued
 from jopt.arena import is_packed
 from jopt.fusion import fuses_outputs
 from jopt.leaf import init_leaf, step_leaves
@@ -82,7 +82,8 @@ class State(NamedTuple):
       scalars: torch's scalar state by name, float32, one entry for each leaf of the parameters in the order
         of `jax.tree.leaves`: torch counts `step` by the parameter.
       slots: torch's tensor state by name (`exp_avg`, ...), each a tree like the parameters; None for a parameter
-        that has no such state (Adafactor's `row_var` of a vector). With a master copy also `master`.
+        that has no such state (Adafactor's `row_var` of a vector, `exp_avg` of one whose state is in codes). With a
+        master copy also `master`.
       hyperparams: the hyperparameters by name, where the transformation keeps them in its state, to be read and set;
         else empty.
       scheduled: of those the ones that schedules set, as they were at the last step, to be read.
@@ -175,14 +176,19 @@ class Options(TypedDict, total=False):
     """What every optimizer takes beside its own arguments.
 
     Attributes:
-      state_dtype: the type of the state's tensors where wider than the parameter's. With float32 a bfloat16
-        leaf is stepped in float32 and rounded once, instead of after each operation as torch does.
+      state_dtype: the type of the state's tensors. A wider one than the parameter's: with float32 a bfloat16 leaf is
+        stepped in float32 and rounded once, instead of after each operation as torch does. bfloat16: 2 bytes a number,
+        whatever the parameter's type. "int8": a byte, in codes that share a float32 for each 256 elements
+        (`jopt.quantized`), under `exp_avg_int8` and `exp_avg_absmax` in the place of `exp_avg`; leaves of less than
+        4096 elements keep float32. The leaf is stepped in float32 or its own wider type, and its new state rounded
+        once. Complex leaves keep their state, and so does what is like a parameter (ASGD's `ax`, schedule-free `z`).
       master_copy: keep a float32 copy of each bfloat16 and float16 parameter in the state, `state.slots["master"]`.
         That copy is stepped, in float32; the parameter is its rounded value and is not read. To change a parameter
         from outside, change both, or call `init` again.
       stochastic_rounding: a seed or a key of `jax.random`. bfloat16 parameters are stepped in float32 and rounded at
         random, up or down with the probabilities that keep the mean: steps of less than an ulp add up instead of being
         lost. The same seed, count and position in the tree give the same rounding: under vmap give each its own key.
+        State that is narrower than float32 (of such parameters, or by `state_dtype`) is rounded so too, codes included.
         Use `step`; the difference that `update` returns is rounded once more.
       hyperparams_in_state: keep every hyperparameter in `State.hyperparams`, to be read, saved, and set without
         compiling again. They have JAX's default float type there: in float32 a beta2 of 0.999 is 0.99900001. What a
@@ -252,14 +258,29 @@ def transform(rule: type[Rule], arguments: Mapping[str, Any], **options: Unpack[
     rule.check(h)
     # A NumPy scalar or 0-d array is a number too, and stays in its own precision.
     h = {name: x.item() if isinstance(x, np.ndarray | np.generic) else x for name, x in h.items()}
-    if state_dtype is not None:
-        state_dtype = _check_floating("state_dtype", jnp.dtype(state_dtype))
     shaped = rule.shaped_by(arguments, h, dynamic=given["hyperparams_in_state"])
+    if state_dtype is not None:
+        state_dtype = check_state_dtype(shaped, state_dtype)
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         key = jax.random.key(int(key))
     if key is not None and not isinstance(key, Array):
         raise TypeError(f"stochastic_rounding: expected a seed, a key of jax.random, or None, found {key!r}")
     return Transform(_Lift(shaped, h, state_dtype, bool(given["master_copy"]), key, given["hyperparams_in_state"]))
+
+
+def check_state_dtype(rule: Rule, given: Any) -> np.dtype:
+    """A `state_dtype` as NumPy's; TypeError or ValueError for one that the rule's state cannot have."""
+    dtype = jnp.dtype(given)
+    if dtype == quantized.INT8 or _check_floating("state_dtype", dtype) == quantized.BFLOAT16:
+        slots = _slots(rule, (1, 1), jnp.dtype(jnp.float32), None, False)
+        if slots and not slots.keys() & rule.signs().keys():
+            raise ValueError(
+                f"state_dtype: expected None or a type at least as wide as the parameters' for "
+                f"{type(rule).__name__}, whose state ({', '.join(slots)}) is not kept in fewer bits, found {dtype}"
+            )
+    elif dtype == jnp.float16:
+        raise ValueError("state_dtype: expected float32, bfloat16 or int8, found float16, in which moments underflow")
+    return dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +311,7 @@ class _Lift:
             raise ValueError("params: expected arrays, which master_copy keeps a copy of, found ShapeDtypeStructs")
         states = [init_leaf(self.rule, h, leaf, self.state_dtype, master_copy=self.master_copy) for leaf in leaves]
         # Every slot that some shape has, so that the structure does not depend on which shapes there are.
-        probes = _probed(self.rule, self.master_copy)
+        probes = _probed(self.rule, self.state_dtype, self.master_copy)
         names = dict.fromkeys(name for state in (*states, *probes) for name in state)
         return State(
             count=count,
@@ -399,7 +420,8 @@ class _Lift:
             raise ValueError(f"state: expected a jopt.State, found {type(state).__name__}{remedy}")
         kinds = [(x.shape, x.dtype) for x in leaves]
         expected = [_slots(self.rule, shape, dtype, self.state_dtype, self.master_copy) for shape, dtype in kinds]
-        names = {name for slots in (*expected, *_probed(self.rule, self.master_copy)) for name in slots}
+        probed = _probed(self.rule, self.state_dtype, self.master_copy)
+        names = {name for slots in (*expected, *probed) for name in slots}
         scalars = self.rule.init_scalars(dict.fromkeys(self.rule.hyperparameters, 0.0))
         kept = self.hyperparameters if self.hyperparams_in_state else {}
         scheduled = {name for name, value in kept.items() if callable(value)}
@@ -493,9 +515,11 @@ def _slots(rule: Rule, shape: tuple[int, ...], dtype: Any, state_dtype: Any, mas
     return {name: (x.shape, jnp.issubdtype(x.dtype, jnp.complexfloating)) for name, x in state.items()}
 
 
-def _probed(rule: Rule, master_copy: bool) -> list[dict[str, Any]]:
-    """The slots of a vector and of a matrix: every slot that some shape has."""
-    return [_slots(rule, shape, jnp.dtype(jnp.bfloat16), None, master_copy) for shape in ((0,), (0, 0))]
+def _probed(rule: Rule, state_dtype: Any, master_copy: bool) -> list[dict[str, Any]]:
+    """The slots of a vector and of a matrix, small and large: every slot that some shape has."""
+    n = quantized.SMALLEST if state_dtype == quantized.INT8 else 0
+    shapes = dict.fromkeys(((0,), (0, 0), (n,), (n, 1) if n else (0, 0)))
+    return [_slots(rule, shape, jnp.dtype(jnp.bfloat16), state_dtype, master_copy) for shape in shapes]
 
 
 def _described(slot: tuple[tuple[int, ...], bool] | None) -> str:

@@ -34,9 +34,9 @@ def shelves(device: Device, rule: Rule, leaves: list[Leaf]) -> list[list[Leaf]]:
                 found.append([])
             found[-1].append(leaf)
         return [part for found in alike.values() for part in found]
-    parts, room = [[leaf for leaf in leaves if is_big(device, rule, leaf.size)]], SHELF
+    parts, room = [[leaf for leaf in leaves if is_big(device, rule, leaf)]], SHELF
     for leaf in leaves:
-        if not is_big(device, rule, leaf.size):
+        if not is_big(device, rule, leaf):
             if leaf.size > room:
                 parts.append([])
                 room = SHELF

@@ -28,7 +28,7 @@ from interop.dropin.slots import first_slots
 from interop.dropin.state import is_shared
 from interop.dropin.whole import slot_placement
 from interop.memory import Buffer, Device, Freed, Staging
-from interop.memory.tensors import DTYPES, address, entry, leave, may_move, owned
+from interop.memory.tensors import DTYPES, STATE_DTYPES, address, entry, leave, may_move, owned
 from jopt.arena import Layout
 from jopt.rule import PHASE, Rule
 
@@ -79,10 +79,10 @@ class Bucket:
     ):
         self.index = index  # among the plan's
         self.device, self.rule = device, rule
-        self.big = [leaf for leaf in leaves if is_big(device, rule, leaf.size)]
-        self.small = [leaf for leaf in leaves if not is_big(device, rule, leaf.size)]
+        self.big = [leaf for leaf in leaves if is_big(device, rule, leaf)]
+        self.small = [leaf for leaf in leaves if not is_big(device, rule, leaf)]
         self.leaves = self.big + self.small
-        self.dtypes = {"param": DTYPES[dtype]} | {slot: DTYPES[d] for slot, d in slots.items()}
+        self.dtypes = {"param": DTYPES[dtype]} | {slot: STATE_DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
         self.layout = Layout(tuple((leaf.size,) for leaf in self.small), device.row)
         self.leaf_of_row = _leaf_of_row(device, self.layout)

@@ -25,12 +25,14 @@ class Groups:
     Attributes:
       numbers: the hyperparameters of each group, tuples taken apart. It is the same object as long as they are.
       rules: the rule that each group's flags make.
+      formats: the format of each group's state.
     """
 
     def __init__(self, optimizer: Any):
         groups = optimizer.param_groups
         options.check_groups(type(optimizer), groups)
         self.numbers, self.rules = hyperparameters(optimizer)
+        self.formats = [group.get("state_dtype") for group in groups]
         self._objects = _objects(groups) if all(map(_is_fixed, groups)) else None
         plain = set(optimizer.rule.hyperparameters) - {name for name, _ in flags_of(optimizer.rule)}
         # Of each object where it belongs, if another number there changes nothing else.

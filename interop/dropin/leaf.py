@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interop.dropin.whole import Whole
 from interop.memory import Device
+from jopt.quantized import holds_codes
 from jopt.rule import Rule
 
 EMA = "ema"  # the slot of the parameter's exponential moving average
@@ -46,9 +47,9 @@ def is_lazy(p: Tensor) -> bool:
     return p.is_conj() or p.is_neg()
 
 
-def is_big(device: Device, rule: Rule, size: int) -> bool:
+def is_big(device: Device, rule: Rule, leaf: Leaf) -> bool:
     """Whether a leaf has buffers of its own."""
-    return size >= device.big or rule.scope == "tensor"
+    return leaf.size >= device.big or rule.scope == "tensor" or holds_codes(leaf.state_dtypes)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:

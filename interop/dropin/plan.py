@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from interop.dropin import dtensor, eager, exchange, host, native, parts, processes, program, reader
+from interop.dropin import dtensor, eager, exchange, formats, host, native, parts, processes, program, reader
 from interop.dropin.arranging import passes_of, shelves
 from interop.dropin.bucket import Bucket, Work
 from interop.dropin.coefficients import Scalars
@@ -68,6 +68,7 @@ class Plan:
         previous: Plan | None,
     ):
         self.rules, self.averages = list(rules), optimizer.ema is not None
+        self.formats = [formats.of(group) for group in optimizer.param_groups]
         self.turn: Turn | None = None
         self.leaves, self.passes = self._find_leaves(optimizer, numbers, grads, previous)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
@@ -156,7 +157,14 @@ class Plan:
                 f"{name}: expected a whole tensor, for {type(optimizer).__name__} takes eigenvectors of it, found "
                 f"a part, {dtensor.say(placement)}; replicate it, or step it in JAX, where jopt's shards are stepped"
             )
-        shapes = slot_shapes(rule, tuple(x.shape)) | ({EMA: tuple(x.shape)} if self.averages else {})
+        form = self.formats[index]
+        if placement is not None and form == "int8":
+            raise TypeError(
+                f"{name}: expected a plain tensor for state_dtype='int8', whose blocks are of a whole parameter, found "
+                "a DTensor; take state_dtype='bfloat16'"
+            )
+        shapes = formats.names(rule, form, x, slot_shapes(rule, tuple(x.shape)))
+        shapes |= {EMA: tuple(x.shape)} if self.averages else {}
         state = optimizer.state.get(p) or {}
         check_state(optimizer, name, rule, h, shapes, state)
         return Leaf(
@@ -171,7 +179,7 @@ class Plan:
             shape=x.shape,
             strides=x.stride(),
             size=x.numel() * (2 if x.is_complex() else 1),
-            state_dtypes=state_dtypes(device, name, rule, p, shapes, state),
+            state_dtypes=state_dtypes(device, name, rule, form, p, shapes, state),
             state_shapes=shapes,
             lazy=lazy,
             # FSDP gathers from the memory that it keeps itself: the parameter may not move.
@@ -242,6 +250,7 @@ class Plan:
     def _is_for(self, optimizer: Any, rules: Sequence[Rule]) -> bool:
         return (
             rules == self.rules
+            and optimizer._groups.formats == self.formats
             and self.averages == (optimizer.ema is not None)
             and not (self.uses_torch and (measures(optimizer) or self.rent == 0))
         )
@@ -285,7 +294,8 @@ class Plan:
                     name = parameter_name(optimizer, index, p)
                     check_state(optimizer, name, rules[index], numbers[index], leaf.state_shapes, state)
                     fits = (
-                        state_dtypes(leaf.device, name, rules[index], p, leaf.state_shapes, state) == leaf.state_dtypes
+                        state_dtypes(leaf.device, name, rules[index], self.formats[index], p, leaf.state_shapes, state)
+                        == leaf.state_dtypes
                         and fits
                     )
                     moves = leaf.placement is not None or leaf.homes or any(map(is_shared, state.values()))
@@ -361,7 +371,7 @@ class Plan:
         if self.rent:
             self.rent -= 1
         elif self.uses_torch and self.turn is not None and self.rent is None:
-            self.turn.quick = Quick.of(self.turn.readers, self.rules, self.turn.works, updates)
+            self.turn.quick = Quick.of(self.turn.readers, self.rules, self.formats, self.turn.works, updates)
         if measured is None:
             return None, False
         first, (norm, found_inf), _ = results[0]

@@ -22,13 +22,14 @@ from jax import Array, lax
 from interop.dropin.coefficients import columns
 from interop.dropin.host import own_settings
 from interop.dropin.leaf import EMA
-from interop.dropin.slots import slot_shapes
+from interop.dropin.slots import shape_of_slot, slot_shapes
 from interop.dropin.whole import Whole
 from interop.memory import Buffer, Device
 from jopt import numerics as t
 from jopt.around.clip import clip_factor, total_norm
 from jopt.leaf import step_leaf, step_leaves
 from jopt.loops import separately
+from jopt.quantized import holds_codes
 from jopt.rule import Rule
 
 Norms = tuple[tuple[int, np.dtype], ...]  # for each bucket how many norms it contributes, and their type
@@ -67,7 +68,7 @@ class Spec:
 
     @property
     def compute_dtype(self) -> np.dtype:
-        return t.widest(dtype for _, dtype in self.dtypes)
+        return t.widest(dtype for _, dtype in self.dtypes if dtype != np.uint8)  # codes are no numbers
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class Spec:
     def buffer_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shapes of a leaf's buffers, in their order."""
         slots = slot_shapes(self.rule, shape)
-        return [slots.get(name, shape) for name in self.names]
+        return [shape_of_slot(slots, name, shape) for name in self.names]
 
     def array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """An array that a program takes."""
@@ -202,8 +203,9 @@ class Update:
         return self._after(step_leaf(self.spec.rule, *inputs), average)
 
     def _step_elements(self, leaves: list[Any]) -> list[Array]:
+        separate = self.separates and not holds_codes(self.spec.names)
         # Under jit, leaves of one size are traced once.
-        one = functools.partial(separately, self._step_one, len(self.spec.names)) if self.separates else self._step_one
+        one = functools.partial(separately, self._step_one, len(self.spec.names)) if separate else self._step_one
         step = jax.jit(one)
         return [x for leaf in leaves for x in step(*leaf)]
 

@@ -23,18 +23,26 @@ class Quick:
 
     Args:
       reader: tells whether all is as it was.
-      rules: of the groups.
+      rules, formats: of the groups.
       work: what is done with the bucket.
       kept: what `eager.Update` calls.
     """
 
-    def __init__(self, reader: Reader, rules: Sequence[Rule], work: Work, kept: tuple[list[Any], Any]):
+    def __init__(
+        self, reader: Reader, rules: Sequence[Rule], formats: list[Any], work: Work, kept: tuple[list[Any], Any]
+    ):
+        self._formats = formats
         self._reader, self._rules, self._work, (self._big, self._small) = reader, rules, work, kept
         self._coefficients, self._table = work.bucket.coefficients, work.bucket.coefficients.table
 
     @classmethod
     def of(
-        cls, readers: list[Reader], rules: Sequence[Rule], works: list[Work], updates: list[eager.Update]
+        cls,
+        readers: list[Reader],
+        rules: Sequence[Rule],
+        formats: list[Any],
+        works: list[Work],
+        updates: list[eager.Update],
     ) -> Quick | None:
         """For a turn; None if that has more to do."""
         if len(works) != 1 or not readers:
@@ -43,14 +51,14 @@ class Quick:
         copies = work.copied_in or work.copied_out or work.shared_slots or work.shared_scalars
         if copies or not work.active.all() or len(work.bucket.coefficients.table.runs) != 1:
             return None
-        return cls(readers[0], rules, work, kept) if (kept := update.kept()) is not None else None
+        return cls(readers[0], rules, formats, work, kept) if (kept := update.kept()) is not None else None
 
     def __call__(self, optimizer: Any, groups: Groups) -> bool:
         """Step, if nothing has changed; whether it did."""
         around, work = optimizer._around, self._work
         if around.max_norm is not None or around.ema is not None or around.grad_scale is not None:
             return False
-        if groups.rules != self._rules:
+        if groups.rules != self._rules or groups.formats != self._formats:
             return False
         grads = self._reader.read(optimizer)
         if grads is None:

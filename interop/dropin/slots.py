@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jopt import numerics
+from jopt import numerics, quantized
 from jopt.rule import Rule
 
 
@@ -50,6 +52,18 @@ def slot_shapes(rule: Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]
     return {name: tuple(x.shape) for name, x in state.items()}
 
 
+def code_slots(slot: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a slot in codes."""
+    return {slot + quantized.CODES: shape, slot + quantized.ABSMAX: (quantized.blocks(math.prod(shape)),)}
+
+
+def shape_of_slot(shapes: Mapping[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a leaf's array of that name, in codes or not; that of the leaf for what is no slot."""
+    if name.endswith(quantized.ABSMAX):
+        return (quantized.blocks(math.prod(shape)),)
+    return shapes.get(name, shape)
+
+
 @functools.lru_cache(maxsize=1024)
 def first_slots(
     rule: Rule, shape: tuple[int, ...], dtype: torch.dtype, h: tuple[tuple[str, float], ...]
@@ -62,7 +76,17 @@ def first_slots(
     real = dtype.to_real() if dtype.is_complex else dtype
     param: Any = _Param(torch.empty((1,) * len(shape), dtype=real).expand(shape))
     state: dict[str, Any] = rule.init(dict(h), param)
-    if not dtype.is_complex:
-        return state
-    ones = {name: x[(slice(1),) * x.dim()] for name, x in state.items()}
-    return {name: torch.complex(x, x).expand(state[name].shape) for name, x in ones.items()}
+    if dtype.is_complex:
+        ones = {name: x[(slice(1),) * x.dim()] for name, x in state.items()}
+        return {name: torch.complex(x, x).expand(state[name].shape) for name, x in ones.items()}
+    for slot, signed in rule.signs().items():
+        if slot in state:  # where all of a block are equal, they are its largest
+            value = next(iter(state[slot].reshape(-1)[:1].tolist()), 0.0)
+            code = 255 if value else 127 if signed else 0
+            for (name, shape), x in zip(
+                code_slots(slot, tuple(state[slot].shape)).items(),
+                (torch.tensor(code, dtype=torch.uint8), torch.tensor(value, dtype=torch.float32)),
+                strict=True,
+            ):
+                state[name] = x.expand(shape)
+    return state

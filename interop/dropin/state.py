@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interop.dropin import dtensor
+from interop.dropin import dtensor, formats
 from interop.dropin.groups import parameters
 from interop.dropin.leaf import EMA
-from interop.dropin.slots import slot_dtypes
+from interop.dropin.slots import code_slots
 from interop.dropin.whole import slot_placement
 from interop.memory import Device, check
 from interop.memory.tensors import DTYPES
@@ -29,18 +29,28 @@ class KeepsWideState:
         return state is torch.float32 and param in (torch.bfloat16, torch.float16)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but a state tensor that is wider than its parameter keeps its type, where torch rounds it."""
+        """As torch's, but a state tensor that is wider than its parameter keeps its type, where torch rounds it.
+
+        State of another format (`state_dtype`) is converted to this optimizer's.
+        """
         loaded: dict[str, Any] = {}  # the user's hooks may change it
+        forms = [formats.of(group) for group in self.param_groups]
 
         def widen(_: Any) -> None:
             params = parameters(self)
             ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            for group, form in zip(self.param_groups, forms, strict=True):
+                group.pop(formats.KEY, None)
+                if form is not None:
+                    group[formats.KEY] = form
             for i, p in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
                     items = value if isinstance(value, list) else [value]
                     if any(isinstance(x, Tensor) and self.keeps(x.dtype, p.dtype) for x in items):
                         copies = [x.to(device=p.device, copy=True) if isinstance(x, Tensor) else x for x in items]
                         self.state[p][name] = copies if isinstance(value, list) else copies[0]
+            given = {p: loaded["state"].get(i, {}) for i, p in zip(ids, params, strict=True)}
+            self.state.update(formats.adapt(self, given))
 
         hooks = (
             self.register_load_state_dict_pre_hook(lambda _, x: loaded.update(x)),  # type: ignore[attr-defined]
@@ -65,7 +75,8 @@ def check_state(
     scalars = rule.init_scalars(h).keys() - optimizer.hidden_scalars
     if not state.keys() - {EMA}:
         return
-    for key in (*scalars, *(shapes.keys() - optimizer.late_slots - {EMA})):
+    late = {key for slot in optimizer.late_slots for key in (slot, *code_slots(slot, ()))} | {EMA}
+    for key in (*scalars, *(shapes.keys() - late)):
         if key not in state:
             raise KeyError(
                 f"{name}: {type(optimizer).__name__} reads its state {key!r}, found {sorted(map(str, state))}; load "
@@ -106,10 +117,16 @@ def is_shared(value: Any) -> bool:
 
 
 def state_dtypes(
-    device: Device, name: str, rule: Rule, p: Tensor, shapes: dict[str, tuple[int, ...]], state: dict[str, Any]
+    device: Device,
+    name: str,
+    rule: Rule,
+    form: str | None,
+    p: Tensor,
+    shapes: dict[str, tuple[int, ...]],
+    state: dict[str, Any],
 ) -> dict[str, torch.dtype]:
-    """The type of each slot: the rule's, or float32 where a narrower parameter's loaded state has it."""
-    dtypes, first = {}, slot_dtypes(rule, tuple(dtensor.local(p).shape), p.dtype)
+    """The type of each slot: the format's, or else the rule's, or float32 where its loaded state has it."""
+    dtypes = {}
     for slot, shape in shapes.items():
         value = state.get(slot)
         placed = slot_placement(rule, slot, dtensor.placement(p))
@@ -125,10 +142,12 @@ def state_dtypes(
             raise ValueError(f"{name}: expected its state {slot!r} of {whose} {shape}, found {found}")
         if value is not None and not value.is_sparse and (value.layout is not torch.strided or value.is_meta):
             check_place(device, f"the state {slot!r} of {name}", value)
-        dtype = first.get(slot, p.dtype) if value is None else value.dtype
-        if dtype is not p.dtype and not KeepsWideState.keeps(dtype, p.dtype):
+        expected = formats.dtype_of(rule, form, p, slot)
+        dtype = expected if value is None else value.dtype
+        if dtype is not expected and not (form is None and KeepsWideState.keeps(dtype, p.dtype)):
+            whose = "the parameter's type" if form is None else f"the type of state_dtype={form!r},"
             raise TypeError(
-                f"{name}: expected its state {slot!r} in the parameter's type {p.dtype}, found {dtype}; convert the "
+                f"{name}: expected its state {slot!r} in {whose} {expected}, found {dtype}; convert the "
                 "model before the optimizer's first step, or its state with it"
             )
         dtypes[slot] = dtype

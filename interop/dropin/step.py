@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from interop.dropin import host, options, processes, program
+from interop.dropin import formats, host, options, processes, program
 from interop.dropin.groups import Groups, parameters
 from interop.dropin.plan import Plan, measures, plan_for
 from interop.dropin.state import KeepsWideState
@@ -33,8 +33,8 @@ L = TypeVar("L")  # a loss
 
 # The arguments that `CompiledStep` adds to a class's.
 AROUND = tuple(
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
-    for name in ("max_norm", "ema")
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=f"{kind} | None")
+    for name, kind in (("max_norm", "float"), ("ema", "float"), ("state_dtype", "str"))
 )
 
 
@@ -195,6 +195,7 @@ class Around:
 
     max_norm: float | None = None
     ema: float | None = None
+    state_dtype: str | None = None  # of groups that do not say their own
     grad_scale: Tensor | None = None
     grad_norm: Tensor | None = None
     skipped: bool = False
@@ -208,7 +209,7 @@ class CompiledStep(Stepped):
     schedulers. `foreach`, `fused` and `capturable` choose among torch's own paths and mean nothing here;
     `differentiable=True` is refused.
 
-    Two keyword arguments more put into the compiled step what a training loop does around it:
+    Keyword arguments more put into the compiled step what a training loop does around it, and say how state is kept:
 
     Args:
         max_norm: clip the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_(params, max_norm)` before
@@ -216,7 +217,13 @@ class CompiledStep(Stepped):
         ema: the decay of an exponential moving average of the parameters, as `torch.optim.swa_utils.AveragedModel` with
             `get_ema_multi_avg_fn(ema)` keeps it when updated after each step: `optimizer.state[p]["ema"]`.
 
-    Both are attributes too, and may be changed at any time. With `interop.amp.GradScaler` the step also unscales.
+        state_dtype: "int8", "bfloat16" or "float32", as in `jopt.transform.Options`, for state in fewer bits than the
+            parameters', or in more; rounded to nearest. A group may have its own. In eight bits state has other names,
+            `exp_avg_int8` and `exp_avg_absmax`, which torch.optim does not take for numbers; `load_state_dict` converts
+            from any format to the optimizer's.
+
+    `max_norm` and `ema` are attributes too, and may be changed at any time. With `interop.amp.GradScaler` the step also
+    unscales.
     """
 
     _groups: Groups | None = None
@@ -259,10 +266,18 @@ class CompiledStep(Stepped):
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         cls.__init__ = init  # type: ignore[method-assign]
 
-    def __init__(self, *args: Any, max_norm: float | None = None, ema: float | None = None, **kwargs: Any):
-        self._around = Around()
+    def __init__(
+        self,
+        *args: Any,
+        max_norm: float | None = None,
+        ema: float | None = None,
+        state_dtype: str | None = None,
+        **kwargs: Any,
+    ):
+        self._around = Around(state_dtype=state_dtype)
         self.max_norm, self.ema = max_norm, ema
         super().__init__(*args, **kwargs)
+        self.state.update(formats.adapt(self, self.state))  # type: ignore[attr-defined]  # Adagrad makes it here
 
     @property
     def max_norm(self) -> float | None:
@@ -281,7 +296,7 @@ class CompiledStep(Stepped):
         self._around.ema = _number("ema", value, lambda x: 0 <= x <= 1, "a decay between 0 and 1, or None")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_around": Around(self.max_norm, self.ema)}  # type: ignore[misc]
+        return {**super().__getstate__(), "_around": Around(self.max_norm, self.ema, self._around.state_dtype)}  # type: ignore[misc]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -294,6 +309,15 @@ class CompiledStep(Stepped):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)  # type: ignore[misc]
+        group = self.param_groups[-1]
+        form = group.pop(formats.KEY, None) or self._around.state_dtype
+        if form is not None:
+            group[formats.KEY] = form
+            try:
+                formats.check(self, group)
+            except (TypeError, ValueError):
+                del self.param_groups[-1]
+                raise
         if "max_norm" in self.param_groups[-1]:
             del self.param_groups[-1]
             raise ValueError(

@@ -24,6 +24,9 @@ DTYPES = {
 }
 """The types that an optimizer steps."""
 
+STATE_DTYPES = DTYPES | {torch.uint8: np.dtype(np.uint8)}
+"""The types of its state: numbers, and codes of numbers."""
+
 TORCH_DTYPES = {dtype: found for found, dtype in DTYPES.items()}
 
 

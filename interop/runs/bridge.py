@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from interop import optim
+from interop.dropin import formats
 from interop.dropin.options import EXECUTION, check_groups
 from interop.memory.values import to_jax, to_torch
 from interop.modules import JaxLeaf
@@ -22,6 +23,8 @@ from interop.runs.classes import CLASSES, LINE_SEARCHING, TorchClass
 from jopt import State, Transform
 from jopt.around.groups import Groups, GroupsState
 from jopt.lbfgs import LBFGS
+from jopt.quantized import ABSMAX, CODES
+from jopt.rule import Rule
 
 # The entries of an optimizer's group that do not enter its mathematics.
 NO_ARGUMENTS = frozenset({"params", "param_names", "initial_lr", *EXECUTION})
@@ -135,11 +138,15 @@ def _group_to_jax(
     tx = cls.make(**given)
     state = tx.init(arrays)
     slots = {slot: dict(tree) for slot, tree in state.slots.items()}
+    states = {
+        new: _in_order_of_jax(tx.rule, _slots_at(state, new), values, leaves[own[new]], params[own[new]])
+        for new, values in states.items()
+    }
     for slot, tree in slots.items():
         for new, name in own.items():
             fresh, value = tree[new], states[new].get(slot)
             if fresh is not None and value is not None:
-                same = value.shape == params[name].shape
+                same = value.shape == params[name].shape and not slot.endswith(CODES)
                 value = leaves[name].to_jax(value.detach()) if same else value.detach()
                 if tuple(value.shape) != fresh.shape:
                     raise ValueError(
@@ -156,6 +163,31 @@ def _group_to_jax(
     return tx, state._replace(
         count=jnp.asarray(step, jnp.int32), slots=slots, scalars={k: jnp.asarray(v) for k, v in scalars.items()}
     )
+
+
+def _slots_at(state: State, name: str) -> set[str]:
+    """Which slots a parameter has."""
+    return {slot for slot, tree in state.slots.items() if tree[name] is not None}
+
+
+def _in_order_of_jax(
+    rule: Rule, slots: set[str], values: Mapping[str, Any], leaf: JaxLeaf, p: Tensor
+) -> Mapping[str, Any]:
+    """A parameter's state of any format in that of these slots, codes in JAX's order.
+
+    Codes that stay are the same, unless their axes are exchanged: a block is of neighbours.
+    """
+    if formats.has_codes(values) and (leaf.axes is not None or not formats.has_codes(slots)):
+        values = formats.adapted(rule, None, p, values)
+    if not formats.has_codes(slots) or formats.has_codes(values):
+        return values
+    signs, found = rule.signs(), {}
+    for name, x in values.items():
+        if name + CODES in slots:
+            found[name + CODES], found[name + ABSMAX] = formats.encode(leaf.to_jax(x), signs[name])
+        else:
+            found[name] = x
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,24 +228,26 @@ def run_to_torch(
     """
     check_state(tx, arrays, state)
     found: dict[str, dict[str, Any]] = {}
-    for _, part, members in parts(name, tx, state, groups):
+    for one, part, members in parts(name, tx, state, groups):
         order = in_tree_order(leaves[n].name for n in members)
         for n in members:
-            found[n] = _state_of(CLASSES[name], part, params[n], leaves[n], order.index(leaves[n].name))
+            found[n] = _state_of(CLASSES[name], one.rule, part, params[n], leaves[n], order.index(leaves[n].name))
     return found
 
 
-def _state_of(cls: TorchClass, state: State, p: Tensor, leaf: JaxLeaf, i: int) -> dict[str, Any]:
+def _state_of(cls: TorchClass, rule: Rule, state: State, p: Tensor, leaf: JaxLeaf, i: int) -> dict[str, Any]:
     """torch's state of a parameter, the i-th of its group."""
     scalars = {key: float(x[i]) for key, x in state.scalars.items()}
     if scalars.get("step", 1) == 0 and not cls.keeps_unstepped:
         return {}
     kept = {key: int(x) if cls.counts_in_integers else torch.tensor(x) for key, x in scalars.items()}
-    slots = {}
-    for key, tree in state.slots.items():
-        if tree[leaf.name] is not None:
-            x = to_torch(tree[leaf.name])
-            slots[key] = leaf.to_torch(x).contiguous() if x.shape == leaf.shape(p) else x
+    found = {slot: to_torch(tree[leaf.name]) for slot, tree in state.slots.items() if tree[leaf.name] is not None}
+    turned = leaf.axes is not None and formats.has_codes(found)
+    if turned:
+        found = formats.adapted(rule, None, p.new_empty(leaf.shape(p), device="meta"), found)
+    slots = {key: leaf.to_torch(x).contiguous() if x.shape == leaf.shape(p) else x for key, x in found.items()}
+    if turned:
+        slots = formats.adapted(rule, "int8", p, slots)
     return {key: x for key, x in kept.items() if key != "step" or cls.counts} | slots
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import jopt
 from interop import optim
 from interop.dropin.leaf import EMA
 from interop.dropin.slots import slot_shapes
+from jopt.quantized import ABSMAX, CODES
 from jopt.rule import Rule
 
 
@@ -50,7 +51,12 @@ class TorchClass:
     @property
     def known(self) -> frozenset[str]:
         """All keys that the state of a parameter may have."""
-        return self.always | self.sometimes | {EMA}
+        slots = self.always | self.sometimes
+        return slots | {EMA} | {slot + end for slot in slots - SCALARS for end in (CODES, ABSMAX)}
+
+    def lacks(self, values: Iterable[str]) -> set[str]:
+        """What is always there and is not among these keys, in codes neither."""
+        return set(self.always) - {key.removesuffix(CODES) for key in values}
 
     @property
     def fixed(self) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from interop import optim
-from interop.dropin import lbfgs
+from interop.dropin import formats, lbfgs
 from interop.dropin.leaf import EMA
 from interop.dropin.options import check_groups
 from interop.memory.values import to_jax
@@ -158,6 +158,7 @@ def optimizer_to_torch(
         own = {name: p.detach() for p, name in names.items()}
         found = bridge.run_to_torch(cls, tx, params, state, members, own, leaves_of)
         new = {p: found[name] for p, name in names.items()}
+        new |= formats.adapt(optimizer, new)
     if scheduler is not None:
         schedulers.advance(scheduler, int(groups[0][1].count) // every)
     with torch.no_grad():

@@ -29,6 +29,9 @@ class Adadelta(Rule):
     def init(self, h, param):
         return {"square_avg": t.zeros_like(param), "acc_delta": t.zeros_like(param)}
 
+    def signs(self):
+        return {"square_avg": False, "acc_delta": False}
+
     def scalars(self, h, s, xp, stored):
         c = {"decay": decay(self, h), "rho": h["rho"], "eps": h["eps"]}
         return c | {"1-rho": 1 - h["rho"], "-lr": -h["lr"]}, {"step": s["step"] + 1}

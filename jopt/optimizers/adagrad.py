@@ -30,6 +30,9 @@ class Adagrad(Rule):
     def init(self, h, param):
         return {"sum": t.full_like(param, h["initial_accumulator_value"])}
 
+    def signs(self):
+        return {"sum": False}
+
     def scalars(self, h, s, xp, stored):
         clr = h["lr"] / (1 + s["step"] * h["lr_decay"])
         return {"decay": decay(self, h), "eps": h["eps"], "-clr": -clr}, {"step": s["step"] + 1}

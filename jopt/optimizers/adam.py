@@ -34,6 +34,9 @@ class Adam(Rule):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
         return {name: t.zeros_like(param) for name in names}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         c = {

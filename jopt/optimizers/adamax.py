@@ -26,6 +26,9 @@ class Adamax(Rule):
     def init(self, h, param):
         return {"exp_avg": t.zeros_like(param), "exp_inf": t.zeros_like(param)}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_inf": False}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         c = {"decay": decay(self, h), "beta2": h["beta2"], "eps": h["eps"]}

@@ -29,6 +29,9 @@ class Adan(Rule):
     def init(self, h, param):
         return {name: t.zeros_like(param) for name in ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False, "exp_avg_diff": True, "neg_pre_grad": True}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         c = {"eps": h["eps"], "has_previous": xp.where(s["step"] > 0, 1.0, 0.0)}

@@ -40,6 +40,9 @@ class AdEMAMix(Rule):
         names = ["exp_avg_fast"] * self.beta1 + ["exp_avg_slow", "exp_avg_sq"]
         return {name: t.zeros_like(param) for name in names}
 
+    def signs(self):
+        return {"exp_avg_fast": True, "exp_avg_slow": True, "exp_avg_sq": False}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         alpha, beta3 = h["alpha"], h["beta3"]

@@ -28,6 +28,9 @@ class ADOPT(Rule):
     def init(self, h, param):
         return {name: t.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"]
         first = step == 0  # which sets the second moment and moves nothing

@@ -31,6 +31,9 @@ class LAMB(Rule):
     def init(self, h, param):
         return {name: t.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         corrections = [1 - h[name] ** step if self.bias_correction else 1.0 for name in ("beta1", "beta2")]

@@ -36,6 +36,9 @@ class LARS(Rule):
     def init(self, h, param):
         return {"momentum_buffer": t.zeros_like(param)} if self.momentum else {}
 
+    def signs(self):
+        return {"momentum_buffer": True}
+
     def init_scalars(self, h):
         return {"step": 0.0} if self.momentum else {}
 

@@ -26,6 +26,9 @@ class Lion(Rule):
     def init(self, h, param):
         return {"exp_avg": t.zeros_like(param)}
 
+    def signs(self):
+        return {"exp_avg": True}
+
     def init_scalars(self, h):
         return {}
 

@@ -40,6 +40,9 @@ class Mars(Rule):
     def _corrects(self, param):
         return self.optimize_1d or param.ndim == 2
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False, "last_grad": True}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         c = {"correction": h["gamma"] * h["beta1"] / (1 - h["beta1"]), "eps": h["eps"]}

@@ -27,6 +27,9 @@ class Momentum(Rule):
     def init(self, h, param):
         return {name: t.zeros_like(param) for name in ["exp_avg"] + ["exp_avg_sq"] * self.scaled}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False}
+
     def init_scalars(self, h):
         return {}
 

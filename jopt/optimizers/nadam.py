@@ -27,6 +27,9 @@ class NAdam(Rule):
     def init(self, h, param):
         return {"exp_avg": t.zeros_like(param), "exp_avg_sq": t.zeros_like(param)}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False}
+
     def init_scalars(self, h):
         return {"step": 0.0, "mu_product": 1.0}
 

@@ -27,6 +27,9 @@ class RAdam(Rule):
     def init(self, h, param):
         return {"exp_avg": t.zeros_like(param), "exp_avg_sq": t.zeros_like(param)}
 
+    def signs(self):
+        return {"exp_avg": True, "exp_avg_sq": False}
+
     def scalars(self, h, s, xp, stored):
         step = s["step"] + 1
         bias_correction2 = 1 - h["beta2"] ** step

@@ -33,6 +33,10 @@ class RMSprop(Rule):
         names = ["square_avg"] + ["momentum_buffer"] * self.momentum + ["grad_avg"] * self.centered
         return {name: t.zeros_like(param) for name in names}
 
+    def signs(self):
+        # The variance is the difference of the other two: rounded, it could be negative.
+        return {"momentum_buffer": True} | ({} if self.centered else {"square_avg": False})
+
     def scalars(self, h, s, xp, stored):
         c = {name: h[name] for name in ("alpha", "eps", "momentum")}
         return c | {"decay": decay(self, h), "-lr": -h["lr"], "1-alpha": 1 - h["alpha"]}, {"step": s["step"] + 1}

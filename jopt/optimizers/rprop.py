@@ -30,6 +30,9 @@ class Rprop(Rule):
     def init(self, h, param):
         return {"prev": t.zeros_like(param), "step_size": t.full_like(param, h["lr"])}
 
+    def signs(self):
+        return {"prev": True, "step_size": False}
+
     def scalars(self, h, s, xp, stored):
         return {name: h[name] for name in self.hyperparameters if name != "lr"}, {"step": s["step"] + 1}
 

@@ -96,6 +96,9 @@ class ScheduleFreeAdamW(ScheduleFree):
     def init(self, h, param):
         return super().init(h, param) | {"exp_avg_sq": t.zeros_like(param)}
 
+    def signs(self):
+        return {"exp_avg_sq": False}
+
     def scalars(self, h, s, xp, stored):
         c, new = super().scalars(h, s, xp, stored)
         c |= {

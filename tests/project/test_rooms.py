@@ -12,6 +12,7 @@ JOPT = [
     ["_compat"],
     ["matrices", "numerics", "valued"],
     ["loops", "rule"],
+    ["quantized"],
     ["leaf"],
     ["fusion", "arena"],
     ["transform"],

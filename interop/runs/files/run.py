@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interop.dropin import formats
 from interop.dropin.options import EXECUTION
+from interop.dropin.slots import shape_of_slot
 from interop.dropin.state import KeepsWideState
 from interop.memory import HOST
 from interop.modules import JaxLeaf
@@ -24,6 +26,7 @@ from interop.runs.moving import names_of, run_of
 from jopt import State, Transform
 from jopt._compat import enable_x64
 from jopt.around.groups import Groups, GroupsState
+from jopt.quantized import ABSMAX
 
 EXTRA_STATE = "_extra_state"  # entries of a model's state_dict that are no tensors
 
@@ -273,7 +276,7 @@ class Checkpoint:
 def _completed(optimizer: OptimizerState, group: dict[str, Any]) -> dict[str, Any]:
     """A group with torch's defaults for what it does not say."""
     known = defaults(str(optimizer.name))
-    if unknown := group.keys() - known.keys() - NO_ARGUMENTS:
+    if unknown := group.keys() - known.keys() - NO_ARGUMENTS - {formats.KEY}:
         raise CheckpointError(
             f"the options of {optimizer.name} are none that torch takes: it has no {', '.join(sorted(unknown))}"
         )
@@ -334,12 +337,12 @@ def check_state(optimizer: OptimizerState, name: str, shapes: Mapping[str, tuple
         where, shape = f"the state of {parameter!r}", shapes.get(parameter)
         if shape is None:
             raise CheckpointError(f"{where}: the optimizer has no such parameter")
-        if lost := cls.always - set(values):
+        if lost := cls.lacks(values):
             raise CheckpointError(f"{where}: {name} needs {', '.join(map(repr, sorted(lost)))}")
         if unknown := set(values) - cls.known:
             raise CheckpointError(f"{where}: {name} has no {', '.join(map(repr, sorted(unknown)))}")
         for key, x in values.items():
-            expected = known[parameter].get(key, shape)
+            expected = shape_of_slot(known[parameter], key, shape)
             if x is None and key in cls.always:
                 raise CheckpointError(f"{where}: {key!r}: expected shape {expected}, found None")
             if x is not None and np.shape(x) != expected:
@@ -353,7 +356,9 @@ def _for_parameter(name: str, key: str, x: Any, p: Tensor, optimizer: Any) -> An
     if not isinstance(x, Tensor):
         return x
     x = x.detach()
-    kept = isinstance(optimizer, KeepsWideState) and optimizer.keeps(x.dtype, p.dtype)
+    # What is of another format it converts (`load_state_dict`).
+    of_format = x.dtype in (torch.uint8, torch.bfloat16) or key.endswith(ABSMAX)
+    kept = isinstance(optimizer, KeepsWideState) and (of_format or optimizer.keeps(x.dtype, p.dtype))
     if x.dim() and x.dtype != p.dtype and not kept:
         raise CheckpointError(
             f"the state of {name!r}: {key!r}: expected {p.dtype}, found {x.dtype}, which torch.optim would round; "

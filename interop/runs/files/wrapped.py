@@ -222,7 +222,7 @@ def _guess(groups: list[dict[str, Any]], state: Mapping[str, Mapping[str, Any]])
     matches, exact = [], []
     for cls in CLASSES.values():
         options = set(defaults(cls.name))
-        if any(not cls.always <= set(values) for values in state.values()):
+        if any(map(cls.lacks, state.values())):
             continue
         if given <= options and options - given <= later and "maximize" in given:
             matches.append(cls)

@@ -207,7 +207,7 @@ def test_the_arguments_are_jopts(function, name):
     theirs = inspect.signature(getattr(jopt, function)).parameters
     ours = inspect.signature(getattr(optim, name)).parameters
     assert next(iter(ours)) == "params"
-    new = {"params", "foreach", "fused", "capturable", "differentiable", "max_norm", "ema"}
+    new = {"params", "foreach", "fused", "capturable", "differentiable", "max_norm", "ema", "state_dtype"}
     shared = {"cautious", "state_dtype", "master_copy", "stochastic_rounding", "hyperparams_in_state"}
     assert {key: ours[key].default for key in ours if key not in new} == {
         key: theirs[key].default for key in theirs if key not in shared
