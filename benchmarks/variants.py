@@ -71,6 +71,11 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Callable[[], Any]], dict[
         {},
         {"pytorch_optimizer.NorMuon": ("NorMuon", dict(lr=LR, weight_decay=0.1))},
     ),
+    "prodigy": (
+        lambda: jopt.prodigy(weight_decay=0.1, use_bias_correction=True),
+        {"optax.contrib.prodigy": lambda: optax.contrib.prodigy(weight_decay=0.1)},
+        {"pytorch_optimizer.Prodigy": ("Prodigy", dict(weight_decay=0.1, weight_decouple=True, bias_correction=True))},
+    ),
     "lars": (
         lambda: jopt.lars(lr=0.1, momentum=0.9, weight_decay=0.1, trust_coeff=0.02),
         {"optax.lars": lambda: optax.lars(0.1, weight_decay=0.1, trust_coefficient=0.02, momentum=0.9)},

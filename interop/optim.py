@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from interop.dropin import muon, sparse
+from interop.dropin import constructed, muon, sparse
 from interop.dropin.constructed import Constructed, PerAxis, ScheduleFree
 from interop.dropin.lbfgs import LBFGS
 from interop.dropin.step import CompiledStep, Stepped
@@ -49,6 +49,7 @@ __all__ = [
     "NAdam",
     "NorMuon",
     "Optimizer",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",
@@ -61,7 +62,7 @@ __all__ = [
 # What torch has not.
 OTHERS = (
     *("ADOPT", "AdEMAMix", "AdamWScheduleFree", "Adan", "CautiousAdamW", "CautiousLion", "Kron", "LAMB", "LARS"),
-    *("Lion", "Mars", "NorMuon", "SGDScheduleFree", "SOAP"),
+    *("Lion", "Mars", "NorMuon", "Prodigy", "SGDScheduleFree", "SOAP"),
 )
 CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils", *OTHERS))
 
@@ -283,6 +284,12 @@ class NorMuon(Constructed):
 
     rule, function = optimizers.NorMuon, staticmethod(optimizers.nor_muon)
     compile_update = staticmethod(muon.compile_update)
+
+
+class Prodigy(constructed.Prodigy):
+    """`jopt.prodigy` as a torch optimizer. Its groups share the step size, `optimizer.d`."""
+
+    rule, function = optimizers.Prodigy, staticmethod(optimizers.prodigy)
 
 
 class SparseAdam(Stepped, torch.optim.SparseAdam):

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jopt import numerics, quantized
 from jopt._compat import varying
 from jopt.loops import separately
-from jopt.rule import Batched, LeafState, Rule, Scalars
+from jopt.rule import Batched, LeafState, Rule, Scalars, Summed
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO
@@ -139,6 +139,28 @@ def _arguments(
 ) -> tuple[Scalars, Array, LeafState, Array]:
     """What `Rule.update` takes of a leaf."""
     return in_step_type(c, numerics.scale(grad, factors), state, param, wide=_rounds_at_random(param, key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def leaf_sums(rule: Summed, *leaf: Any) -> dict[str, Array]:
+    """What a leaf as `step_leaf` takes it adds to the rule's sums, in its compute type; 0 if it is not active."""
+    c, grad, *rest = leaf
+    sums: dict[str, Array] = {}
+    for name in rule.sums:  # in turn: on CPU XLA would keep a conversion of the gradient that they share
+        grad, sums = lax.optimization_barrier((grad, sums))
+        sums = sums | {name: numerics.summed(leaf_terms(rule, c, grad, *rest)[name], None)}
+    active = leaf[4]
+    return sums if active is None else {name: jnp.where(active, x, jnp.zeros_like(x)) for name, x in sums.items()}
+
+
+def leaf_terms(rule: Summed, c: Scalars, *leaf: Any) -> dict[str, Array]:
+    """rule.terms of a leaf as `step_leaf` takes it, active or not; in its compute type, of which nothing is rounded.
+
+    The barrier keeps XLA on CPU from computing numbers where it repeats them along the leaf, in an array of its size.
+    """
+    c, grad, state, param = _arguments(lax.optimization_barrier(c), *leaf)
+    dtype = numerics.compute_dtype(param.dtype)
+    return rule.terms(c, grad.astype(dtype), {name: x.astype(dtype) for name, x in state.items()}, param.astype(dtype))
 
 
 def in_step_type(

@@ -398,6 +398,13 @@ def summed(x: Array, axis: int | None) -> Array:
     return jnp.sum(a, axis=axis, keepdims=axis is not None)
 
 
+@operation
+def product(x: Array, y: Array) -> Array:
+    """x * y in the compute type, of which torch.dot takes the sum."""
+    a, b = _up(x, y)
+    return a * b
+
+
 def addmm(x: Array, t1: Array, t2: Array, beta: Array | float, alpha: Array | float = 1) -> Array:
     """torch.addmm: beta * x + alpha * (t1 @ t2), summed in the compute type and rounded once."""
     product = jnp.matmul(t1, t2, preferred_element_type=compute_dtype(x.dtype))

@@ -18,6 +18,14 @@ that leaf's coefficients in its compute type, uses the operations of `jopt.numer
     tensor    a whole tensor at a time (a norm, a matrix): never a packed buffer, nor a shard of a tensor
     rows      as element, and its gradients are sparse: it sees the rows that have one, gathered
 A complex leaf reaches a rule as pairs of reals, as torch steps it.
+
+A `Summed` rule's coefficients depend on sums over all elements of all leaves: Prodigy's step size. It has three parts:
+
+    rule.before(h, s, xp)                -> c          what is known without the sums
+    rule.terms(c, grad, state, param)    -> arrays     what is summed, by name
+    rule.scalars(h, s, xp, stored)       -> c, s       as above; `h` also holds the sums
+
+and `update` gets both parts' coefficients.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self, TypeGuard
 
@@ -71,6 +79,8 @@ class Rule(ABC):
     hyperparameters: ClassVar[tuple[str, ...]]
     tuples: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # torch's argument -> its members' names here
     limits: ClassVar[Mapping[str, Limit]] = {}
+    sums: ClassVar[tuple[str, ...]] = ()  # see `Summed`
+    shared: ClassVar[frozenset[str]] = frozenset()
     scope: ClassVar[Literal["element", "tensor", "rows"]] = "element"
     real_only: ClassVar[bool] = False  # no complex leaves
     by_operations: ClassVar[bool] = True  # `update` uses the operations of numerics alone; else branches, eigenvectors
@@ -97,6 +107,15 @@ class Rule(ABC):
         Not those of a parameter's kind: a step is less than what is lost there.
         """
         return {}
+
+    def coefficients(
+        self, h: Scalars, s: Scalars, xp: ModuleType, stored: Callable[[Any], Any], sums: Scalars | None = None
+    ) -> tuple[Scalars, Scalars]:
+        """All of this step's coefficients, and the next scalar state.
+
+        `sums` are those that the rule asks for; while they are not known yet, what depends on them is left out.
+        """
+        return self.scalars(h, s, xp, stored)
 
     def elements(self, param: Array) -> int:
         """How many elements the leaf has; none of an empty one's arrays change."""
@@ -177,6 +196,46 @@ class Batched(Rule):
     def update(self, c: Scalars, grad: Array, state: LeafState, param: Array) -> tuple[Array, LeafState]:
         x, state = self.direct(c, grad, state)
         return self.move(c, param, self.whole(c, x), state)
+
+
+class Summed(Rule):
+    """A rule whose coefficients depend on sums over all elements of all leaves that step: of all groups together.
+
+    Attributes:
+      sums: their names.
+      shared: the scalar state that all leaves share, those that do not step too. It depends on no leaf.
+      alike: hyperparameters and flags that such state depends on: they are the same in all groups.
+    """
+
+    alike: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def before(self, h: Scalars, s: Scalars, xp: ModuleType) -> Scalars:
+        """The coefficients that are known without the sums; for `terms` and `update`."""
+
+    @abstractmethod
+    def terms(self, c: Scalars, grad: Array, state: LeafState, param: Array) -> dict[str, Array]:
+        """What is summed, by the name of the sum: arrays of the leaf's shape; by elements."""
+
+    def coefficients(self, h, s, xp, stored, sums=None):
+        c = self.before(h, s, xp)
+        if sums is None:
+            return c, {}
+        more, s = self.scalars({**h, **sums}, s, xp, stored)
+        return c | more, s
+
+    @classmethod
+    def check_groups(cls, rules: Sequence[Rule], numbers: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for groups whose numbers do not go together. What is no number is not looked at."""
+        groups = [{**vars(rule), **h} for rule, h in zip(rules, numbers, strict=True)]
+        for index, group in enumerate(groups[1:], 1):
+            for name in sorted(cls.alike):
+                one, other = groups[0].get(name), group.get(name)
+                if one != other and all(x is None or isinstance(x, int | float) for x in (one, other)):
+                    raise ValueError(
+                        f"param_groups[{index}][{name!r}]: expected {one!r} as in the first group, for {cls.__name__} "
+                        f"has one step size for all, found {other!r}; make it one optimizer a group"
+                    )
 
 
 def _members(name: str, value: Any, members: tuple[str, ...]) -> tuple[Any, ...]:

@@ -17,8 +17,8 @@ from jax import Array, lax
 from jopt import _compat, numerics, quantized, valued
 from jopt.arena import is_packed
 from jopt.fusion import fuses_outputs
-from jopt.leaf import init_leaf, step_leaves
-from jopt.rule import PHASE, Hyperparameter, Rule, at_count
+from jopt.leaf import init_leaf, leaf_sums, step_leaves
+from jopt.rule import PHASE, Hyperparameter, Rule, Summed, at_count
 from jopt.valued import Valued
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class State(NamedTuple):
     Attributes:
       count: int32, the calls of `step` or `update` so far; what schedules are evaluated at.
       scalars: torch's scalar state by name, float32, one entry for each leaf of the parameters in the order
-        of `jax.tree.leaves`: torch counts `step` by the parameter.
+        of `jax.tree.leaves`: torch counts `step` by the parameter. What all leaves share (Prodigy's `d`) has no axis.
       slots: torch's tensor state by name (`exp_avg`, ...), each a tree like the parameters; None for a parameter
         that has no such state (Adafactor's `row_var` of a vector, `exp_avg` of one whose state is in codes). With a
         master copy also `master`.
@@ -316,7 +316,12 @@ class _Lift:
         return State(
             count=count,
             scalars={
-                name: jnp.full((len(leaves),), jnp.arange(len(leaves)) if name == PHASE else value, jnp.float32)
+                # a copy: what a rule begins with may be a hyperparameter's own array
+                name: jnp.array(
+                    jnp.arange(len(leaves), dtype=jnp.float32)
+                    if name == PHASE
+                    else jnp.full(self._scalar_shape(name, leaves), value, jnp.float32)
+                )
                 for name, value in self.rule.init_scalars(h).items()
             },
             slots={name: treedef.unflatten([s.get(name) for s in states]) for name in names},
@@ -338,69 +343,109 @@ class _Lift:
         active: Tree | None = None,
         factors: Sequence[Array] = (),
         skip: Array | None = None,
+        sums: dict[str, Array] | None = None,
     ) -> tuple[Tree, State]:
+        """`Transform.step`. `sums`: those that the rule asks for, if they are also of leaves that are not here."""
+        return self._laid_out(_Lift._step, (params, state), grads, state, params, active, factors, skip, sums)
+
+    def sums(
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree | None,
+        active: Tree | None = None,
+        factors: Sequence[Array] = (),
+        skip: Array | None = None,
+    ) -> dict[str, Array]:
+        """What these leaves add to the sums that the rule asks for."""
+        return self._laid_out(_Lift._sums, None, grads, state, params, active, factors, skip)
+
+    def _laid_out(self, f: Callable[..., Any], like: Any, *args: Any) -> Any:
+        """A method of this, for arguments that begin as those of `step`, on whatever mesh they lie."""
+        grads, state, params, active, factors, *rest = args
         check_params(params)
         check_factors(factors)
         numbers = {name: x for name, x in self.hyperparameters.items() if isinstance(x, Array)}
 
-        def step(numbers: Mapping[str, Array], key: Array | None, *args: Any) -> tuple[Tree, State]:
+        def call(numbers: Mapping[str, Array], key: Array | None, *args: Any) -> Any:
             own = dataclasses.replace(self, hyperparameters={**self.hyperparameters, **numbers}, key=key)
-            return own._step(*args)
+            return f(own, *args)
 
-        args = grads, state, params, active, tuple(factors), skip
-        return numerics.laid_out(step, (params, state), numbers, self.key, *args)
+        args = grads, state, params, active, tuple(factors), *rest
+        return numerics.laid_out(call, like, numbers, self.key, *args)
 
     def _step(
-        self, grads: Tree, state: State, params: Tree, active: Tree | None, factors: Sequence[Array], skip: Array | None
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        active: Tree | None,
+        factors: Sequence[Array],
+        skip: Array | None,
+        sums: dict[str, Array] | None,
     ) -> tuple[Tree, State]:
+        given = self._inputs(grads, state, params, active, factors, skip)
+        if sums is None and isinstance(self.rule, Summed):
+            sums = self._sums_of(given, state)
+        leaves, slots, mask = list(given.leaves), given.slots, given.mask
+        c, scalars, scheduled = self._scalars(state, given.dtype, sums)
+        results = step_leaves(self.rule, given.with_coefficients(c), separate=fuses_outputs(own=False))
+        new_slots = {name: list(xs) for name, xs in slots.items()}
+        for i, (leaf, state_leaf) in zip(given.stepped, results, strict=True):
+            leaves[i] = leaf
+            for name, x in state_leaf.items():
+                new_slots[name][i] = x
+        if mask is not None:
+            old = state.scalars
+            scalars = {
+                name: jnp.where(mask, x, old[name]) if jnp.ndim(old[name]) else keep(skip, old[name], x)
+                for name, x in scalars.items()
+            }
+        count = jnp.asarray(optax.safe_increment(state.count))
+        unflatten = given.treedef.unflatten
+        return unflatten(leaves), State(
+            count=keep(skip, state.count, count),
+            scalars=scalars,
+            slots={name: unflatten(xs) for name, xs in new_slots.items()},
+            hyperparams=state.hyperparams,
+            scheduled=keep(skip, state.scheduled, scheduled),
+        )
+
+    def _sums(
+        self, grads: Tree, state: State, params: Tree, active: Tree | None, factors: Sequence[Array], skip: Array | None
+    ) -> dict[str, Array]:
+        return self._sums_of(self._inputs(grads, state, params, active, factors, skip), state)
+
+    def _sums_of(self, given: _Inputs, state: State) -> dict[str, Array]:
+        """The rule's sums over these leaves."""
+        rule: Any = self.rule
+        c = self._scalars(state, given.dtype)[0]
+        parts = [leaf_sums(rule, *leaf) for leaf in given.with_coefficients(c)]
+        return {
+            name: jnp.sum(jnp.stack([part[name].astype(given.dtype) for part in parts]))
+            if parts
+            else jnp.zeros((), given.dtype)
+            for name in rule.sums
+        }
+
+    def _inputs(
+        self, grads: Tree, state: State, params: Tree, active: Tree | None, factors: Sequence[Array], skip: Array | None
+    ) -> _Inputs:
+        """What a step is given, checked."""
         leaves, treedef = self._flatten(params)
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         self._check_state(state, paths, leaves, treedef)
-        grads = [
+        checked = [
             None if g is None or isinstance(g, optax.MaskedNode) else _check_grad(self.rule, path, g, leaf)
             for path, g, leaf in zip(paths, _match(treedef, "grads", grads), leaves, strict=True)
         ]
         slots = {name: _match(treedef, f"state.slots[{name!r}]", tree) for name, tree in state.slots.items()}
-        mask = self._active(grads, None if active is None else _match(treedef, "active", active))
+        mask = self._active(checked, None if active is None else _match(treedef, "active", active))
         changing = active is not None or skip is not None  # else None leaves out what it skips
         if skip is not None:
             mask = jnp.logical_and(True if mask is None else mask, jnp.logical_not(skip))
-
-        c, scalars, scheduled = self._scalars(state, numerics.widest(x.dtype for x in leaves))
         key = None if self.key is None else jax.random.fold_in(self.key, state.count)
-        stepped = [i for i, grad in enumerate(grads) if grad is not None]
-        rows = [_row((c, mask if changing else None), position) for position in numerics.positions(stepped)]
-        results = step_leaves(
-            self.rule,
-            [
-                (
-                    c_i,
-                    grads[i],
-                    {name: xs[i] for name, xs in slots.items() if xs[i] is not None},
-                    leaves[i],
-                    active_i,
-                    None if key is None else jax.random.fold_in(key, i),
-                    factors,
-                )
-                for i, (c_i, active_i) in zip(stepped, rows, strict=True)
-            ],
-            separate=fuses_outputs(own=False),
-        )
-        new_leaves, new_slots = list(leaves), {name: list(xs) for name, xs in slots.items()}
-        for i, (leaf, state_leaf) in zip(stepped, results, strict=True):
-            new_leaves[i] = leaf
-            for name, x in state_leaf.items():
-                new_slots[name][i] = x
-        if mask is not None:
-            scalars = {name: jnp.where(mask, x, state.scalars[name]) for name, x in scalars.items()}
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(new_leaves), State(
-            count=keep(skip, state.count, count),
-            scalars=scalars,
-            slots={name: treedef.unflatten(xs) for name, xs in new_slots.items()},
-            hyperparams=state.hyperparams,
-            scheduled=keep(skip, state.scheduled, scheduled),
-        )
+        return _Inputs(leaves, treedef, checked, slots, mask, changing, key, factors)
 
     def __repr__(self) -> str:
         h, tuples = dict(self.hyperparameters), self.rule.tuples
@@ -433,7 +478,7 @@ class _Lift:
                     f"{', '.join(sorted(found)) or 'none'}{remedy}"
                 )
         numbers = {"count": ((), state.count)}
-        numbers |= {f"scalars[{name!r}]": ((len(leaves),), x) for name, x in state.scalars.items()}
+        numbers |= {f"scalars[{name!r}]": (self._scalar_shape(name, leaves), x) for name, x in state.scalars.items()}
         numbers |= {f"hyperparams[{name!r}]": ((), x) for name, x in state.hyperparams.items()}
         numbers |= {f"scheduled[{name!r}]": ((), x) for name, x in state.scheduled.items()}
         for name, (shape, x) in numbers.items():
@@ -450,16 +495,20 @@ class _Lift:
 
     # --- scalars
 
-    def _scalars(self, state: State, dtype: np.dtype) -> tuple[dict, dict, dict]:
-        """This step's coefficients in `dtype`, the next scalar state, and the schedules' values."""
+    def _scalars(self, state: State, dtype: np.dtype, sums: dict[str, Array] | None = None) -> tuple[dict, dict, dict]:
+        """This step's coefficients in `dtype`, the next scalar state, and the schedules' values.
+
+        Where the rule's sums are not known yet, what depends on them is left out.
+        """
 
         def evaluate(s: Any, scalars: Any) -> Any:
-            h = self._at(*scalars)
-            c, s = self.rule.scalars(h, s, jnp, numerics.as_float32)
+            count, arrays, sums = scalars
+            h = self._at(count, arrays)
+            c, s = self.rule.coefficients(h, s, jnp, numerics.as_float32, sums)
             return c, s, {name: h[name] for name in state.scheduled}
 
         arrays = self._arrays(state.hyperparams)
-        c, s, scheduled = numerics.in_double(evaluate, state.scalars, (state.count, arrays), dtype=dtype)
+        c, s, scheduled = numerics.in_double(evaluate, state.scalars, (state.count, arrays, sums), dtype=dtype)
         s = {name: x.astype(state.scalars[name].dtype) for name, x in s.items()}
         return c, s, {name: x.astype(state.scheduled[name].dtype) for name, x in scheduled.items()}
 
@@ -480,6 +529,9 @@ class _Lift:
         h = numerics.in_double(lambda _, s: self._at(*s), (), (count, self._arrays({})), dtype=dtype)
         return {name: jnp.array(x) for name, x in h.items()}
 
+    def _scalar_shape(self, name: str, leaves: list[Array]) -> tuple[int, ...]:
+        return () if name in self.rule.shared else (len(leaves),)
+
     # --- trees
 
     def _flatten(self, params: Tree) -> tuple[list[Array], Any]:
@@ -496,7 +548,7 @@ class _Lift:
             self.rule.check_param(name, jnp.shape(leaf), jnp.result_type(leaf))
         return [_array(leaf) for _, leaf in with_path], treedef
 
-    def _active(self, grads: list[Array | None], active: list[Any] | None) -> Array | None:
+    def _active(self, grads: Sequence[Any], active: list[Any] | None) -> Array | None:
         """Which leaves step: None for all, else a bool vector."""
         if not grads or (active is None and all(g is not None for g in grads)):
             return None
@@ -504,6 +556,47 @@ class _Lift:
         if active is None:
             return jnp.array(flags, bool)
         return jnp.stack([jnp.logical_and(f, a) for f, a in zip(flags, active, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a step is given: lists over the leaves, and whether each is active, if not all are."""
+
+    leaves: list[Array]
+    treedef: Any
+    grads: list[Any]
+    slots: dict[str, list[Array | None]]
+    mask: Array | None
+    changing: bool
+    key: Array | None
+    factors: Sequence[Array]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of coefficients."""
+        return numerics.widest(x.dtype for x in self.leaves)
+
+    @functools.cached_property
+    def stepped(self) -> list[int]:
+        """Which leaves have a gradient."""
+        return [i for i, grad in enumerate(self.grads) if grad is not None]
+
+    def with_coefficients(self, c: dict[str, Array]) -> list[tuple[Any, ...]]:
+        """The arguments of `step_leaf` for each leaf that has a gradient."""
+        mask = self.mask if self.changing else None
+        rows = [_row((c, mask), position) for position in numerics.positions(self.stepped)]
+        return [
+            (
+                c_i,
+                self.grads[i],
+                {name: xs[i] for name, xs in self.slots.items() if xs[i] is not None},
+                self.leaves[i],
+                active_i,
+                None if self.key is None else jax.random.fold_in(self.key, i),
+                self.factors,
+            )
+            for i, (c_i, active_i) in zip(self.stepped, rows, strict=True)
+        ]
 
 
 @functools.lru_cache(4096)

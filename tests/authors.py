@@ -205,6 +205,16 @@ REFERENCES = {
         ),
         shapes=((4, 3), (2,), (3, 1, 4), (2, 1, 2, 3)),
     ),
+    "prodigy": Reference(
+        "prodigyopt==1.1.2",
+        "prodigyopt.Prodigy",
+        (
+            dict(),
+            dict(weight_decay=0.1, use_bias_correction=True, safeguard_warmup=True, betas=(0.9, 0.99)),
+            dict(lr=0.5, weight_decay=0.01, decouple=False, beta3=0.95, eps=1e-4, d_coef=2.0),
+            dict(betas=(0.0, 0.999), d0=1e-4, growth_rate=1.2),
+        ),
+    ),
     "cautious_adamw": Reference(
         "timm==1.0.31",
         "timm.optim.adamw.AdamWLegacy",

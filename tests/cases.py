@@ -158,6 +158,14 @@ CASES = [
     Case("kron", "kron", None, dict(weight_decay=0.1), ("momentum_buffer", "Q_0", "Q_1")),
     Case("schedule_free_sgd", "schedule_free_sgd", None, dict(weight_decay=0.1, warmup_steps=10), ("z",), 0.02),
     Case("schedule_free_adamw", "schedule_free_adamw", None, dict(weight_decay=0.1, r=1.0), ("z", "exp_avg_sq")),
+    Case(
+        "prodigy",
+        "prodigy",
+        None,
+        dict(weight_decay=0.1, use_bias_correction=True, d0=1e-3),
+        ("s", "p0", *MOMENTS),
+        0.5,
+    ),
     Case("cautious_adamw", "adamw", None, dict(cautious=True), MOMENTS),
     Case("momentum-scaled", "momentum", None, dict(beta2=0.999), MOMENTS),
 ]
@@ -301,4 +309,4 @@ MEAN_WEIGHT = 6e-8
 # of an iteration in bfloat16, compared with the same in float64.
 DERIVATIVES = {"modes": 1e-11, "differences": 1e-5, "torch": 1e-9, "limit": 1e-6, "float32": 1e-3, "muon": 0.05}
 # Scalars that torch keeps in float32 make steps of this size in a loss, and round their derivatives.
-STORED = {"nadam": 2e-7, "asgd": 2e-7}
+STORED = {"nadam": 2e-7, "asgd": 2e-7, "prodigy": 2e-7}

@@ -121,6 +121,7 @@ class Bucket:
         numbers: Numbers,
         staging: Staging,
         begun: bool,
+        shared: Mapping[str, float],
         freed: Freed,
         state_buffers: Iterable[dict[str, Buffer]],
     ) -> None:
@@ -131,6 +132,7 @@ class Bucket:
           numbers: the hyperparameters of each group.
           staging: where the gradients of small leaves are gathered.
           begun: other parameters have averages already; then a new average begins with the parameter as it is.
+          shared: the scalar state that all parameters have, if one has any.
           freed: takes note of what torch frees.
           state_buffers: `state_buffers()`, or what it gives.
         """
@@ -150,7 +152,7 @@ class Bucket:
             own |= of_state
             for leaf, offset in zip(leaves, offsets, strict=True):
                 loaded = optimizer.state.get(leaf.param)
-                self._take_slots(next(rows), leaf, own, offset, optimizer, numbers[leaf.group], begun)
+                self._take_slots(next(rows), leaf, own, offset, optimizer, numbers[leaf.group], begun, shared)
                 freed.add(leaf.local.nbytes * len(leaf.state_dtypes) if loaded else 0)
         self.buffers = [buffer for own in owned_by for buffer in own.values()]
         self.grad_views = [  # where the small leaves' gradients are gathered
@@ -184,6 +186,7 @@ class Bucket:
         optimizer: Any,
         h: dict[str, float],
         begun: bool,
+        shared: Mapping[str, float],
     ) -> None:
         """Move a leaf's state to its places."""
         leaf.views = {
@@ -199,7 +202,7 @@ class Bucket:
             for name, value in state.items():
                 if name in leaf.views and is_shared(value):
                     leaf.homes[name], leaf.views[name] = leaf.views[name], value
-            self._take_state(i, leaf, state, dict(state), h, begun)
+            self._take_state(i, leaf, state, dict(state), h, begun, shared)
 
     def _first_scalars(self, optimizer: Any, numbers: Numbers) -> Scalars:
         """The scalar state, a vector over the leaves; torch's 0-d tensors are views of its entries."""
@@ -218,12 +221,19 @@ class Bucket:
         return vectors
 
     def _take_state(
-        self, i: int, leaf: Leaf, state: dict[str, Any], values: dict[str, Any], h: dict[str, float], begun: bool
+        self,
+        i: int,
+        leaf: Leaf,
+        state: dict[str, Any],
+        values: dict[str, Any],
+        h: dict[str, float],
+        begun: bool,
+        shared: Mapping[str, float],
     ) -> None:
         """Make torch's state of a leaf views of the buffers: of the values given, or else of the rule's first ones."""
         first: dict[str, Any] = {}
         if any(values.get(name) is None for name in leaf.views):
-            scalars = self.rule.init_scalars(h)
+            scalars = {**self.rule.init_scalars(h), **shared}
             if PHASE in scalars:
                 scalars[PHASE] = leaf.number
             slots = first_slots(self.rule, tuple(leaf.shape), leaf.dtype, tuple(h.items()))
@@ -250,6 +260,7 @@ class Bucket:
         grads: Mapping[Tensor, Tensor],
         places: Mapping[Tensor, int],
         begun: bool,
+        shared: Mapping[str, float],
         averages: bool,
     ) -> Work:
         """Find which leaves have a gradient, and take in state that the user replaced."""
@@ -257,7 +268,7 @@ class Bucket:
         stepped = [leaf for leaf in self.leaves if leaf.param in grads]
         foreign = []  # read all before writing any: the user may have exchanged the states of two parameters
         for i, leaf in enumerate(self.leaves):
-            if (active[i] or (averages and states.get(leaf.param))) and leaf.views:
+            if (active[i] or ((averages or self.rule.shared) and states.get(leaf.param))) and leaf.views:
                 state = states[leaf.param]
                 if any(state.get(name) is not view for name, view in leaf.views.items()):
                     values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
@@ -266,12 +277,12 @@ class Bucket:
             for name, view in leaf.views.items():
                 if state.get(name) is not view:
                     leaf.views[name] = leave(view)  # the user may have kept it
-            self._take_state(i, leaf, state, values, numbers[leaf.group], begun)
-        shared = [
+            self._take_state(i, leaf, state, values, numbers[leaf.group], begun, shared)
+        outside = [
             (name in self.coefficients.scalars, leaf.homes[name], leaf.views[name].view(leaf.homes[name].shape))
             for leaf in self.leaves
             for name in leaf.homes
-            if leaf.param in grads or (averages and name == EMA)
+            if leaf.param in grads or (averages and name == EMA) or name in self.rule.shared
         ]
         small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]
         ends = np.array(self.layout.offsets, np.int32) + np.array(self.layout.sizes, np.int32)
@@ -284,8 +295,8 @@ class Bucket:
             small_views=[self.grad_views[i] for i in small],
             copied_in=[leaf for leaf in (self.leaves if averages else stepped) if leaf.home is not None],
             copied_out=[leaf for leaf in stepped if leaf.home is not None],
-            shared_slots=[(place, value) for is_scalar, place, value in shared if not is_scalar],
-            shared_scalars=[(place, value) for is_scalar, place, value in shared if is_scalar],
+            shared_slots=[(place, value) for is_scalar, place, value in outside if not is_scalar],
+            shared_scalars=[(place, value) for is_scalar, place, value in outside if is_scalar],
             # A DTensor counts its own writes, not those to its local tensor.
             resident=[leaf.param for leaf in stepped if leaf.home is None or leaf.placement is not None],
             counted=self.device.put(np.where(active[len(self.big) :], ends, 0).astype(np.int32)),
@@ -298,6 +309,27 @@ class Bucket:
         self.device.before()
         return measure(arrays, self.leaf_of_row, work.counted, scale)
 
+    def sums(
+        self, summing: Any, work: Work, numbers: Numbers, grads: Gradients, found: Mapping[str, Any]
+    ) -> np.ndarray:
+        """What each leaf adds to the sums that the rule asks for: a row a sum, a column a leaf."""
+        self._copy_in(work)
+        self.coefficients.fill(numbers, None)
+        arrays = grads.arrays(work)
+        table = self.coefficients.table.array()
+        self.device.before()
+        buffers = [buffer.array for buffer in self.buffers]
+        out = summing(work.counted, buffers, arrays, table, self.leaf_of_row, found)
+        self.device.after(out)
+        return np.asarray(out, np.float64)
+
+    def _copy_in(self, work: Work) -> None:
+        """Copy in what does not live in the buffers."""
+        for leaf in work.copied_in:
+            leaf.home.copy_(leaf.local)  # type: ignore[union-attr]
+        for place, value in (*work.shared_slots, *work.shared_scalars):
+            place.copy_(value)
+
     def step(
         self,
         update: Any,
@@ -306,13 +338,11 @@ class Bucket:
         grads: Gradients,
         found: Mapping[str, Any],
         ema: float | None,
+        sums: Mapping[str, float] | None,
     ) -> tuple[list[Any], Scalars]:
         """Step the leaves. Returns what the program found, and for `finish`, if that is to come, the scalar state."""
-        for leaf in work.copied_in:
-            leaf.home.copy_(leaf.local)  # type: ignore[union-attr]
-        for place, value in (*work.shared_slots, *work.shared_scalars):
-            place.copy_(value)
-        scalars = self.coefficients.fill(numbers, ema)
+        self._copy_in(work)
+        scalars = self.coefficients.fill(numbers, ema, sums)
         arrays = grads.arrays(work)
         table = self.coefficients.table.array()
         self.device.before()

@@ -29,7 +29,7 @@ def _names(rule: Rule) -> tuple[str, ...]:
     with np.errstate(all="ignore"):
         h = dict.fromkeys(rule.hyperparameters, np.float64(0.5))
         s = {name: np.full(1, x) for name, x in rule.init_scalars(h).items()}
-        return tuple(rule.scalars(h, s, np, np.asarray)[0])
+        return tuple(rule.coefficients(h, s, np, np.asarray, dict.fromkeys(rule.sums, 0.5))[0])
 
 
 def columns(rule: Rule, slots: Iterable[str]) -> tuple[str, ...]:
@@ -105,8 +105,13 @@ class Coefficients:
         self._which = True if active.all() else active
         self._find_kinds()
 
-    def fill(self, hyperparameters: Sequence[Mapping[str, float]], ema: float | None) -> Scalars:
-        """Write the table for a step; returns the next scalar state, for `finish`."""
+    def fill(
+        self, hyperparameters: Sequence[Mapping[str, float]], ema: float | None, sums: Mapping[str, float] | None = None
+    ) -> Scalars:
+        """Write the table for a step; returns the next scalar state, for `finish`.
+
+        `sums` are those that the rule asks for. Before they are known, what depends on them stays as it is.
+        """
         if self._filled is hyperparameters and ema is None:
             return {}
         if self._known != self._bytes():  # the user wrote to the scalar state
@@ -115,9 +120,9 @@ class Coefficients:
             groups = [hyperparameters[self.groups[i]] for i in self._kinds]
             h = {name: [group.get(name, math.nan) for group in groups] for name in self.spec.rule.hyperparameters}
             self._read = hyperparameters, h, {name: x[0] for name, x in h.items()}
-        scalars = self._of_numbers(self._read[2]) if len(self._kinds) == 1 else None
+        scalars = self._of_numbers(self._read[2], sums) if len(self._kinds) == 1 else None
         if scalars is None:
-            scalars = self._of_arrays(self._read[1])
+            scalars = self._of_arrays(self._read[1], sums)
         if ema is not None:
             self._column[EMA][:] = np.where(self.new, 1.0, 1 - ema)
             if self.new.any():
@@ -126,7 +131,7 @@ class Coefficients:
         self._filled = hyperparameters if not self.scalars and ema is None else None
         return scalars
 
-    def _of_numbers(self, h: dict[str, float]) -> Scalars | None:
+    def _of_numbers(self, h: dict[str, float], sums: Any) -> Scalars | None:
         """`fill` where all leaves have the same numbers; None where they are not finite.
 
         Python's numbers are several times as fast as NumPy's, and powers are the C library's, as torch's are.
@@ -134,29 +139,31 @@ class Coefficients:
         first, numbers = self._kinds[0], _Numbers
         try:
             s = {name: x.item(first) for name, x in self.scalars.items()}
-            c, scalars = self.spec.rule.scalars(h, s, numbers, numbers.stored)  # type: ignore[arg-type]
+            c, scalars = self.spec.rule.coefficients(h, s, numbers, numbers.stored, sums)  # type: ignore[arg-type]
             if not sum(map(abs, c.values())) < _BIGGEST:
                 return None
         except (ArithmeticError, ValueError, TypeError):  # a root of a negative number may be a complex one
             return None
-        self._of_rule[:] = list(c.values())
+        self._of_rule[:, : len(c)] = list(c.values())
         return scalars
 
-    def _of_arrays(self, h: dict[str, list[float]]) -> Scalars:
+    def _of_arrays(self, h: dict[str, list[float]], sums: Any) -> Scalars:
         s = {name: x[self._kinds].astype(np.float64) for name, x in self.scalars.items()}
         with np.errstate(all="ignore"):
-            found = self.spec.rule.scalars({name: np.array(x, np.float64) for name, x in h.items()}, s, np, _stored)
+            numbers = {name: np.array(x, np.float64) for name, x in h.items()}
+            found = self.spec.rule.coefficients(numbers, s, np, _stored, sums)
             c, scalars = (
                 {name: np.broadcast_to(x, len(self._kinds))[self._kind_of] for name, x in numbers.items()}
                 for numbers in found
             )
-            self._of_rule[:] = np.stack(list(c.values()), axis=1)
+            self._of_rule[:, : len(c)] = np.stack(list(c.values()), axis=1)
         return scalars
 
     def finish(self, scalars: Scalars) -> None:
-        """Make this the scalar state of the leaves that stepped."""
+        """Make this the scalar state of the leaves that stepped; what all leaves share is that of the others too."""
         for name, vector in self.scalars.items():
-            np.copyto(vector, scalars[name], where=self._which, casting="same_kind")
+            which = True if name in self.spec.rule.shared else self._which
+            np.copyto(vector, scalars[name], where=which, casting="same_kind")
         self._known = self._bytes()
 
     def _find_kinds(self) -> None:

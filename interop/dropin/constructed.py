@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from interop.dropin.options import EXECUTION
 from interop.dropin.step import AROUND, CompiledStep
+from interop.dropin.sums import shared_scalars
+from jopt.optimizers.prodigy import ESTIMATES
 from jopt.rule import PHASE
 from jopt.transform import DEFAULTS
 
@@ -30,6 +32,8 @@ class Constructed(CompiledStep, Optimizer):
     fixed: ClassVar[dict[str, Any]] = {}  # what the class is for: in each of its groups, and no argument
     modes: ClassVar[dict[str, Any]] = {}  # what methods of the class set in its groups
     in_groups: ClassVar[dict[str, str]] = {}  # what the authors' class counts in a group, and our state's name of it
+    in_two: ClassVar[frozenset[str]] = frozenset()  # of those what our state has in two numbers
+    not_here: ClassVar[frozenset[str]] = frozenset()  # what else is in the authors' groups
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -76,18 +80,17 @@ class Constructed(CompiledStep, Optimizer):
         """A state_dict in which what the authors count by the group is in each parameter's state."""
         state, groups = dict(state_dict["state"]), []
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            counted = self._counted({ours: float(group[key]) for key, ours in self.in_groups.items() if key in group})
+            counted = {ours: float(group[key]) for key, ours in self.in_groups.items() if key in group}
+            for name in self.in_two & counted.keys():
+                counted[f"{name}_rest"] = counted[name] - torch.tensor(counted[name]).item()
             for i in group["params"] if counted else ():
                 if state.get(i):
                     state[i] = {key: torch.tensor(x) for key, x in counted.items()} | state[i]
             numbers = {*self.rule.hyperparameters, *self.rule.tuples, "param_names"}
             lacks = {key: x for key, x in own.items() if key not in group and key not in numbers}
-            groups.append(lacks | {key: x for key, x in group.items() if key not in self.in_groups})
+            left_out = {*self.in_groups, *self.not_here}
+            groups.append(lacks | {key: x for key, x in group.items() if key not in left_out})
         return {**state_dict, "state": state, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
-
-    def _counted(self, numbers: dict[str, float]) -> dict[str, float]:
-        """What the state has of the numbers of a group."""
-        return numbers
 
     def _check_fixed(self, groups: Iterable[Mapping[str, Any]], first: int = 0) -> None:
         for i, group in enumerate(groups, first):
@@ -138,6 +141,7 @@ class ScheduleFree(Constructed):
 
     modes = {"train_mode": False}
     in_groups = {"k": "step", "lr_max": "lr_max", "weight_sum": "weight_sum"}
+    in_two = frozenset({"lr_max", "weight_sum"})
 
     def eval(self) -> None:
         """Put the averages in the parameters' places. A parameter that was never stepped stays."""
@@ -167,6 +171,29 @@ class ScheduleFree(Constructed):
             )
         super()._step()
 
-    def _counted(self, numbers: dict[str, float]) -> dict[str, float]:
-        sums = {name: numbers[name] for name in ("lr_max", "weight_sum") if name in numbers}
-        return numbers | {f"{name}_rest": x - torch.tensor(x).item() for name, x in sums.items()}
+
+class Prodigy(Constructed):
+    """Prodigy, which keeps in each parameter's state what is of all parameters. Its authors have that in the groups."""
+
+    in_groups = {name: name for name in ("k", *ESTIMATES)}
+    in_two = frozenset(ESTIMATES)
+    not_here = frozenset({"d_denom", "d_hat", "fsdp_in_use"})
+
+    @property
+    def d(self) -> float:
+        """The step size that was found so far."""
+        found = shared_scalars(self)
+        return found["d"] + found["d_rest"] if found.get("k") else float(self.param_groups[0]["d0"])
+
+    def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Theirs are flat, and a 0-d zero for the start of a parameter that began with zeros."""
+        found = super()._of_authors(state_dict)
+        for own, group in zip(self.param_groups, found["param_groups"], strict=False):
+            for p, i in zip(own["params"], group["params"], strict=False):
+                state = found["state"].get(i) or {}
+                for key in ("s", "p0"):
+                    x = state.get(key)
+                    if isinstance(x, Tensor) and x.numel() in (1, p.numel()) and x.shape != p.shape:
+                        x = x.reshape(p.shape) if x.numel() == p.numel() else x.reshape(()).expand(p.shape).clone()
+                        found["state"][i] = state = state | {key: x}
+        return found

@@ -38,7 +38,7 @@ class Measured:
         local = [np.asarray(x, np.float64) for x in self.norms]
         leaves = (leaf.param for bucket in buckets for leaf in bucket.leaves)
         norms = zip(leaves, np.concatenate(local).tolist(), strict=True)
-        total, overflow = processes.agree(meshes, optimizer, norms, any(map(bool, self.overflows)))
+        total, overflow, _ = processes.agree(meshes, optimizer, norms, any(map(bool, self.overflows)))
         widest = max(buckets, key=lambda bucket: bucket.dtype.itemsize)  # which rounds it least
         for i, (bucket, x) in enumerate(zip(buckets, local, strict=True)):
             of_bucket = np.zeros(len(x), bucket.dtype)

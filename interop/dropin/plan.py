@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from interop.dropin import dtensor, eager, exchange, formats, host, native, parts, processes, program, reader
+from interop.dropin import dtensor, eager, exchange, formats, host, native, parts, processes, program, reader, sums
 from interop.dropin.arranging import passes_of, shelves
 from interop.dropin.bucket import Bucket, Work
 from interop.dropin.coefficients import Scalars
@@ -47,6 +47,7 @@ def plan_for(optimizer: Any, rules: list[Rule], numbers: Numbers) -> tuple[Plan 
     present = reader.checked(optimizer)
     if not present and (plan is None or not plan.averages):
         return None, None
+    sums.shared_scalars(optimizer)  # which it checks
     if plan is None or not plan.serves(optimizer, rules, numbers, present):
         plan = optimizer._plan = Plan(optimizer, rules, numbers, present, plan)
     return plan, plan.begin(optimizer, numbers, present)
@@ -69,11 +70,12 @@ class Plan:
     ):
         self.rules, self.averages = list(rules), optimizer.ema is not None
         self.formats = [formats.of(group) for group in optimizer.param_groups]
+        self.is_summed = bool(optimizer.rule.sums)
         self.turn: Turn | None = None
         self.leaves, self.passes = self._find_leaves(optimizer, numbers, grads, previous)
         # Compile all before any memory moves, and move it all: an interrupt finds the old state or the new.
         extra = None
-        if not measures(optimizer) and all(leaf.whole is None for leaf in self.leaves.values()):
+        if not measures(optimizer) and not self.is_summed and all(leaf.whole is None for leaf in self.leaves.values()):
             extra = eager.extra_passes((rules[x.group], x) for x in self.leaves.values())
         self._make_buckets(by_torch=extra is not None and extra <= eager.ROOM)
         self.rent: int | None = None
@@ -82,7 +84,7 @@ class Plan:
             self._make_buckets(by_torch=self.rent > 0)
         if not self.uses_torch:
             host.check_process()
-        self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any]]] = {}
+        self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any], list[Any]]] = {}
         states: Iterable[Any] = [bucket.state_buffers() for bucket in self.buckets]
         size = sum(bucket.state_bytes for bucket in self.buckets)
         if self.uses_torch or size > BESIDE or any(map(optimizer.state.get, self.leaves)):
@@ -105,7 +107,9 @@ class Plan:
             p
             for group in optimizer.param_groups
             for p in group["params"]
-            if p in grads or (p in before and (optimizer.state.get(p) or not before[p].views))
+            if p in grads
+            or (p in before and (optimizer.state.get(p) or not before[p].views))
+            or (self.is_summed and optimizer.state.get(p))
         ]
         passes = passes_of(params)
         leaves: dict[Tensor, Leaf] = {}
@@ -152,17 +156,8 @@ class Plan:
         placement, lazy = dtensor.placement(p), is_lazy(x)
         whole = Whole.of(placement) if placement is not None and rule.scope == "tensor" else None
         rule.check_param(name, tuple(p.shape), DTYPES[x.dtype])
-        if whole is not None and not rule.by_operations:
-            raise NotImplementedError(
-                f"{name}: expected a whole tensor, for {type(optimizer).__name__} takes eigenvectors of it, found "
-                f"a part, {dtensor.say(placement)}; replicate it, or step it in JAX, where jopt's shards are stepped"
-            )
         form = self.formats[index]
-        if placement is not None and form == "int8":
-            raise TypeError(
-                f"{name}: expected a plain tensor for state_dtype='int8', whose blocks are of a whole parameter, found "
-                "a DTensor; take state_dtype='bfloat16'"
-            )
+        formats.check_part(name, type(optimizer).__name__, rule, form, placement)
         shapes = formats.names(rule, form, x, slot_shapes(rule, tuple(x.shape)))
         shapes |= {EMA: tuple(x.shape)} if self.averages else {}
         state = optimizer.state.get(p) or {}
@@ -193,7 +188,7 @@ class Plan:
             key = bucket.device, bucket.dtype
             sizes[key] = max(sizes.get(key, 0), bucket.layout.size)
         staging: dict[Any, Staging] = {key: key[0].staging(size, key[1]) for key, size in sizes.items()}
-        begun = averages_begun(optimizer)
+        begun, shared = averages_begun(optimizer), sums.shared_scalars(optimizer)
         for leaf in self.leaves.values():
             scalars = self.rules[leaf.group].init_scalars(numbers[leaf.group]).keys() - optimizer.hidden_scalars
             if leaf.state_dtypes or scalars:
@@ -205,13 +200,14 @@ class Plan:
             for device, _ in sizes
         }
         for bucket, buffers in zip(self.buckets, states, strict=True):
-            bucket.take(optimizer, numbers, staging[bucket.device, bucket.dtype], begun, freed[bucket.device], buffers)
+            place = staging[bucket.device, bucket.dtype]
+            bucket.take(optimizer, numbers, place, begun, shared, freed[bucket.device], buffers)
 
     def _state_views(self) -> list[Tensor]:
         return [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
 
-    def programs(self, optimizer: Any) -> tuple[list[Any], list[Any]]:
-        """For each bucket the program that measures its gradients, or None, and the one that steps it."""
+    def programs(self, optimizer: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """For each bucket the programs that measure its gradients and that sum, if the step does, and that step."""
         clip, unscale = optimizer.max_norm is not None, optimizer.grad_scale is not None
         if (clip, unscale) not in self._compiled:
             measures: list[Any] = []
@@ -224,6 +220,7 @@ class Plan:
                     )
                 norms = tuple((len(bucket.leaves), bucket.dtype) for bucket in self.buckets)
                 measures = [program.compile_norms(bucket.spec, unscale) for bucket in self.buckets]
+            summing = [program.compile_sums(x.spec, clip, unscale, norms) for x in self.buckets if self.is_summed]
             updates = []
             for bucket, between in zip(self.buckets, exchange.between_processes(self.buckets), strict=True):
                 if bucket.device.uses_torch:
@@ -233,7 +230,7 @@ class Plan:
                 else:
                     of_parts = optimizer.compile_update if isinstance(bucket.rule, Batched) else parts.compile_update
                     updates.append(of_parts(bucket.spec, clip, unscale, norms).across(between))
-            self._compiled[clip, unscale] = measures, updates
+            self._compiled[clip, unscale] = measures, summing, updates
         return self._compiled[clip, unscale]
 
     # --- whether it still fits
@@ -268,7 +265,8 @@ class Plan:
         fits, moved = list(map(address, self.views)) == self.addresses, False
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
-                if p not in grads and not (self.averages and p in self.leaves):
+                follows = self.is_summed and optimizer.state.get(p)
+                if p not in grads and not (self.averages and p in self.leaves) and not follows:
                     continue
                 leaf = self.leaves.get(p)
                 if leaf is None or leaf.group != index:
@@ -308,9 +306,10 @@ class Plan:
         self.turn = None
         params = parameters(optimizer)
         places = {p: i for i, p in enumerate(params)}
-        begun = averages_begun(optimizer)
+        begun, shared = averages_begun(optimizer), sums.shared_scalars(optimizer)
         works = [
-            bucket.begin(optimizer.state, numbers, present, places, begun, self.averages) for bucket in self.buckets
+            bucket.begin(optimizer.state, numbers, present, places, begun, shared, self.averages)
+            for bucket in self.buckets
         ]
         self.views = self._state_views()
         plain = all(leaf.placement is None for leaf in self.leaves.values())
@@ -326,12 +325,12 @@ class Plan:
 
     def measure(self, optimizer: Any, grads: reader.Gradients) -> Measured:
         """The norms of the gradients, for a step that clips or unscales them."""
-        measures, _ = self.programs(optimizer)
+        measures, _, _ = self.programs(optimizer)
         scale = optimizer.grad_scale
         # In float32, as torch.amp.GradScaler.unscale_
         inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
         found = Measured([], [], optimizer.max_norm or 0.0, inverse)
-        works = self._works()
+        works = self.works()
         users = collections.Counter(id(work.bucket.staging) for work in works)
         try:
             for work, measure in zip(works, measures, strict=True):
@@ -354,20 +353,27 @@ class Plan:
             found.agree(optimizer, meshes, self.buckets)
 
     def update(
-        self, optimizer: Any, grads: reader.Gradients, numbers: Numbers, measured: Measured | None
+        self,
+        optimizer: Any,
+        grads: reader.Gradients,
+        numbers: Numbers,
+        measured: Measured | None,
+        added: Mapping[str, float] | None,
     ) -> tuple[Tensor | None, bool]:
         """Step the parameters; returns the norm of their gradients, if it was measured, and whether nothing changed."""
-        _, updates = self.programs(optimizer)
+        _, _, updates = self.programs(optimizer)
         results: list[tuple[Work, list[Any], Scalars]] = []
-        works = self._works()
+        works = self.works()
         try:
             for work, update in zip(works, updates, strict=True):
                 if self.averages or work.is_active:
                     found = {} if measured is None else measured.of(work.bucket)
-                    results.append((work, *work.bucket.step(update, work, numbers, grads, found, optimizer.ema)))
+                    results.append((work, *work.bucket.step(update, work, numbers, grads, found, optimizer.ema, added)))
         finally:
             if measured is not None:
                 self._wait(measured)
+        if added is not None and not self.averages:
+            results += sums.followed(works, numbers, added, finish=measured is None)
         if self.rent:
             self.rent -= 1
         elif self.uses_torch and self.turn is not None and self.rent is None:
@@ -386,7 +392,7 @@ class Plan:
         for device in self.devices:
             device.after((measured.norms, measured.overflows))
 
-    def _works(self) -> list[Work]:
+    def works(self) -> list[Work]:
         assert self.turn is not None, "begin comes before a step"
         return self.turn.works
 

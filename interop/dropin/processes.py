@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,9 +35,9 @@ def meshes(optimizer: Any, *, with_plain: bool = True) -> list[Any]:
     plain = [(index, p) for index, p, placed in params if placed is None]
     if found and plain and not with_plain:
         raise TypeError(
-            f"{parameter_name(optimizer, *plain[0])}: expected DTensors alone for a norm of all gradients or a loss "
-            f"scale, found a plain parameter beside them, of which other processes may have others; distribute it, or "
-            "give it an optimizer of its own"
+            f"{parameter_name(optimizer, *plain[0])}: expected DTensors alone for a norm of all gradients, a loss "
+            "scale or sums over all parameters, found a plain parameter beside them, of which other processes may have "
+            "others; distribute it, or give it an optimizer of its own"
         )
     return sorted(found, key=lambda mesh: (mesh.mesh.flatten().tolist(), tuple(mesh.shape)))
 
@@ -108,34 +109,40 @@ def agree(
     norms: Iterable[tuple[Tensor, float]] = (),
     overflow: bool = False,
     error: Exception | None = None,
-) -> tuple[float, bool]:
-    """The norm of all gradients, and whether one is not finite, as every process of the meshes finds them.
+    sums: Iterable[tuple[Tensor, Any]] = (),
+) -> tuple[float, bool, list[float]]:
+    """The norm of all gradients, whether one is not finite, and the rule's sums, as every process of the meshes finds
+    them.
 
     Args:
       meshes: of the optimizer.
       norms: parameters with the norms of their gradients' parts in this process.
       overflow: whether a part is not finite.
       error: what this process is about to raise.
+      sums: parameters with what their parts in this process add to each of the rule's sums.
 
     Raises:
-      RuntimeError: another process raises; or, for a rule that looks at whole tensors, a parameter has a gradient in
-        some processes alone.
+      RuntimeError: another process raises; or, for a rule that looks at whole tensors or sums over them, a parameter
+        has a gradient in some processes alone.
     """
-    squares: dict[Any, float] = {}
-    for p, norm in norms:
+    n = 1 + len(optimizer.rule.sums)  # what is added of each parameter: its square, and the sums
+    adds = [(p, [norm * norm] + [0.0] * (n - 1)) for p, norm in norms] + [(p, [0.0, *x]) for p, x in sums]
+    by_mesh: dict[Any, np.ndarray] = {}
+    for p, x in adds:
         mesh, placements, _ = dtensor.placement(p)  # type: ignore[misc]
         copies = math.prod(mesh.size(i) for i, placed in enumerate(placements) if placed.is_replicate())
-        squares[mesh] = squares.get(mesh, 0.0) + norm * norm / copies
-    total, found = 0.0, float(overflow)
+        by_mesh[mesh] = by_mesh.get(mesh, np.zeros(n)) + np.array(x) / copies
+    total, found = np.zeros(n), float(overflow)
     for mesh in meshes:
         whole = _whole(optimizer, mesh)
         present = [float(p.grad is not None) for _, p in whole]
-        own = [squares.get(mesh, 0.0), found, float(error is not None), *present]
-        sums = torch.tensor(own, dtype=torch.float64, device=mesh.device_type)
+        own = [*by_mesh.get(mesh, np.zeros(n)).tolist(), found, float(error is not None), *present]
+        added = torch.tensor(own, dtype=torch.float64, device=mesh.device_type)
         for i in range(mesh.ndim):
-            dist.all_reduce(sums, group=mesh.get_group(i))
-        square, found, failed, *counts = sums.tolist()
-        total += square
+            dist.all_reduce(added, group=mesh.get_group(i))
+        numbers = added.tolist()
+        total += numbers[:n]
+        found, failed, *counts = numbers[n:]
         if failed or any(count not in (0, mesh.size()) for count in counts):
             optimizer._plan = None  # processes may have different ones now
         if failed:
@@ -150,12 +157,13 @@ def agree(
                     f"none, for {type(optimizer).__name__} looks at whole tensors, found one in {count:.0f} of "
                     f"{mesh.size()}; zeros are one where a part has none"
                 )
-    return math.sqrt(total) if total >= 0 else math.nan, found > 0
+    square, *found_sums = total.tolist()
+    return math.sqrt(square) if square >= 0 else math.nan, found > 0, found_sums
 
 
 def _whole(optimizer: Any, mesh: Any) -> list[tuple[int, Tensor]]:
     """The parameters on a mesh that are looked at as a whole, with their groups."""
-    if optimizer.rule.scope != "tensor":
+    if optimizer.rule.scope != "tensor" and not optimizer.rule.sums:
         return []
     return [(index, p) for index, p, placed in _placed(optimizer) if placed is not None and placed[0] == mesh]
 

@@ -27,10 +27,10 @@ from interop.dropin.whole import Whole
 from interop.memory import Buffer, Device
 from jopt import numerics as t
 from jopt.around.clip import clip_factor, total_norm
-from jopt.leaf import step_leaf, step_leaves
+from jopt.leaf import leaf_sums, leaf_terms, step_leaf, step_leaves
 from jopt.loops import separately
 from jopt.quantized import holds_codes
-from jopt.rule import Rule
+from jopt.rule import Rule, Summed
 
 Norms = tuple[tuple[int, np.dtype], ...]  # for each bucket how many norms it contributes, and their type
 
@@ -225,6 +225,44 @@ class Update:
         return [x.reshape(-1) for result, average in results for x in self._after(result, average)]
 
 
+@functools.lru_cache(maxsize=256)
+def compile_sums(spec: Spec, clip: bool, unscale: bool, norms: Norms) -> Any:
+    """The program that computes what each leaf adds to the sums that its rule asks for: a row a sum, a column a leaf.
+
+    It takes what an `Update` takes, and gives none of it away; and for each of the small leaves where in their buffer
+    its elements end, 0 if they do not count.
+    """
+    update, rule = Update(spec, clip, unscale, norms), spec.rule
+    assert isinstance(rule, Summed)
+
+    def sums(ends: Array, *arguments: Any) -> Array:
+        found = []
+        for i, leaf in enumerate(update.leaves(*arguments)[0]):
+            inputs, _ = update.before(*leaf)
+            if i < len(spec.big):
+                of_leaf = leaf_sums(rule, *inputs)
+                found.append(jnp.stack([of_leaf[name][None] for name in rule.sums]))
+            else:  # of those that are not active nothing is before the end
+                terms = leaf_terms(rule, *inputs)
+                inside = [_inside(spec, terms[name], arguments[3], ends) for name in rule.sums]
+                found.append(jnp.stack([_of_leaves(spec, x, arguments[3]) for x in inside]))
+        return jnp.concatenate([x.astype(spec.compute_dtype) for x in found], axis=1)
+
+    with own_settings():
+        return compile_on(spec.device, sums, spec.array((spec.n_small,), np.int32), *update.arguments())
+
+
+def _inside(spec: Spec, x: Array, leaf_of_row: Array, ends: Array) -> Array:
+    """Of the small leaves' buffer what lies before each one's end; 0 elsewhere."""
+    row, column = (lax.broadcasted_iota(np.int32, x.shape, axis) for axis in (0, 1))
+    return jnp.where(row * spec.device.row + column < ends[leaf_of_row][:, None], x, jnp.zeros_like(x))
+
+
+def _of_leaves(spec: Spec, x: Array, leaf_of_row: Array) -> Array:
+    """The sum over each small leaf's rows of their buffer."""
+    return jax.ops.segment_sum(jnp.sum(x, axis=1), leaf_of_row, spec.n_small, indices_are_sorted=True)
+
+
 def _judge(found: dict[str, Any]) -> dict[str, Array]:
     """The norm of all gradients and torch's factor for it, as `torch.nn.utils.clip_grad_norm_` computes them."""
     norm = total_norm(found["norms"])
@@ -253,11 +291,8 @@ def compile_norms(spec: Spec, unscale: bool) -> Any:
 
         sums = [jnp.sum(squares(grad))[None] for grad in grads[: len(spec.big)]]
         if spec.n_small:
-            row, column = (lax.broadcasted_iota(np.int32, grads[-1].shape, axis) for axis in (0, 1))
-            inside = row * spec.device.row + column < ends[leaf_of_row][:, None]
-            grads = [*grads[:-1], jnp.where(inside, grads[-1], jnp.zeros_like(grads[-1]))]
-            rows = jnp.sum(squares(grads[-1]), axis=1)
-            sums.append(jax.ops.segment_sum(rows, leaf_of_row, spec.n_small, indices_are_sorted=True))
+            grads = [*grads[:-1], _inside(spec, grads[-1], leaf_of_row, ends)]
+            sums.append(_of_leaves(spec, squares(grads[-1]), leaf_of_row))
         norms = jnp.sqrt(jnp.concatenate(sums))
         overflow = jnp.zeros((), bool)
         if unscale:

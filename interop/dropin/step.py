@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from interop.dropin import formats, host, options, processes, program
+from interop.dropin import formats, host, options, processes, program, sums
 from interop.dropin.groups import Groups, parameters
 from interop.dropin.plan import Plan, measures, plan_for
 from interop.dropin.state import KeepsWideState
@@ -43,6 +43,7 @@ def step(optimizer: Any) -> None:
     groups: Groups | None = optimizer._groups
     if groups is None or not groups.still_hold(optimizer):
         groups = optimizer._groups = Groups(optimizer)
+    sums.check_groups(optimizer, groups)
     plan: Plan | None = optimizer._plan
     if plan is not None:
         if plan.turn is not None and plan.turn.quick is not None and plan.turn.quick(optimizer, groups):
@@ -54,7 +55,8 @@ def step(optimizer: Any) -> None:
         plan, grads = plan_for(optimizer, groups.rules, groups.numbers)
     norm, skipped = None, False
     if plan is None and meshes:  # the others wait for what this process has: nothing
-        total, skipped = processes.agree(meshes, optimizer)
+        total, skipped, _ = processes.agree(meshes, optimizer)
+        sums.of_all(None, optimizer, meshes, None, groups.numbers, None)
         norm = torch.tensor(total, dtype=parameters(optimizer)[0].dtype) if measures(optimizer) else None
     if plan is not None:
         with host.SignalsWait(), contextlib.nullcontext() if plan.uses_torch else host.settings():
@@ -62,7 +64,8 @@ def step(optimizer: Any) -> None:
                 measured = plan.measure(optimizer, grads) if measures(optimizer) else None
             if meshes:
                 plan.agree(optimizer, meshes, measured)
-            norm, skipped = plan.update(optimizer, grads, groups.numbers, measured)
+            added = sums.of_all(plan, optimizer, meshes, grads, groups.numbers, measured)
+            norm, skipped = plan.update(optimizer, grads, groups.numbers, measured, added)
     optimizer._around.grad_norm, optimizer._around.skipped = norm, skipped
 
 
@@ -71,7 +74,7 @@ def _meshes(optimizer: Any) -> list[Any]:
     if not optimizer._around.compared:
         processes.compare(optimizer)
         optimizer._around.compared = True
-    if measures(optimizer):
+    if measures(optimizer) or optimizer.rule.sums:
         return processes.meshes(optimizer, with_plain=False)
     return processes.meshes(optimizer) if optimizer.rule.scope == "tensor" else []
 

@@ -155,6 +155,10 @@ def _group_to_jax(
                 tree[new] = to_jax(value).astype(fresh.dtype)
     scalars = {key: np.array(x) for key, x in state.scalars.items()}
     for key, values in scalars.items():
+        if key in tx.rule.shared:
+            found = [state[key] for state in run.state.values() if key in state]
+            values[()] = float(found[0]) if found else values
+            continue
         for i, new in enumerate(in_tree_order(own)):
             if key in states[new]:
                 values[i] = float(states[new][key])
@@ -237,7 +241,7 @@ def run_to_torch(
 
 def _state_of(cls: TorchClass, rule: Rule, state: State, p: Tensor, leaf: JaxLeaf, i: int) -> dict[str, Any]:
     """torch's state of a parameter, the i-th of its group."""
-    scalars = {key: float(x[i]) for key, x in state.scalars.items()}
+    scalars = {key: float(x[i] if x.ndim else x) for key, x in state.scalars.items()}
     if scalars.get("step", 1) == 0 and not cls.keeps_unstepped:
         return {}
     kept = {key: int(x) if cls.counts_in_integers else torch.tensor(x) for key, x in scalars.items()}

@@ -73,6 +73,7 @@ def _of(name: str, make: Callable[..., jopt.Transform], always: str, sometimes: 
 
 
 MOMENTS = "step exp_avg exp_avg_sq"
+ESTIMATES = "k d d_rest d_max d_max_rest d_numerator d_numerator_rest"  # of Prodigy
 SUMS = "step lr_max lr_max_rest weight_sum weight_sum_rest"  # of a schedule-free class
 MATRICES = " ".join(f"{name}_{axis}" for name in ("GG", "Q") for axis in range(8))
 CLASSES = {
@@ -97,6 +98,7 @@ CLASSES = {
         _of("AdEMAMix", jopt.ademamix, "step exp_avg_slow exp_avg_sq", "exp_avg_fast"),
         _of("Adan", jopt.adan, f"{MOMENTS} exp_avg_diff neg_pre_grad"),
         _of("AdamWScheduleFree", jopt.schedule_free_adamw, f"{SUMS} z exp_avg_sq"),
+        _of("Prodigy", jopt.prodigy, f"step {ESTIMATES} s p0 exp_avg_sq", "exp_avg"),
         _of("SGDScheduleFree", jopt.schedule_free_sgd, f"{SUMS} z"),
         _of("CautiousAdamW", functools.partial(jopt.adamw, cautious=True), MOMENTS, "max_exp_avg_sq"),
         _of("CautiousLion", functools.partial(jopt.lion, cautious=True), "exp_avg"),
@@ -111,7 +113,7 @@ CLASSES = {
 }
 LINE_SEARCHING = "LBFGS"  # torch's one class that is no rule: `interop.dropin.lbfgs` moves it
 # Of the state, what is one number.
-SCALARS = frozenset({"step", "mu_product", "eta", "mu", "phase", "waited", "refreshes", *SUMS.split()})
+SCALARS = frozenset(f"step mu_product eta mu phase waited refreshes {SUMS} {ESTIMATES}".split())
 
 
 def state_shapes(name: str, options: Mapping[str, Any], shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
+from jopt import numerics
 from jopt.arena import is_packed, param_name
 from jopt.around import chaining
-from jopt.transform import Exact, P, check_params, difference
+from jopt.rule import Rule, Summed
+from jopt.transform import Exact, P, Transform, check_params, difference
 
 Tree = Any
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -54,6 +57,12 @@ class Groups(Exact[GroupsState]):
             new, state = self.step(updates, state, params, **extra)
             return difference(new, params), state
 
+        summed: dict[type[Summed], list[Transform]] = {}
+        for tx in transforms:
+            if isinstance(tx, Transform) and isinstance(tx.rule, Summed):
+                summed.setdefault(type(tx.rule), []).append(tx)
+        for rule, txs in summed.items():
+            rule.check_groups([tx.rule for tx in txs], [tx.hyperparameters for tx in txs])
         self = super().__new__(cls, init, update)  # type: ignore[arg-type]
         self.patterns, self.transforms = self._arguments = patterns, transforms
         return self
@@ -102,21 +111,40 @@ class Groups(Exact[GroupsState]):
         if not isinstance(state, GroupsState) or len(state.groups) != len(self.transforms):
             raise ValueError(f"state: expected that of {len(self.transforms)} groups, found {state!r:.80}")
         leaves = treedef.flatten_up_to(params)
-        states = []
-        for i, (tx, s) in enumerate(zip(self.transforms, state.groups, strict=True)):
+        given = [
+            (
+                *(_part(treedef, grads, labels, i), s, _part(treedef, params, labels, i)),
+                *(None if active is None else _part(treedef, active, labels, i), factors, skip),
+            )
+            for i, s in enumerate(state.groups)
+        ]
+        sums, states = self._sums(given), []
+        for i, (tx, (own, s, part, mask, *_)) in enumerate(zip(self.transforms, given, strict=True)):
             if tx is None:
                 states.append(s)
                 continue
-            part = _part(treedef, params, labels, i)
-            mask = None if active is None else _part(treedef, active, labels, i)
-            own = _part(treedef, grads, labels, i)
-            new, s = chaining.step(tx, own, s, part, active=mask, factors=factors, skip=skip, **extra_args)
+            if isinstance(tx, Transform) and tx.rule.sums:
+                new, s = tx._lift.step(*given[i], sums[type(tx.rule)])
+            else:
+                new, s = chaining.step(tx, own, s, part, active=mask, factors=factors, skip=skip, **extra_args)
             states.append(s)
             new_leaves = treedef.flatten_up_to(new)
             for j, label in enumerate(labels):
                 if label == i:
                     leaves[j] = new_leaves[j]
         return treedef.unflatten(leaves), GroupsState(tuple(states))
+
+    def _sums(self, given: Sequence[tuple[Any, ...]]) -> dict[type[Rule], dict[str, Array]]:
+        """The sums that rules ask for, over all groups of one rule, as over those of one torch optimizer."""
+        found: dict[type[Rule], list[dict[str, Array]]] = {}
+        for tx, arguments in zip(self.transforms, given, strict=True):
+            if isinstance(tx, Transform) and tx.rule.sums:
+                found.setdefault(type(tx.rule), []).append(tx._lift.sums(*arguments))
+        dtype = numerics.widest(x.dtype for parts in found.values() for part in parts for x in part.values())
+        return {
+            rule: {name: jnp.sum(jnp.stack([part[name].astype(dtype) for part in parts])) for name in rule.sums}
+            for rule, parts in found.items()
+        }
 
     def group_of(self, path: str, leaf: Any) -> int:
         """The position of the first pattern that matches; that of the rest for none."""
@@ -205,12 +233,13 @@ def param_groups(
 
     Returns:
       A transformation with an exact `step`. Each group has a state of its own, `state.groups[i]`, and so its own
-      schedules and hyperparameters. Works on any pytree (flax nnx, equinox), and on what
-      `jopt.pack(params, groups=tx)` packs.
+      schedules and hyperparameters; groups of `jopt.prodigy` share the sums that its step size is made of. Works on any
+      pytree (flax nnx, equinox), and on what `jopt.pack(params, groups=tx)` packs.
 
     Raises:
       ValueError: no pattern given. At `init` and `step`: a pattern that is no parameter's first match.
       TypeError: a pattern or group of another type, or what the optimizer says to its arguments.
+      RuntimeError: learning rates of `jopt.prodigy` that differ, other than 0.
     """
     if not callable(optimizer):
         raise TypeError(f"optimizer: expected a function such as jopt.adamw, found {optimizer!r:.80}")

@@ -23,6 +23,7 @@ from jopt.optimizers.momentum import Momentum, momentum
 from jopt.optimizers.muon import Muon, muon
 from jopt.optimizers.nadam import NAdam, nadam
 from jopt.optimizers.nor_muon import NorMuon, nor_muon
+from jopt.optimizers.prodigy import Prodigy, prodigy
 from jopt.optimizers.radam import RAdam, radam
 from jopt.optimizers.rmsprop import RMSprop, rmsprop
 from jopt.optimizers.rprop import Rprop, rprop
@@ -60,6 +61,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NorMuon",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",
@@ -86,6 +88,7 @@ __all__ = [
     "muon",
     "nadam",
     "nor_muon",
+    "prodigy",
     "radam",
     "rmsprop",
     "rprop",

@@ -58,7 +58,7 @@ def arguments(case):
     takes = case.jopt().hyperparameters
     given = {"eps": (1e-2, 1e-2)} if case.name == "adafactor" else {"eps": 1e-1} if "eps" in takes else {}
     # of those that are multiplied by a count the default is next to 0
-    plain = dict(d=1.5, momentum_decay=0.3, lambd=0.05, t0=1.5, initial_accumulator_value=0.5)
+    plain = dict(d=1.5, momentum_decay=0.3, lambd=0.05, t0=1.5, initial_accumulator_value=0.5, growth_rate=1.3)
     given |= {name: x for name, x in plain.items() if name in takes}
     if case.name == "adamax":
         # beta2 * u and |g| + eps are not next to each other; |weight_decay * p| has two derivatives at 0, as |g| has

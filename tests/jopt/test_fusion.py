@@ -147,7 +147,9 @@ def test_one_loop_a_buffer_in_place(case, monkeypatch, request):
         found = jopt.explain(tx, params)
     assert found.outputs_in_place == found.outputs
     assert found.temporary_bytes < 4096
-    assert found.accessed_bytes <= found.minimum_bytes + 4096
+    # Prodigy's two sums come before: of gradient, parameter and p0, and of gradient and s.
+    before = 5 * found.pass_bytes if tx.rule.sums else 0
+    assert found.accessed_bytes <= found.minimum_bytes + before + 4096
     for size in SIZES.values():
         assert len(loops(found.program, size)) == 1
 

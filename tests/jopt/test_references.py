@@ -56,13 +56,9 @@ def test_the_authors_numbers(x64, name):
             assert cases.difference(p, np.array(expected)) <= cases.AUTHORS["float64"], (arguments, k)
             for key, x in run["state"][k].items():
                 signed = np.abs if key.rstrip("_0123456789") in reference.up_to_sign else np.array
-                assert (
-                    cases.difference(signed(state.slots[key][k]), signed(x).reshape(state.slots[key][k].shape))
-                    <= cases.AUTHORS["float64"]
-                ), (
-                    arguments,
-                    key,
-                )
+                found = signed(state.slots[key][k])  # some authors keep them flat, or neighbouring axes in one
+                expected = signed(x).reshape(found.shape)
+                assert cases.difference(found, expected) <= cases.AUTHORS["float64"], (arguments, key)
         if "evaluated" in run:
             for x, expected in zip(jopt.schedule_free_eval(tx, params, state), run["evaluated"], strict=True):
                 assert cases.difference(x, np.array(expected)) <= cases.AUTHORS["float64"], arguments

@@ -74,6 +74,6 @@ def _number(tx: Transform, state: State, key: str) -> float | None:
         with enable_x64(True):
             value = value(state.count)
     number = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(number):
+    if math.isnan(number):
         raise CheckpointError(f"tx: {key}: expected a number, found {number}")
     return number

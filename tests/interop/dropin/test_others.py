@@ -31,11 +31,16 @@ CLASSES = {  # by jopt's function and the reference of tests/authors.py
     "lion": "Lion",
     "mars": "Mars",
     "nor_muon": "NorMuon",
+    "prodigy": "Prodigy",
     "schedule_free_adamw": "AdamWScheduleFree",
     "schedule_free_sgd": "SGDScheduleFree",
     "soap": "SOAP",
 }
-ARGUMENTS = {"LARS": dict(momentum=0.9, weight_decay=0.1, trust_coeff=0.02), "Mars": dict(amsgrad=True)}
+ARGUMENTS = {
+    "LARS": dict(momentum=0.9, weight_decay=0.1, trust_coeff=0.02),
+    "Mars": dict(amsgrad=True),
+    "Prodigy": dict(d0=0.1, weight_decay=0.1, use_bias_correction=True),
+}
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -243,7 +248,8 @@ def test_parameters_without_gradient_and_parts_of_a_model():
     """A parameter that comes late begins then, as torch's optimizers do it."""
     for name in optim.OTHERS:
         model = network(name)
-        optimizer = make(name, [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.02}])
+        other = {"weight_decay": 0.2} if name == "Prodigy" else {"lr": 0.02}  # whose rates are alike
+        optimizer = make(name, [{"params": model[0].parameters()}, {"params": model[2].parameters(), **other}])
         for p in model[2].parameters():
             p.requires_grad_(False)
         train(model, optimizer, 2)
