@@ -76,7 +76,7 @@ class Alone:
         plan = optimizer._plan
         grads = plan.as_before(optimizer, plan.rules)
         self.calls = []
-        for work, update in zip(plan.turn.works, plan.programs(optimizer)[1], strict=True):
+        for work, update in zip(plan.turn.works, plan.programs(optimizer).updates, strict=True):
             bucket = work.bucket
             table = bucket.coefficients.table.array()
             call = update, bucket.buffers, grads.arrays(work), table, bucket.leaf_of_row, {}

@@ -43,7 +43,7 @@ def check_part(name: str, cls: str, rule: Rule, form: str | None, placement: Any
     if not rule.by_operations:
         raise NotImplementedError(
             f"{name}: expected a whole tensor, for {cls} keeps matrices of its axes, found a part, "
-            f"{dtensor.say(placement)}; take a plain tensor, or step it in JAX, where jopt.shard_state divides the state"
+            f"{dtensor.say(placement)}; take a plain tensor, or JAX, where jopt.shard_state divides state"
         )
     if form == "int8":
         raise TypeError(

@@ -45,3 +45,8 @@ class Measured:
             of_bucket[:1] = total if bucket is widest else 0
             self.norms[i] = bucket.device.put(of_bucket)
             self.overflows[i] = bucket.device.put(np.asarray(overflow))
+
+
+def measures(optimizer: Any) -> bool:
+    """Whether a step looks at its gradients first, to clip or unscale them."""
+    return optimizer.max_norm is not None or optimizer.grad_scale is not None

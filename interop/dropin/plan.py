@@ -17,10 +17,10 @@ from interop.dropin.bucket import Bucket, Work
 from interop.dropin.coefficients import Scalars
 from interop.dropin.groups import Numbers, parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
-from interop.dropin.measured import Measured
+from interop.dropin.measured import Measured, measures
 from interop.dropin.quick import Quick
 from interop.dropin.slots import slot_shapes
-from interop.dropin.state import check_state, is_shared, state_dtypes
+from interop.dropin.state import averages_begun, check_state, is_shared, state_dtypes
 from interop.dropin.whole import Whole
 from interop.memory import Buffer, Device, Staging, check_parameter
 from interop.memory.tensors import DTYPES, address, is_alone
@@ -84,7 +84,7 @@ class Plan:
             self._make_buckets(by_torch=self.rent > 0)
         if not self.uses_torch:
             host.check_process()
-        self._compiled: dict[tuple[bool, bool], tuple[list[Any], list[Any], list[Any]]] = {}
+        self._compiled: dict[tuple[bool, bool], program.Programs] = {}
         states: Iterable[Any] = [bucket.state_buffers() for bucket in self.buckets]
         size = sum(bucket.state_bytes for bucket in self.buckets)
         if self.uses_torch or size > BESIDE or any(map(optimizer.state.get, self.leaves)):
@@ -206,8 +206,8 @@ class Plan:
     def _state_views(self) -> list[Tensor]:
         return [dtensor.local(view) for leaf in self.leaves.values() for view in leaf.views.values()]
 
-    def programs(self, optimizer: Any) -> tuple[list[Any], list[Any], list[Any]]:
-        """For each bucket the programs that measure its gradients and that sum, if the step does, and that step."""
+    def programs(self, optimizer: Any) -> program.Programs:
+        """What is compiled for the optimizer as it is now."""
         clip, unscale = optimizer.max_norm is not None, optimizer.grad_scale is not None
         if (clip, unscale) not in self._compiled:
             measures: list[Any] = []
@@ -230,7 +230,7 @@ class Plan:
                 else:
                     of_parts = optimizer.compile_update if isinstance(bucket.rule, Batched) else parts.compile_update
                     updates.append(of_parts(bucket.spec, clip, unscale, norms).across(between))
-            self._compiled[clip, unscale] = measures, summing, updates
+            self._compiled[clip, unscale] = program.Programs(measures, summing, updates)
         return self._compiled[clip, unscale]
 
     # --- whether it still fits
@@ -325,7 +325,7 @@ class Plan:
 
     def measure(self, optimizer: Any, grads: reader.Gradients) -> Measured:
         """The norms of the gradients, for a step that clips or unscales them."""
-        measures, _, _ = self.programs(optimizer)
+        measures = self.programs(optimizer).measures
         scale = optimizer.grad_scale
         # In float32, as torch.amp.GradScaler.unscale_
         inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
@@ -361,7 +361,7 @@ class Plan:
         added: Mapping[str, float] | None,
     ) -> tuple[Tensor | None, bool]:
         """Step the parameters; returns the norm of their gradients, if it was measured, and whether nothing changed."""
-        _, _, updates = self.programs(optimizer)
+        updates = self.programs(optimizer).updates
         results: list[tuple[Work, list[Any], Scalars]] = []
         works = self.works()
         try:
@@ -395,13 +395,3 @@ class Plan:
     def works(self) -> list[Work]:
         assert self.turn is not None, "begin comes before a step"
         return self.turn.works
-
-
-def measures(optimizer: Any) -> bool:
-    """Whether a step looks at its gradients first, to clip or unscale them."""
-    return optimizer.max_norm is not None or optimizer.grad_scale is not None
-
-
-def averages_begun(optimizer: Any) -> bool:
-    """Whether other parameters have averages: a new one then begins before the step, as AveragedModel's would."""
-    return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())

@@ -12,7 +12,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,14 @@ class Spec:
     def gradients(self) -> list[jax.ShapeDtypeStruct]:
         shapes = [(math.prod(shape),) for shape in self.big] + [(self.rows, self.device.row)] * bool(self.n_small)
         return [self.array(shape, self.dtype) for shape in shapes]
+
+
+class Programs(NamedTuple):
+    """For each bucket the programs that measure its gradients and that sum, if the step does, and that step."""
+
+    measures: list[Any]
+    sums: list[Any]
+    updates: list[Any]
 
 
 _made: set[Spec] = set()

@@ -158,3 +158,8 @@ def check_place(device: Device, name: str, value: Tensor) -> None:
     """Raise TypeError unless a tensor of the state can be read where its parameter is stepped."""
     if check(name, value) is not device:
         raise TypeError(f"{name}: expected it on its parameter's device, found {value.device}; move it there")
+
+
+def averages_begun(optimizer: Any) -> bool:
+    """Whether other parameters have averages: a new one then begins before the step, as AveragedModel's would."""
+    return any(isinstance(state, dict) and EMA in state for state in optimizer.state.values())

@@ -24,7 +24,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from interop.dropin import formats, host, options, processes, program, sums
 from interop.dropin.groups import Groups, parameters
-from interop.dropin.plan import Plan, measures, plan_for
+from interop.dropin.measured import measures
+from interop.dropin.plan import Plan, plan_for
 from interop.dropin.state import KeepsWideState
 from jopt.rule import Rule
 

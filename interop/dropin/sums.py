@@ -74,7 +74,7 @@ def _of_buckets(
 ) -> list[tuple[Bucket, np.ndarray]]:
     """For each bucket what its leaves add: a row a sum, a column a leaf."""
     found = []
-    for work, summing in zip(plan.works(), plan.programs(optimizer)[1], strict=True):
+    for work, summing in zip(plan.works(), plan.programs(optimizer).sums, strict=True):
         if work.is_active:
             judged = {} if measured is None else measured.of(work.bucket)
             found.append((work.bucket, work.bucket.sums(summing, work, numbers, grads, judged)))

@@ -417,7 +417,7 @@ def test_two_programs_ten_passes_and_no_array():
         scaler.scale(torch.ones(()))
         scaler.step(opt)
     (bucket,) = opt._plan.buckets
-    (measure,), (update,) = opt._plan._compiled[True, True]
+    (measure,), _, (update,) = opt._plan._compiled[True, True]
     n = sum(leaf.size for leaf in bucket.big) + bucket.layout.size
     first, second = measure.memory_analysis(), update.memory_analysis()
     moved = [m.argument_size_in_bytes + m.output_size_in_bytes for m in (first, second)]
