@@ -66,6 +66,11 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Callable[[], Any]], dict[
         {"optax.contrib.schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(LR)},
         {},
     ),
+    "soap": (
+        lambda: jopt.soap(lr=LR),
+        {},
+        {"pytorch_optimizer.SOAP": ("SOAP", dict(lr=LR))},
+    ),
     "nor_muon": (
         lambda: jopt.nor_muon(lr=LR, weight_decay=0.1),
         {},
@@ -84,13 +89,13 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Callable[[], Any]], dict[
 }
 
 
-def in_jax(tx: Any, shapes: Any, steps: int) -> list[Any]:
-    params = authors.start(jnp, shapes)
+def in_jax(tx: Any, problem: authors.Reference, steps: int) -> list[Any]:
+    params = authors.start(jnp, problem.shapes, problem.warp)
     state = tx.init(params)
 
     @jax.jit
     def step(params: Any, state: Any, i: Any) -> Any:
-        updates, state = tx.update(authors.gradients(jnp, params, i), state, params)
+        updates, state = tx.update(authors.gradients(jnp, params, i, problem.warp), state, params)
         return optax.apply_updates(params, updates), state
 
     for i in range(steps):
@@ -98,12 +103,12 @@ def in_jax(tx: Any, shapes: Any, steps: int) -> list[Any]:
     return [np.asarray(p) for p in params]
 
 
-def in_torch(name: str, arguments: dict[str, Any], shapes: Any, steps: int) -> list[Any]:
-    params = [torch.nn.Parameter(torch.tensor(x)) for x in authors.start(np, shapes)]
+def in_torch(name: str, arguments: dict[str, Any], problem: authors.Reference, steps: int) -> list[Any]:
+    params = [torch.nn.Parameter(torch.tensor(x)) for x in authors.start(np, problem.shapes, problem.warp)]
     groups = [dict(params=params, use_muon=True)] if name == "NorMuon" else params
     optimizer = getattr(importlib.import_module("pytorch_optimizer"), name)(groups, **arguments)
     for step in range(steps):
-        authors.torch_step(params, optimizer, step)
+        authors.torch_step(params, optimizer, step, problem.warp)
     return [p.detach().numpy() for p in params]
 
 
@@ -111,12 +116,12 @@ def main(names: list[str]) -> None:
     jax.config.update("jax_enable_x64", True)
     for name in names or VARIANTS:
         ours, optaxs, torchs = VARIANTS[name]
-        shapes = authors.REFERENCES[name].shapes
+        problem = authors.REFERENCES[name]
         for steps in (1, 2, authors.STEPS):
-            expected = in_jax(ours(), shapes, steps)
-            found = {label: in_jax(make(), shapes, steps) for label, make in optaxs.items()}
+            expected = in_jax(ours(), problem, steps)
+            found = {label: in_jax(make(), problem, steps) for label, make in optaxs.items()}
             with contextlib.suppress(ModuleNotFoundError):
-                found |= {label: in_torch(*arguments, shapes, steps) for label, arguments in torchs.items()}
+                found |= {label: in_torch(*arguments, problem, steps) for label, arguments in torchs.items()}
             for label, params in found.items():
                 worst = max(cases.difference(x, y) for x, y in zip(params, expected, strict=True))
                 print(f"{name:20} {label:34} after {steps:3} steps {worst:.1e}")
