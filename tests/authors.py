@@ -280,17 +280,18 @@ def run(reference: Reference, arguments: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def authors_class(reference: Reference) -> Any:
+def authors_class(reference: Reference, *, edited: bool = True) -> Any:
+    """The authors' class, with the reference's edits or as it is."""
     path, _, name = reference.path.rpartition(".")
     spec = importlib.util.find_spec(path)
     assert spec, f"{path} is not installed"
     assert spec.origin, f"{path} has no file"
-    source = pathlib.Path(spec.origin).read_text()
-    for old, new in reference.edits:
-        assert old in source, (old, spec.origin)
-        source = source.replace(old, new)
     module = importlib.import_module(path)
-    if reference.edits:
+    if edited and reference.edits:
+        source = pathlib.Path(spec.origin).read_text()
+        for old, new in reference.edits:
+            assert old in source, (old, spec.origin)
+            source = source.replace(old, new)
         exec(compile(source, spec.origin, "exec"), vars(module))
     return getattr(module, name)
 
