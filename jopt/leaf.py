@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from jopt import numerics, quantized
 from jopt._compat import varying
-from jopt.loops import separately
+from jopt.loops import one_loop, separately
 from jopt.rule import Batched, LeafState, Rule, Scalars, Summed
 
 if TYPE_CHECKING:
@@ -261,10 +261,19 @@ def _step_element(
     return param, dict(zip(state, slots, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _step_whole(rule: Rule, *leaf: Any) -> tuple[Array, LeafState]:
-    """step_rows or step_leaf, traced once for all leaves of one shape, and outside of a trace compiled once."""
-    return (step_rows if rule.scope == "rows" else step_leaf)(rule, *leaf)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="separate")
+def _step_whole(rule: Rule, *leaf: Any, separate: bool) -> tuple[Array, LeafState]:
+    """step_rows or step_leaf, traced once for all leaves of one shape, and outside of a trace compiled once.
+
+    `separate`: what there is by elements in the form of `one_loop`.
+    """
+    if rule.scope == "rows":
+        return step_rows(rule, *leaf)
+    if not separate or not rule.by_operations or not rule.in_one_loop:
+        return step_leaf(rule, *leaf)
+    flat, treedef = jax.tree.flatten(leaf)
+    closed, out = jax.make_jaxpr(lambda *flat: step_leaf(rule, *treedef.unflatten(flat)), return_shape=True)(*flat)
+    return jax.tree.unflatten(jax.tree.structure(out), one_loop(closed)(*flat))
 
 
 def step_leaves(
@@ -272,12 +281,12 @@ def step_leaves(
 ) -> list[tuple[Array, LeafState]]:
     """`step_leaf(rule, *leaf)`, or `step_rows`, for each; leaves of equal shapes at once where the rule says so.
 
-    `separate`: where elements are independent, in the form of `separately`.
+    `separate`: where elements are independent, in the form of `separately`; what else is by elements, of `one_loop`.
     """
     if rule.scope == "element":
         return [_step_element(rule, *leaf, separate=separate) for leaf in leaves]
     if not isinstance(rule, Batched):
-        return [_step_whole(rule, *leaf) for leaf in leaves]
+        return [_step_whole(rule, *leaf, separate=separate) for leaf in leaves]
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         flat, treedef = jax.tree.flatten(leaf)
