@@ -148,7 +148,8 @@ def check_step(case):
     gathered = sum(n for kind, n in found if kind == "all-gather")
     assert gathered == sum(rows * columns for rows, columns in divided), found
     reduced = sum(n for kind, n in found if kind == "all-reduce")
-    sums = {"adafactor": sum(4 + max(s) for s in divided), "mars": len(divided), "prodigy": 2 * len(divided)}
+    norms = dict.fromkeys(("lamb", "lars", "prodigy"), 2 * len(divided))
+    sums = norms | {"adafactor": sum(4 + max(s) for s in divided), "mars": len(divided)}
     assert reduced <= sums.get(case.name, 0), found
     assert {kind for kind, _ in found} <= {"all-gather", "all-reduce"}, found
 
