@@ -32,8 +32,6 @@ OPTIMIZERS: dict[str, Any] = {
     "LAMB": jopt.lamb,
     "Schedule-free AdamW": jopt.schedule_free_adamw,
     "Prodigy": jopt.prodigy,
-    "SOAP": jopt.soap,
-    "Kron": jopt.kron,
 }
 PAGE = """# Choosing among today's optimizers
 
@@ -57,6 +55,7 @@ What the figures say, and no more:
 
 {said}
 
+SOAP and Kron are not here: over vectorized runs a branch is a select, so that every step would pay for a refresh.
 These are small problems of a few hundred steps: what wins in pretraining is not decided here. Schedule-free AdamW is
 evaluated at its training parameters. A rate that is the best of eleven is within a factor of 2.2 of its best.
 
