@@ -229,7 +229,7 @@ class Update:
     def _step_tensors(self, leaves: list[Any]) -> list[Array]:
         shaped = [self.in_shape(shape, *leaf) for shape, leaf in zip(self.spec.big, leaves, strict=True)]
         inputs, averages = zip(*shaped, strict=True)
-        results = zip(step_leaves(self.spec.rule, inputs), averages, strict=True)
+        results = zip(step_leaves(self.spec.rule, inputs, separate=self.separates), averages, strict=True)
         return [x.reshape(-1) for result, average in results for x in self._after(result, average)]
 
 
