@@ -522,6 +522,8 @@ What is usually advised, and what {runs} runs say to it: eight optimizers, {lrs}
 {seeds} seeds, three problems, constant learning rates. `make choosing` makes all runs again, in {minutes} minutes, and
 writes this page; the verdicts are computed.
 
+[Today's optimizers](choosing-today.md) are measured in the same way on a page of their own.
+
 {problems}
 
 ![final loss over the learning rate](choosing.png)
