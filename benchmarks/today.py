@@ -43,21 +43,10 @@ ELEMENTWISE: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }
 # Sides of at most 1024 elements have matrices, refreshed every 10th step.
 EVERY, SIDE = 10, 1024
-MATRICES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]] = {
-    "soap": (
-        "SOAP",
-        dict(precondition_frequency=EVERY, max_precond_dim=SIDE),
-        dict(precondition_frequency=EVERY, max_precond_dim=SIDE),
-        "SOAP",
-        dict(precondition_frequency=EVERY, max_precond_dim=SIDE, merge_dims=False),
-    ),
-    "kron": (
-        "Kron",
-        dict(preconditioner_update_probability=1 / EVERY, max_size_triangular=SIDE),
-        dict(preconditioner_update_probability=1 / EVERY, max_size_triangular=SIDE),
-        "PSGDKron",
-        dict(preconditioner_update_probability=1 / EVERY, max_size_triangular=SIDE),
-    ),
+# Our class and its arguments, which are the authors' too; heavyball's, and what it needs beside them.
+MATRICES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "soap": ("SOAP", dict(precondition_frequency=EVERY, max_precond_dim=SIDE), "SOAP", dict(merge_dims=False)),
+    "kron": ("Kron", dict(preconditioner_update_probability=1 / EVERY, max_size_triangular=SIDE), "PSGDKron", {}),
 }
 OPTAXS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "lion": (jopt.lion, optax.lion),
@@ -96,7 +85,8 @@ def in_torch(name: str, model: Any, seconds: float) -> Row:
         own: dict[str, Any] = {}
         theirs = {reference.renamed.get(key, key): True for key in reference.renamed} | reference.others
     else:
-        ours, own, theirs, heavy, heavy_arguments = MATRICES[name]
+        ours, own, heavy, beside = MATRICES[name]
+        theirs, heavy_arguments = own, own | beside
         several = EVERY
     lr = 1.0 if name == "prodigy" else 1e-4
     variants = {OURS: stepped(getattr(optim, ours), model, grads, several, lr=lr, **own)}

@@ -133,6 +133,27 @@ class PerAxis(Constructed):
         return found | {"step": torch.tensor(state["step"] + self.uncounted)}
 
 
+class Kron(PerAxis):
+    """The class that takes kron_torch's schedule for its own."""
+
+    lists = ("Q",)
+
+    def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        key, groups = "preconditioner_update_probability", []
+        for i, group in enumerate(state_dict["param_groups"]):
+            theirs = group.get(key)
+            if hasattr(theirs, "flat_start"):  # kron_torch's schedule, of whose numbers ours has the defaults
+                numbers = [round(float(getattr(theirs, x)), 7) for x in ("max_prob", "min_prob", "decay", "flat_start")]
+                if numbers != [1.0, 0.03, 0.001, 500.0]:
+                    raise ValueError(
+                        f"param_groups[{i}][{key!r}]: expected the schedule of kron_torch's defaults, found {numbers}; "
+                        "put a function of the steps before there, which may be an array"
+                    )
+                group = group | {key: None}
+            groups.append(group)
+        return super()._of_authors({**state_dict, "param_groups": groups})
+
+
 class ScheduleFree(Constructed):
     """A schedule-free class. Its parameters are those of training, y, or those to evaluate, x, as the user says.
 

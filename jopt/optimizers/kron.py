@@ -153,16 +153,15 @@ class Kron(Rule):
         """Of each axis that has a factor whether that is diagonal."""
         shape = self.merged(shape)
         # As NumPy's sort has it: the last of equal ones, for small numbers of axes.
-        largest = max(range(len(shape)), key=lambda k: (shape[k], k))
-        one = self.memory_save_mode == "one_diag" or (
-            self.memory_save_mode == "smart_one_diag" and sorted(shape)[-1] > max(sorted(shape)[:-1], default=math.inf)
-        )
+        longest = max(range(len(shape)), key=lambda k: (shape[k], k))
+        alone = len(shape) > 1 and shape.count(shape[longest]) == 1
+        one = self.memory_save_mode == "one_diag" or (self.memory_save_mode == "smart_one_diag" and alone)
         return [
             n == 1
             or n > self.max_size_triangular
             or len(shape) < self.min_ndim_triangular
             or self.memory_save_mode == "all_diag"
-            or (one and k == largest)
+            or (one and k == longest)
             for k, n in enumerate(shape)
         ]
 
