@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -285,3 +286,19 @@ def test_schedule_free_trains_and_evaluates():
     train(resumed_model, resumed, 2)
     train(theirs, straight, 2)
     assert largest(resumed_model, theirs) <= cases.NETWORK["float64"]
+
+
+def test_the_schedule_of_kron_torch_is_ours():
+    """Its state_dict has an object there; another's numbers are refused before anything changed."""
+    numbers = dict(max_prob=1.0, min_prob=0.03, decay=0.001, flat_start=500)
+    optimizer = optim.Kron([torch.nn.Parameter(torch.ones(2, 2))])
+    saved = optimizer.state_dict()
+    key = "preconditioner_update_probability"
+    saved["param_groups"][0] |= {key: types.SimpleNamespace(**numbers), "lr": 0.5}
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][key] is None
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    saved["param_groups"][0] |= {key: types.SimpleNamespace(**numbers | {"min_prob": 0.1}), "lr": 0.25}
+    with pytest.raises(ValueError, match=rf"param_groups\[0\]\['{key}'\].*0\.1"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
