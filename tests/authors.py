@@ -1,6 +1,7 @@
 """Numbers of the authors' own code for optimizers that torch has not: tests/data/<optimizer>.json.
 
 python -m tests.authors [NAME ...]      with torch, and what REFERENCES names, on PYTHONPATH
+TORCHDYNAMO_DISABLE=1 python -m tests.authors heavyball    the state_dicts that its SOAP and PSGDKron write
 
 A package is installed by `pip install PACKAGE==VERSION`; a file is one of a repository at the commit that is named.
 The code runs for 200 steps in float64, and for some in float32 and bfloat16 too, on three parameters that start at
@@ -233,6 +234,67 @@ REFERENCES = {
 }
 
 
+def refreshes(step: int) -> float:
+    """heavyball's factors are fitted in the first half of the run alone: what is drawn then is not compared."""
+    return float(step <= 20)
+
+
+HALF = 20  # steps of heavyball before its state_dict is taken, and after
+# By our class: heavyball's, its arguments, ours. Only these two have a state that no other class writes.
+HEAVYBALL = {
+    "SOAP": (
+        ("SOAP", dict(precondition_frequency=1, use_precond_schedule=False), dict(precondition_frequency=1)),
+        (
+            "SOAP",
+            dict(
+                precondition_frequency=1,
+                use_precond_schedule=False,
+                merge_dims=False,
+                max_precond_dim=3,
+                precondition_1d=True,
+            ),
+            dict(precondition_frequency=1),
+        ),
+    ),
+    "Kron": tuple(
+        # Its clip is another than ours, and this run needs none.
+        (
+            "PSGDKron",
+            dict(preconditioner_update_probability=refreshes, update_clipping=None, **more),
+            dict(preconditioner_update_probability=1e-6),
+        )
+        for more in (
+            dict(),
+            dict(store_triu_as_line=False, memory_save_mode="one_diag", min_ndim_triangular=1, beta=0.8),
+        )
+    ),
+}
+
+
+def of_heavyball() -> dict[str, Any]:
+    """Runs of heavyball in float32, which it computes in, as `main` writes them."""
+    import copy
+
+    import heavyball
+    import numpy as np
+    import torch
+
+    shapes, found = ((4, 3), (2,), (3, 1, 4), (2, 1, 2, 3), (1, 5)), {}
+    for ours, runs in HEAVYBALL.items():
+        found[ours] = []
+        for name, arguments, options in runs:
+            params = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float32)) for x in start(np, shapes, 0.1)]
+            optimizer = getattr(heavyball, name)(params, lr=0.01, **arguments)
+            for step in range(HALF):
+                torch_step(params, optimizer, step, 0.1)
+            run = {"options": options, "state_dict": as_lists(copy.deepcopy(optimizer.state_dict()))}
+            run["params"] = [p.tolist() for p in params]
+            for step in range(HALF, 2 * HALF):
+                torch_step(params, optimizer, step, 0.1)
+            found[ours].append(run | {"after": [p.tolist() for p in params]})
+    return found
+
+
 def start(xp: Any, shapes: Any = SHAPES, warp: float = 0.0) -> list[Any]:
     """The parameters, of NumPy's or JAX's functions."""
     return [xp.cos((k + 1) * index(xp, shape, warp)) for k, shape in enumerate(shapes)]
@@ -253,7 +315,7 @@ def torch_step(params: list[Any], optimizer: Any, step: int, warp: float = 0.0) 
     import torch
 
     for p, grad in zip(params, gradients(np, [p.detach().numpy() for p in params], step, warp), strict=True):
-        p.grad = torch.tensor(grad)
+        p.grad = torch.tensor(grad, dtype=p.dtype)
     optimizer.step()
 
 
@@ -314,9 +376,9 @@ def as_lists(x: Any) -> Any:
         return {"tensor": x.tolist()}
     if isinstance(x, dict):
         return {str(key): as_lists(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
+    if isinstance(x, list | tuple | set):
         return [as_lists(y) for y in x]
-    if callable(x):
+    if callable(x) or isinstance(x, bytes):
         return None
     return x.item() if hasattr(x, "item") else x  # of NumPy
 
@@ -335,7 +397,11 @@ def as_tensors(x: Any) -> Any:
 
 
 def main(names: list[str]) -> None:
-    for name in names or REFERENCES:
+    for name in names or [*REFERENCES, "heavyball"]:
+        if name == "heavyball":
+            found = {"source": "heavyball==3.2.1", "runs": of_heavyball()}
+            (ROOT / "tests" / "data" / "heavyball.json").write_text(json.dumps(found) + "\n")
+            continue
         reference = REFERENCES[name]
         found = {"source": reference.source, "runs": [run(reference, x) for x in reference.runs]}
         (ROOT / "tests" / "data" / f"{name}.json").write_text(json.dumps(found) + "\n")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from interop.dropin import heavyball
 from interop.dropin.options import EXECUTION
 from interop.dropin.step import AROUND, CompiledStep
 from interop.dropin.sums import shared_scalars
@@ -109,6 +110,9 @@ class PerAxis(Constructed):
     uncounted: ClassVar[float] = 0.0  # calls that the authors' step does not count
 
     def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if heavyball.MARK in state_dict:
+            rules = [self.rule.shaped_by(group, self.rule.members(group)) for group in self.param_groups]
+            state_dict = heavyball.of_authors(state_dict, self.param_groups, rules)
         state_dict = super()._of_authors(state_dict)
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         state = {

@@ -16,6 +16,7 @@ from jopt.transform import Options, Transform, optimizer, transform
 
 Matrices = list[Array | None]  # of each axis; None of one that has none
 FORMATS = ("channels_first", "channels_last")
+FAN_IN = "fan_in"
 KEEP, TURN, BEGIN = 0.0, 1.0, 2.0  # what a step does with the eigenbases
 
 
@@ -25,7 +26,7 @@ class SOAP(Rule):
 
     weight_decay: bool
     max_precond_dim: int
-    merge_dims: bool
+    merge_dims: bool | str
     precondition_1d: bool
     normalize_grads: bool
     data_format: str
@@ -48,6 +49,8 @@ class SOAP(Rule):
     def __post_init__(self):
         if not isinstance(self.max_precond_dim, int) or self.max_precond_dim < 0:
             raise ValueError(f"max_precond_dim: expected a size, found {self.max_precond_dim!r}")
+        if self.merge_dims not in (False, True, FAN_IN):
+            raise ValueError(f"merge_dims: expected False, True or {FAN_IN!r}, found {self.merge_dims!r}")
         if self.data_format not in FORMATS:
             raise ValueError(f"data_format: expected one of {', '.join(FORMATS)}, found {self.data_format!r}")
 
@@ -146,8 +149,15 @@ class SOAP(Rule):
         """The shape with neighbouring axes in one, as long as that has no more than max_precond_dim elements."""
         if not self.merge_dims:
             return tuple(shape)
+        if self.merge_dims == FAN_IN:
+            return (*shape[:1], *self._joined(shape[:0:-1])[::-1])
         if self._exchanges(shape):
             shape = (shape[0], shape[3], shape[1], shape[2])
+        found = self._joined(shape)
+        return tuple(found) if found else (1,)
+
+    def _joined(self, shape: tuple[int, ...]) -> list[int]:
+        """Sizes with neighbours in one."""
         found, size = [], 1
         for n in shape:
             if size * n <= self.max_precond_dim:
@@ -157,10 +167,11 @@ class SOAP(Rule):
                 size = n
             else:
                 found.append(n)
-        return (*found, size) if size > 1 or not found else tuple(found)
+        return [*found, size] if size > 1 else found
 
     def _exchanges(self, shape: tuple[int, ...]) -> bool:
-        return self.merge_dims and self.data_format == "channels_last" and len(shape) == 4
+        joined = self.merge_dims and self.merge_dims != FAN_IN
+        return bool(joined and self.data_format == "channels_last" and len(shape) == 4)
 
     def as_merged(self, x: Array) -> Array:
         shape = self.merged(x.shape)
@@ -194,7 +205,7 @@ def soap(
     weight_decay: Hyperparameter = 0.01,
     precondition_frequency: Hyperparameter = 10,
     max_precond_dim: int = 10000,
-    merge_dims: bool = False,
+    merge_dims: bool | str = False,
     precondition_1d: bool = False,
     normalize_grads: bool = False,
     data_format: str = "channels_first",
@@ -213,8 +224,10 @@ def soap(
 
     An axis of more than max_precond_dim elements has no basis, and a vector only with precondition_1d. merge_dims puts
     neighbouring axes in one, while that has at most max_precond_dim elements; data_format says where a convolution's
-    channels are for it. normalize_grads divides U by its root mean square. stagger refreshes each tensor's bases in
-    another step: the k-th's when t + k is a multiple of precondition_frequency.
+    channels are for it. merge_dims="fan_in" leaves the first axis alone and joins the others, from the last on, as
+    heavyball does: a convolution of (64, 32, 3, 3) is a matrix of 64 rows. normalize_grads divides U by its root mean
+    square. stagger refreshes each tensor's bases in another step: the k-th's when t + k is a multiple of
+    precondition_frequency.
 
     >>> import jax.numpy as jnp, jopt
     >>> tx = jopt.soap(lr=0.1, weight_decay=0)
