@@ -123,6 +123,11 @@ class Transform(Exact[State]):
         """What was given: numbers, 0-d arrays and schedules by name."""
         return self._lift.hyperparameters
 
+    @property
+    def state_dtype(self) -> np.dtype | None:
+        """The type of the state's tensors, if one was given."""
+        return self._lift.state_dtype
+
     def step(  # type: ignore[override]  # it takes no further arguments: see `jopt.around.chaining.step`
         self,
         grads: Tree,

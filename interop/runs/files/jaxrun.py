@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from interop.dropin.formats import KEY
 from interop.runs.classes import classes_of, defaults
 from interop.runs.files.errors import CheckpointError
 from jopt import State, Transform
@@ -60,6 +61,8 @@ def _options(tx: Transform, state: State) -> tuple[str, dict[str, Any]]:
     for field in dataclasses.fields(rule):
         if field.name in options and field.name not in numbers:
             options[field.name] = getattr(rule, field.name)
+    if tx.state_dtype is not None:
+        options[KEY] = str(tx.state_dtype)
     if "train_mode" in options:  # what JAX steps are the parameters of training
         options["train_mode"] = True
     return name, options

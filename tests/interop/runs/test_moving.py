@@ -340,3 +340,16 @@ def test_nothing_is_written_by_a_refused_return():
             interop.optimizer_to_torch(tx, params, wrong, model, optimizer)
     assert all(map(torch.equal, model.parameters(), before))
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("form", ["int8", "bfloat16", "float32"])
+def test_a_checkpoint_from_jax_says_the_format_of_its_state(form, tmp_path):
+    tx = jopt.adamw(lr=0.1, state_dtype=form)
+    params = {"w": jnp.linspace(-1, 1, 5000)}
+    params, state = tx.step({"w": jnp.cos(params["w"])}, tx.init(params), params)
+    interop.save_checkpoint(interop.Checkpoint.from_jax(tx, params, state), tmp_path / "run.pt")
+    back, again, restored = interop.load_checkpoint(tmp_path / "run.pt").to_jax()
+    assert back.state_dtype == tx.state_dtype
+    expected, found = back.step(again, restored, again), tx.step(params, state, params)
+    assert jax.tree.structure(expected) == jax.tree.structure(found)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True))
