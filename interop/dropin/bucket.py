@@ -26,7 +26,7 @@ from interop.dropin.leaf import EMA, Leaf, is_big
 from interop.dropin.reader import Gradients
 from interop.dropin.slots import first_slots
 from interop.dropin.state import is_shared
-from interop.dropin.whole import slot_placement
+from interop.dropin.whole import is_owned, slot_placement
 from interop.memory import Buffer, Device, Freed, Staging
 from interop.memory.tensors import DTYPES, STATE_DTYPES, address, entry, leave, may_move, owned
 from jopt.arena import Layout
@@ -236,7 +236,12 @@ class Bucket:
             scalars = {**self.rule.init_scalars(h), **shared}
             if PHASE in scalars:
                 scalars[PHASE] = leaf.number
-            slots = first_slots(self.rule, tuple(leaf.shape), leaf.dtype, tuple(h.items()))
+            shape = leaf.whole.shape if leaf.whole is not None and is_owned(self.rule) else tuple(leaf.shape)
+            slots = {
+                slot: x.as_strided(leaf.state_shapes[slot], (0,) * x.dim())  # one element, as often as there are
+                for slot, x in first_slots(self.rule, shape, leaf.dtype, tuple(h.items())).items()
+                if slot in leaf.state_shapes
+            }
             first = scalars | slots | {EMA: leaf.local}
             for name in scalars.keys() - leaf.views.keys():
                 self.coefficients.scalars[name][i] = scalars[name]

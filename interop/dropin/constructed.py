@@ -114,14 +114,16 @@ class PerAxis(Constructed):
             rules = [self.rule.shaped_by(group, self.rule.members(group)) for group in self.param_groups]
             state_dict = heavyball.of_authors(state_dict, self.param_groups, rules)
         state_dict = super()._of_authors(state_dict)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
+        of_key = {key: (i, *x) for i, (key, x) in enumerate(zip(keys, params, strict=False))}
         state = {
-            i: self._flat(i, x, *params[i]) if i < len(params) and any(name in x for name in self.lists) else x
-            for i, x in state_dict["state"].items()
+            key: self._flat(x, *of_key[key]) if key in of_key and any(name in x for name in self.lists) else x
+            for key, x in state_dict["state"].items()
         }
         return {**state_dict, "state": state}
 
-    def _flat(self, i: int, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _flat(self, state: dict[str, Any], i: int, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state of the authors' class as ours."""
         rule = self.rule.shaped_by(group, self.rule.members(group))
         found = {name: torch.tensor(x) for name, x in rule.init_scalars(self.rule.members(group)).items()}

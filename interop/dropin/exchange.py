@@ -1,8 +1,8 @@
-"""Matrices of which processes have parts, each put together in one of them, its owner, and handed back.
+"""Tensors of which processes have parts, each put together in one of them, its owner, and handed back.
 
-Muon's iteration needs whole matrices. Each has one owner among the processes of its mesh, so that it is iterated once.
-All are brought together by one exchange, `all_to_all`, and go back by another, in bfloat16: each element is sent once
-to the owner, and once to each process that has it.
+Muon's iteration needs whole matrices, and SOAP and Kron whole parameters with all their state. Each has one owner among
+the processes of its mesh, so that it is computed once. All are brought together by one exchange, `all_to_all`, and go
+back by another: each element is sent once to the owner, and once to each process that has it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,72 +19,73 @@ import torch.distributed as dist
 from torch import Tensor
 
 from interop.dropin import dtensor
-from interop.dropin.leaf import Leaf
+from interop.dropin.boxes import boxes
 from jopt.leaf import stack_size
-from jopt.rule import Batched
-
-if TYPE_CHECKING:
-    from interop.dropin.bucket import Bucket
 
 Iterate = Callable[[Tensor], Tensor]  # of a batch of matrices
 
 
 class Exchange:
-    """The matrices of a bucket.
+    """Tensors of one mesh.
 
     Args:
-      leaves: whose local parts are exchanged.
+      placements: how each lies, as `dtensor.placement` says it.
       owners: for each the place of its owner in the mesh, counted through.
+      shapes: of this process's parts.
 
     Raises:
-      TypeError: a matrix lies in a way that is not known.
+      TypeError: a tensor lies in a way that is not known.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], owners: Sequence[int]):
-        self.mesh = mesh = leaves[0].placement[0]
+    def __init__(
+        self,
+        placements: Sequence[tuple[Any, ...]],
+        owners: Sequence[int],
+        shapes: Sequence[tuple[int, ...]],
+    ):
+        self.mesh = mesh = placements[0][0]
         self._group = group_of(mesh)
         places = {rank: i for i, rank in enumerate(mesh.mesh.flatten().tolist())}
         # Processes in the order of the group, by their places in the mesh.
         self._members = [places[rank] for rank in dist.get_process_group_ranks(self._group)]
         self._me = places[dist.get_rank()]
-        self._shapes = [tuple(leaf.param.shape) for leaf in leaves]
+        self._shapes = [tuple(shape) for _, _, shape in placements]
         self._owned = {k: [j for j, owner in enumerate(owners) if owner == k] for k in self._members}
-        self._mine = self._owned[self._me]
+        self.mine = self._owned[self._me]
         sizes = tuple(mesh.shape)
-        self._boxes = [
-            _boxes(sizes, leaf.placement[1], shape) for leaf, shape in zip(leaves, self._shapes, strict=True)
-        ]
-        self._sources = [_alike(sizes, leaf.placement[1], owner) for leaf, owner in zip(leaves, owners, strict=True)]
-        for leaf, boxes in zip(leaves, self._boxes, strict=True):
-            if tuple(leaf.shape) != boxes[self._me].shape:
+        self._boxes = [boxes(sizes, tuple(x), tuple(shape)) for _, x, shape in placements]
+        self._sources = [_alike(sizes, x, owner) for (_, x, _), owner in zip(placements, owners, strict=True)]
+        for placement, found, of_each in zip(placements, shapes, self._boxes, strict=True):
+            if tuple(found) != of_each[self._me].shape:
                 raise TypeError(
-                    f"expected the part of {dtensor.say(leaf.placement)} in this process to be of shape "
-                    f"{boxes[self._me].shape}, found {tuple(leaf.shape)}; distribute it by torch's functions"
+                    f"expected the part of {dtensor.say(placement)} in this process to be of shape "
+                    f"{of_each[self._me].shape}, found {tuple(found)}; distribute it by torch's functions"
                 )
 
     def __call__(self, parts: Sequence[Tensor], iterate: Iterate) -> list[Tensor]:
         """What `iterate` makes of the whole matrices: of each the part of this process, flat as what is given."""
-        if len(self._members) == 1:
-            wholes = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-            return [x.reshape(-1) for x in _iterate_alike(wholes, iterate)]
-        return self._scatter(_iterate_alike(self._gather(parts), iterate), parts)
+        return self.scatter(_iterate_alike(self.gather(parts), iterate), parts)
 
-    def _gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The matrices that this process owns."""
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that this process owns, from the parts of all, flat."""
+        if len(self._members) == 1:
+            return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         sent = [[parts[j] for j in self._owned[k] if self._me in self._sources[j]] for k in self._members]
-        got = [[j for j in self._mine if k in self._sources[j]] for k in self._members]
+        got = [[j for j in self.mine if k in self._sources[j]] for k in self._members]
         sizes = [[self._boxes[j][k].size for j in of_member] for k, of_member in zip(self._members, got, strict=True)]
-        wholes = {j: parts[0].new_empty(self._shapes[j]) for j in self._mine}
+        wholes = {j: parts[0].new_empty(self._shapes[j]) for j in self.mine}
         received = self._exchange(sent, sizes, parts[0])
         for k, of_member, pieces in zip(self._members, got, received, strict=True):
             for j, piece in zip(of_member, pieces, strict=True):
                 self._boxes[j][k].write(wholes[j], piece)
         return list(wholes.values())
 
-    def _scatter(self, wholes: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Their parts in this process."""
+    def scatter(self, wholes: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """This process's parts of all tensors, flat, as long as these; each owner gives what it owns."""
+        if len(self._members) == 1:
+            return [x.reshape(-1) for x in wholes]
         sent = [
-            [self._boxes[j][k].read(x).reshape(-1) for j, x in zip(self._mine, wholes, strict=True)]
+            [self._boxes[j][k].read(x).reshape(-1) for j, x in zip(self.mine, wholes, strict=True)]
             for k in self._members
         ]
         got = [self._owned[k] for k in self._members]
@@ -108,49 +109,6 @@ class Exchange:
         )
         pieces = iter(out.split([n for of_member in sizes for n in of_member]))
         return [[next(pieces) for _ in of_member] for of_member in sizes]
-
-
-class Box:
-    """Which elements of a matrix a process has."""
-
-    def __init__(self, rows: Tensor, columns: Tensor):
-        self.shape = len(rows), len(columns)
-        self.size = math.prod(self.shape)
-        self._rows, self._columns = _as_slice(rows), _as_slice(columns)
-
-    def read(self, whole: Tensor) -> Tensor:
-        return whole[self._rows][:, self._columns]
-
-    def write(self, whole: Tensor, part: Tensor) -> None:
-        if isinstance(self._rows, slice):
-            whole[self._rows][:, self._columns] = part.view(self.shape)
-        else:
-            whole[self._rows, self._columns] = part.view(self.shape)
-
-
-def _as_slice(index: Tensor) -> Any:
-    """A slice, if the elements follow each other."""
-    if not len(index):
-        return slice(0, 0)
-    first, last = int(index[0]), int(index[-1])
-    return slice(first, last + 1) if last - first == len(index) - 1 else index
-
-
-@functools.lru_cache(maxsize=1024)
-def _boxes(sizes: tuple[int, ...], placements: tuple[Any, ...], shape: tuple[int, ...]) -> list[Box]:
-    """What each process of a mesh of these sizes has of a matrix, by its place."""
-
-    def part(axis: int, place: int) -> Tensor:
-        found = torch.arange(shape[axis])
-        divided = [i for i, x in enumerate(placements) if getattr(x, "dim", None) == axis]
-        # FSDP's strided placement, before tensor parallelism's in the mesh, divides what that leaves.
-        for i in sorted(divided, key=lambda i: hasattr(placements[i], "split_factor")):
-            chunks = found.chunk(sizes[i])
-            k = np.unravel_index(place, sizes)[i]
-            found = chunks[k] if k < len(chunks) else found[:0]
-        return found
-
-    return [Box(part(0, place), part(1, place)) for place in range(math.prod(sizes))]
 
 
 def _alike(sizes: tuple[int, ...], placements: tuple[Any, ...], owner: int) -> set[int]:
@@ -203,18 +161,3 @@ def products(shape: Sequence[int]) -> int:
     """The multiplications of one turn of the iteration, of which each matrix takes as many."""
     few, many = sorted(shape)
     return few * few * (2 * many + few)
-
-
-def between_processes(buckets: Sequence[Bucket]) -> list[Any]:
-    """For each bucket what brings processes together, if it is of parts: the mesh of its sums, or an `Exchange`."""
-    found: list[Any] = []
-    for bucket in buckets:
-        if not bucket.spec.wholes:
-            found.append(None)
-        elif not isinstance(bucket.rule, Batched):
-            found.append(bucket.leaves[0].placement[0])
-        else:
-            mesh = bucket.leaves[0].placement[0]
-            costs = [products(leaf.param.shape) for leaf in bucket.leaves]
-            found.append(Exchange(bucket.leaves, owners(costs, mesh.size())))
-    return found

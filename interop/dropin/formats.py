@@ -36,16 +36,9 @@ def of(group: Mapping[str, Any]) -> str | None:
     return group.get(KEY)
 
 
-def check_part(name: str, cls: str, rule: Rule, form: str | None, placement: Any) -> None:
-    """Raise for a part of a parameter that is stepped as a whole alone."""
-    if placement is None:
-        return
-    if not rule.by_operations:
-        raise NotImplementedError(
-            f"{name}: expected a whole tensor, for {cls} keeps matrices of its axes, found a part, "
-            f"{dtensor.say(placement)}; take a plain tensor, or JAX, where jopt.shard_state divides state"
-        )
-    if form == "int8":
+def check_part(name: str, form: str | None, placement: Any) -> None:
+    """Raise for a part of a parameter in a format of whole ones."""
+    if placement is not None and form == "int8":
         raise TypeError(
             f"{name}: expected a plain tensor for state_dtype='int8', whose blocks are of a whole parameter, found "
             "a DTensor; take state_dtype='bfloat16'"

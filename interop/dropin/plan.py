@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from interop.dropin import dtensor, eager, exchange, formats, host, native, parts, processes, program, reader, sums
+from interop.dropin import dtensor, eager, formats, host, native, processes, program, reader, sums
 from interop.dropin.arranging import passes_of, shelves
 from interop.dropin.bucket import Bucket, Work
 from interop.dropin.coefficients import Scalars
@@ -19,12 +19,12 @@ from interop.dropin.groups import Numbers, parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
 from interop.dropin.measured import Measured, measures
 from interop.dropin.quick import Quick
-from interop.dropin.slots import slot_shapes
 from interop.dropin.state import averages_begun, check_state, is_shared, state_dtypes
-from interop.dropin.whole import Whole
+from interop.dropin.updates import update_for
+from interop.dropin.whole import Whole, own_slots
 from interop.memory import Buffer, Device, Staging, check_parameter
 from interop.memory.tensors import DTYPES, address, is_alone
-from jopt.rule import Batched, Rule
+from jopt.rule import Rule
 
 BESIDE = 2**28
 """Bytes of state whose buffers are made while programs are compiled, which itself takes some 100 MB."""
@@ -157,8 +157,8 @@ class Plan:
         whole = Whole.of(placement) if placement is not None and rule.scope == "tensor" else None
         rule.check_param(name, tuple(p.shape), DTYPES[x.dtype])
         form = self.formats[index]
-        formats.check_part(name, type(optimizer).__name__, rule, form, placement)
-        shapes = formats.names(rule, form, x, slot_shapes(rule, tuple(x.shape)))
+        formats.check_part(name, form, placement)
+        shapes = formats.names(rule, form, x, own_slots(rule, placement, tuple(x.shape)))
         shapes |= {EMA: tuple(x.shape)} if self.averages else {}
         state = optimizer.state.get(p) or {}
         check_state(optimizer, name, rule, h, shapes, state)
@@ -221,15 +221,7 @@ class Plan:
                 norms = tuple((len(bucket.leaves), bucket.dtype) for bucket in self.buckets)
                 measures = [program.compile_norms(bucket.spec, unscale) for bucket in self.buckets]
             summing = [program.compile_sums(x.spec, clip, unscale, norms) for x in self.buckets if self.is_summed]
-            updates = []
-            for bucket, between in zip(self.buckets, exchange.between_processes(self.buckets), strict=True):
-                if bucket.device.uses_torch:
-                    updates.append(eager.Update(bucket.spec))
-                elif between is None:
-                    updates.append(optimizer.compile_update(bucket.spec, clip, unscale, norms))
-                else:
-                    of_parts = optimizer.compile_update if isinstance(bucket.rule, Batched) else parts.compile_update
-                    updates.append(of_parts(bucket.spec, clip, unscale, norms).across(between))
+            updates = [update_for(optimizer, bucket, clip, unscale, norms) for bucket in self.buckets]
             self._compiled[clip, unscale] = program.Programs(measures, summing, updates)
         return self._compiled[clip, unscale]
 

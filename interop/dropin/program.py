@@ -227,6 +227,8 @@ class Update:
         return self.before(buffers, grad.reshape(shape), row, given)
 
     def _step_tensors(self, leaves: list[Any]) -> list[Array]:
+        if not leaves:  # as where each is another process's
+            return []
         shaped = [self.in_shape(shape, *leaf) for shape, leaf in zip(self.spec.big, leaves, strict=True)]
         inputs, averages = zip(*shaped, strict=True)
         results = zip(step_leaves(self.spec.rule, inputs, separate=self.separates), averages, strict=True)

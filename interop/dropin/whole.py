@@ -7,6 +7,7 @@ import functools
 import math
 from typing import Any
 
+from interop.dropin.boxes import own_shape
 from interop.dropin.slots import slot_shapes
 from jopt.rule import Rule
 
@@ -61,13 +62,36 @@ def slot_whole(rule: Rule, name: str, whole: Whole) -> Whole:
     return functools.reduce(Whole.reduced, reduced_axes(rule, len(whole.shape)).get(name, ()), whole)
 
 
+def is_owned(rule: Rule) -> bool:
+    """Whether each leaf is stepped by one process that has it whole, with its state: by more than sums."""
+    return rule.scope == "tensor" and not rule.by_operations
+
+
 def slot_placement(rule: Rule, name: str, placement: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """How a slot of a parameter lies over the processes, which lies so itself, as `dtensor.placement` says it."""
-    axes = reduced_axes(rule, len(placement[2])).get(name, ()) if placement is not None else ()
-    if placement is None or not axes:
-        return placement
-    from torch.distributed.tensor import Replicate  # not in every build of torch
+    """How a slot of a parameter lies over the processes, which lies so itself, as `dtensor.placement` says it.
+
+    A matrix of an axis of the parameter is divided by its rows.
+    """
+    if placement is None:
+        return None
+    from torch.distributed.tensor import Replicate, Shard  # not in every build of torch
 
     mesh, placements, shape = placement
+    if is_owned(rule):
+        own = slot_shapes(rule, tuple(shape)).get(name, tuple(shape))
+        if own == tuple(shape):
+            return placement
+        return mesh, tuple(Replicate() if x.is_replicate() else Shard(0) for x in placements), type(shape)(own)
+    axes = reduced_axes(rule, len(shape)).get(name, ())
+    if not axes:
+        return placement
     placements = tuple(Replicate() if getattr(x, "dim", None) in axes else x for x in placements)
     return mesh, placements, type(shape)(1 if i in axes else n for i, n in enumerate(shape))
+
+
+def own_slots(rule: Rule, placement: tuple[Any, ...] | None, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of what this process has of a leaf's tensor state, whose own part is of this shape."""
+    if placement is None or not is_owned(rule):
+        return slot_shapes(rule, shape)
+    names = slot_shapes(rule, tuple(placement[2]))
+    return {name: own_shape(slot_placement(rule, name, placement)) for name in names}  # type: ignore[arg-type]

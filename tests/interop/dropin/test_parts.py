@@ -39,6 +39,8 @@ CONFIGURATIONS = (
     ("Muon", dict(lr=0.1)),
     ("Muon", dict(lr=0.1, nesterov=False, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")),
     ("NorMuon", dict(lr=0.1, weight_decay=0.1, beta2=0.8)),
+    ("SOAP", dict(lr=0.1, precondition_frequency=3)),
+    ("Kron", dict(lr=0.1, weight_decay=0.1)),
 )
 
 
@@ -68,7 +70,10 @@ def random(seed, shape, dtype):
 def parameters(world, name, dtype):
     """DTensors in all layouts, and whole ones like them: uneven and empty parts, copies, several axes."""
     divided, wholes = [], []
-    for (mesh, placements), shape in itertools.product(layouts(world), SHAPES):
+    shapes = (
+        ((5, 7), (1, 9), (6,), (3, 5, 4)) if name in ("SOAP", "Kron") else SHAPES
+    )  # whose programs take long to compile
+    for (mesh, placements), shape in itertools.product(layouts(world), shapes):
         fits = all(getattr(x, "dim", 0) < len(shape) for x in placements)
         if fits and (len(shape) == 2 or "Muon" not in name):
             full = random(len(wholes), shape, dtype)
@@ -116,7 +121,7 @@ def layouts_worker(rank, world, dtype):
                     assert found.device_mesh == p.device_mesh
                     # Divided as the parameter, but where it has one element for many.
                     kept = [getattr(a, "dim", None) for a in found.placements]
-                    one = [d for d in range(q.dim()) if x.shape[d] == 1 < q.shape[d]]
+                    one = [d for d in range(q.dim()) if x.dim() == q.dim() and x.shape[d] == 1 < q.shape[d]]
                     assert all(d not in one for d in kept)
 
 
@@ -243,6 +248,8 @@ def models_worker(rank, shape, name):
         ((2, 2), "Muon"),
         ((2, 2), "NorMuon"),
         ((2, 2), "replicated"),
+        ((2,), "SOAP"),
+        ((2, 2), "Kron"),
     ],
     ids=str,
 )
@@ -253,9 +260,11 @@ def test_models(shape, name, tmp_path):
 
 # --- checkpoints
 
+SAVED = ("Adafactor", "Muon", "NorMuon", "SOAP", "Kron")
+
 
 def save_worker(rank, folder, world):
-    for name in ("Adafactor", "Muon", "NorMuon"):
+    for name in SAVED:
         model = in_1d(network(), init_device_mesh("cpu", (world,)))
         opts = optimizers(model, name, functools.partial(getattr, optim))
         train(model, opts, range(3))
@@ -263,7 +272,7 @@ def save_worker(rank, folder, world):
         dcp.save({"model": model_state, "optimizer": opt_state}, checkpoint_id=f"{folder}/{name}")
 
 
-def load_worker(rank, folder, world, names=("Adafactor", "Muon", "NorMuon")):
+def load_worker(rank, folder, world, names=SAVED):
     for name in names:
         reference = network()
         train(reference, optimizers(reference, name, in_one_process), range(6))
@@ -367,6 +376,14 @@ def counts_worker(rank, world):
     assert found["all_reduce", "bytes"] == 8 * (3 + len(WORK))
     assert not found["all_gather_into_tensor"] + found["reduce_scatter_tensor"]
 
+    found = counted("SOAP")
+    assert found["all_to_all_single"] == 2
+    matrices = sum(2 * n * n for shape in WORK for n in shape)
+    # Gradient, parameter, two moments and the matrices to the owner, all but the gradient back, in float32.
+    elements = 4 * size + matrices + 3 * size + matrices
+    assert sum(on_all(found["all_to_all_single", "bytes"], world)) == 4 * elements
+    assert not found["all_gather_into_tensor"] + found["reduce_scatter_tensor"]
+
     found = counted("Adafactor", max_norm=1.0)
     assert found["all_reduce"] == 3  # with the norm; the norms and columns, the last norms
     columns = sum(shape[1] for shape in WORK)
@@ -376,7 +393,7 @@ def counts_worker(rank, world):
 
 @pytest.mark.slow
 def test_work_and_traffic_of_four(tmp_path):
-    """Each matrix is iterated in one process, and goes over the wire twice; Adafactor sends sums alone."""
+    """Each matrix is iterated in one process, and goes over the wire twice; all of SOAP does; Adafactor sends sums."""
     spawn(counts_worker, 4, folder=tmp_path, world=4)
 
 
