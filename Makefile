@@ -23,9 +23,8 @@ test-versions:  ## the suite beside Colab's versions, today's and the newest: tw
 test-jax:  ## a part of jopt's tests beside the oldest JAX that is supported and the newest, without torch
 	tests/versions.sh jax-oldest jax-newest
 
-dist: $(VENV)/.dev  ## the wheel and the source archive, in dist/
-	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+dist: $(VENV)/.dev  ## the wheel and the source archive, in dist/: the same bytes from the same commit
+	$(BIN)/python -m tools.release
 
 bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and optax; pages and plots in benchmarks/results
 	$(BIN)/python -m benchmarks
