@@ -33,9 +33,8 @@ def sections(root: Path = ROOT) -> dict[str, str]:
 def problems(tags: Sequence[str], root: Path = ROOT) -> list[str]:
     """Why this commit is no release under these tags; without a tag, what is wrong anyway."""
     found, here = [], version(root)
-    dated = [
-        heading for heading in sections(root) if re.fullmatch(rf"{re.escape(here)} \(\d{{4}}-\d\d-\d\d\)", heading)
-    ]
+    with_date = rf"{re.escape(here)} \(\d{{4}}-\d\d-\d\d\)"
+    dated = any(re.fullmatch(with_date, heading) for heading in sections(root))
     if not dated and f"{here} (unreleased)" not in sections(root):
         found.append(f"CHANGELOG.md: expected a section '## {here} (unreleased)', or with its date, found none")
     for tag in tags:
@@ -72,8 +71,10 @@ def build(out: Path, root: Path = ROOT) -> list[Path]:
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.release", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--notes", action="store_true", help="print the version's section of CHANGELOG.md, and no more")
+    parser.add_argument("--tag", help="a tag that this commit has to be released under; else those that it has")
     options = parser.parse_args(arguments)
     tags = [tag for tag in (git("tag", "--points-at", "HEAD", root=root) or "").split() if tag.startswith("v")]
+    tags += [options.tag] if options.tag and options.tag not in tags else []
     found = problems(tags, root)
     changed = git("status", "--porcelain", root=root)
     if tags and changed:

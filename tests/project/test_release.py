@@ -72,6 +72,13 @@ def test_what_does_not_agree_is_not_built(tag, changelog, says, checkout, capsys
     assert not (root / "dist").exists()
 
 
+def test_a_tag_that_the_caller_names(checkout, capsys):
+    root = checkout()
+    assert release.main(["--notes", "--tag", "v1.2.3"], root) == 0
+    assert release.main(["--notes", "--tag", "v1.2.4"], root) == 1
+    assert "tag v1.2.4: expected v1.2.3" in capsys.readouterr().err
+
+
 def test_a_tag_of_other_files_is_not_built(checkout, capsys):
     root = checkout()
     git(root, "tag", "v1.2.3")
