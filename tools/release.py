@@ -30,19 +30,25 @@ def sections(root: Path = ROOT) -> dict[str, str]:
     return {heading: text.strip() for heading, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
+def section(root: Path = ROOT) -> str | None:
+    """The heading of this version's section: with a date once it is released; a version to come has Unreleased."""
+    here = version(root)
+    wanted = r"Unreleased" if ".dev" in here else rf"{re.escape(here)} \((unreleased|\d{{4}}-\d\d-\d\d)\)"
+    return next((heading for heading in sections(root) if re.fullmatch(wanted, heading)), None)
+
+
 def problems(tags: Sequence[str], root: Path = ROOT) -> list[str]:
     """Why this commit is no release under these tags; without a tag, what is wrong anyway."""
-    found, here = [], version(root)
-    with_date = rf"{re.escape(here)} \(\d{{4}}-\d\d-\d\d\)"
-    dated = any(re.fullmatch(with_date, heading) for heading in sections(root))
-    if not dated and f"{here} (unreleased)" not in sections(root):
-        found.append(f"CHANGELOG.md: expected a section '## {here} (unreleased)', or with its date, found none")
+    here, heading = version(root), section(root)
+    if heading is None:
+        return [f"CHANGELOG.md: expected a section '## {here} (unreleased)', or with its date, found none"]
+    found = []
     for tag in tags:
         if tag != f"v{here}":
             found.append(f"tag {tag}: expected v{here}, as jopt/__init__.py has it; move the tag or the version")
-        if not dated:
+        elif heading.endswith("(unreleased)"):
             found.append(f"tag {tag}: expected the date in CHANGELOG.md, as '## {here} (2026-12-31)'")
-        if sections(root).get("Unreleased"):
+        elif sections(root).get("Unreleased"):
             found.append(f"tag {tag}: CHANGELOG.md has lines under Unreleased; move them to {here}")
     return found
 
@@ -83,7 +89,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         print("\n".join(found), file=sys.stderr)
         return 1
     if options.notes:
-        print(next(text for heading, text in sections(root).items() if heading.split()[0] == version(root)))
+        print(sections(root)[section(root) or ""])
         return 0
     for path in build(root / "dist", root):
         print(hashlib.sha256(path.read_bytes()).hexdigest(), path.relative_to(root))

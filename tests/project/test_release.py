@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytest.importorskip("build", reason="pip install '.[test]' brings what builds the wheel")
 
@@ -40,9 +43,43 @@ def git(root, *arguments):
 def test_the_changelog_has_this_version():
     assert release.version() == jopt.__version__
     assert release.problems([]) == []
-    headings = list(release.sections())
-    assert headings[0] == "Unreleased"
-    assert headings[1].split()[0] == jopt.__version__
+    assert next(iter(release.sections())) == "Unreleased"
+
+
+def test_the_citation_has_this_version():
+    cited = re.search("^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert cited == jopt.__version__ or ".dev" in jopt.__version__
+
+
+def locked():
+    """The versions of requirements/dev.txt by name."""
+    text = (ROOT / "requirements" / "dev.txt").read_text()
+    blocks = re.findall(r"^([\w.-]+)==(\S+) \\\n((?: {4}--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE)
+    assert len(blocks) == len(re.findall(r"^\w", text, re.MULTILINE)), "a line without a version or a hash"
+    return {canonicalize_name(name): version for name, version, _ in blocks}
+
+
+def wanted(project, name):
+    """The requirements of an extra, those of the extras that it names included."""
+    for text in project["optional-dependencies"][name]:
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:
+            for extra in requirement.extras:
+                yield from wanted(project, extra)
+        else:
+            yield requirement
+
+
+@pytest.mark.parametrize("extra", ["dev", "release"])
+def test_the_lock_is_what_the_package_asks_for(extra):
+    """`make lock` writes it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = locked()
+    for requirement in [*map(Requirement, project["dependencies"]), *wanted(project, extra)]:
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+    torch = re.search(r"^TORCH +[?]= torch==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert found["torch"] == f"{torch}+cpu"
+    assert not [name for name in found if name.startswith("nvidia")]
 
 
 def test_notes_of_a_version(checkout, capsys):
@@ -86,6 +123,15 @@ def test_a_tag_of_other_files_is_not_built(checkout, capsys):
     (root / "extra.py").touch()
     assert release.main(["--notes"], root) == 1
     assert "the files are not those of the commit:\n?? extra.py" in capsys.readouterr().err
+
+
+def test_between_releases(checkout, capsys):
+    """A version to come, which no tag can be of: what changed since the last one is its section."""
+    root = checkout("1.3.0.dev0", "## Unreleased\n\n- More.\n\n## 1.2.3 (2026-12-01)\n")
+    assert release.main(["--notes"], root) == 0
+    assert capsys.readouterr().out == "- More.\n"
+    assert release.main(["--notes", "--tag", "v1.3.0"], root) == 1
+    assert "tag v1.3.0: expected v1.3.0.dev0" in capsys.readouterr().err
 
 
 def test_other_tags_do_not_matter(checkout):
