@@ -4,8 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
+# Where the lock's CPU build is: a page with links, or a folder.
+TORCHS ?= https://download.pytorch.org/whl/cpu/torch/
 
-.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs choosing ahead-of-time lint clean
+.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs choosing ahead-of-time lint lint-workflows lock clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -23,9 +25,8 @@ test-versions:  ## the suite beside Colab's versions, today's and the newest: tw
 test-jax:  ## a part of jopt's tests beside the oldest JAX that is supported and the newest, without torch
 	tests/versions.sh jax-oldest jax-newest
 
-dist: $(VENV)/.dev  ## the wheel and the source archive, in dist/
-	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+dist: $(VENV)/.dev  ## the wheel and the source archive, in dist/: the same bytes from the same commit
+	$(BIN)/python -m tools.release
 
 bench: $(VENV)/.dev  ## steps, training, compiling and memory against torch and optax; pages and plots in benchmarks/results
 	$(BIN)/python -m benchmarks
@@ -55,6 +56,20 @@ ahead-of-time: $(VENV)/.dev  ## docs/ahead-of-time.md and the memory of docs/man
 
 lint: $(VENV)/.dev  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+lint-workflows: $(VENV)/.dev  ## .github by its schemas, and what a workflow should not do
+	$(BIN)/python -m pip install -q -e ".[release]"
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[0-9]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline .github
+
+lock: $(VENV)/.dev  ## requirements/dev.txt: the newest of what make test and make lint need, with hashes
+	$(BIN)/python -m pip install -q -e ".[release]"
+	echo "$(TORCH)+cpu" | $(BIN)/uv pip compile pyproject.toml - --upgrade --extra dev --extra release \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+		--find-links $(TORCHS) --custom-compile-command "make lock" -o requirements/dev.txt
 
 clean:
 	rm -rf $(VENV) .cache out

@@ -13,9 +13,11 @@ interop.explain(optimizer)             # what a step is made of
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from interop import _compat  # noqa: F401  it says which version of what is needed
+if sys.argv[:1] != ["-m"]:  # `python -m interop` is being found: its `env` answers where something is too old as well
+    from interop import _compat  # noqa: F401  it says which version of what is needed
 
 if TYPE_CHECKING:
     from interop.data import prefetch

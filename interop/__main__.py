@@ -1,7 +1,8 @@
-"""Look into checkpoints, convert and compare them: `python -m interop inspect|convert|diff`; docs/files.md.
+"""Look into checkpoints, convert and compare them; report versions: `python -m interop inspect|convert|diff|env`.
 
-Exit codes: 0, all well (diff: no difference); 1, diff found one; 2, the arguments are wrong, or the output exists and
-there is no --force; 3, a file is not what was expected, or cannot be read or written; or a library is missing.
+docs/files.md has the first three, docs/versions.md `env`. Exit codes: 0, all well (diff: no difference); 1, diff found
+one; 2, the arguments are wrong, or the output exists and there is no --force; 3, a file is not what was expected, or
+cannot be read or written; or a library is missing or too old. `env` tells of such a library, with 0.
 
 torch and JAX take seconds to import. Help, and an answer about a missing file, do not wait for them: each function here
 imports what it needs.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interop import environment
 from interop.runs.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -33,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise FileNotFoundError(f"{path}: is not there")
     except OSError as error:
         return _failed(error)
-    from interop.runs.files import CheckpointError
-
+    if options.command is _env:
+        return _env(options)
+    try:
+        from interop import _compat  # noqa: F401  first: it says which version of what is needed
+        from interop.runs.files import CheckpointError
+    except ImportError as error:
+        return _failed(error)
     try:
         return options.command(options)
     except (CheckpointError, ModuleNotFoundError, OSError) as error:
@@ -69,9 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace the output")
     convert.add_argument("--map", action="append", default=[], metavar="OLD=NEW", help="other names; * for any text")
     diff.add_argument("--tolerance", type=float, default=0.0, help="of absolute differences (0: every bit)")
-    for sub in (inspect, diff):
+    text = "versions, flags and devices, for a report of an error"
+    env = commands.add_parser("env", help=text, description=text)
+    env.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="for JAX and torch to answer")
+    env.set_defaults(command=_env, reads=())
+    for sub in (inspect, diff, env):
         sub.add_argument("--json", action="store_true", help="JSON on the standard output")
     return parser
+
+
+def _env(options: Any) -> int:
+    found = environment.report(options.timeout)
+    print(json.dumps(found, indent=1) if options.json else environment.page(found))
+    return OK
 
 
 def _load(path: Path, options: Any, patterns: dict[str, str] | None = None, numbers: bool = False) -> Checkpoint:

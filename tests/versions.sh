@@ -5,6 +5,7 @@
 #   colab-tpu, colab-cpu   what Colab gives; torch's builds for x86-64 carry CUDA: 3 GB to download, 7 GB on disk
 #   today                  Python 3.11, the CPU build of torch 2.13 and the newest JAX for it
 #   newest                 the newest of all
+#   next                   that, and pre-releases of JAX where pip's indexes have some
 #   jax-oldest, jax-newest jopt alone, a part of its tests: what CI runs; the newest as users compile, without --quick
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -61,7 +62,8 @@ for set in "${@:-colab-tpu colab-cpu today newest}"; do
       colab-tpu) run "$name" 3.13 "torch==2.9.0 ${colab[*]} -e .[test]" -m "not slow or notebook" ;;
       colab-cpu) run "$name" 3.13 "torch==2.11.0 ${colab[*]} -e .[test]" -m "not slow or notebook" ;;
       today) run "$name" 3.11 "torch==2.13.0 -e .[test]" -m "not slow or notebook" ;;
-      newest) run "$name" 3.13 "torch==2.14.1 -U jax jaxlib optax numpy -e .[test]" -m "not slow or notebook" ;;
+      newest) run "$name" 3.13 "-U torch jax jaxlib optax numpy -e .[test]" -m "not slow or notebook" ;;
+      next) run "$name" 3.13 "-U torch jax>=0.0.dev0 jaxlib>=0.0.dev0 optax numpy -e .[test]" -m "not slow or notebook" ;;
       jax-oldest) run "$name" 3.11 "jax==0.7.2 jaxlib==0.7.2 optax==0.2.6 numpy==2.0.0 pytest pytest-xdist flatbuffers -e ." -m "not slow" --quick -k "$unlike" "${alone[@]}" ;;
       jax-newest) run "$name" 3.13 "-U jax jaxlib optax numpy pytest pytest-xdist flatbuffers -e ." -m "not slow" -k "$unlike" "${alone[@]}" ;;
       *) echo "versions.sh: no set $name" >&2; exit 2 ;;

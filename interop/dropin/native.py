@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,16 @@ def enable_native_reader() -> None:
             "enable_native_reader: expected a C++ compiler that torch takes (c++, or what CXX names) and Ninja "
             f"(pip install 'jopt[native]'); steps work without, in Python. Found: {error}"
         ) from error
+
+
+def lacking() -> list[str]:
+    """What compiling it needs and this machine has not."""
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    with _ninja_in_path():
+        found = {f"a C++ compiler ({compiler})": shutil.which(compiler), "Ninja": cpp_extension.is_ninja_available()}
+    return [name for name, there in found.items() if not there]
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ JOPT = [
     ["__init__"],
 ]
 INTEROP = [
-    ["_compat"],
+    ["_compat", "environment"],
     ["memory"],
     ["modules"],
     ["dropin"],

@@ -70,6 +70,11 @@ def test_without_torch(wheel, tmp_path):
     assert Path(file).is_relative_to(tmp_path)
     failed = subprocess.run([str(python), "-c", "import interop"], cwd=tmp_path, capture_output=True, text=True)
     assert failed.stderr.splitlines()[-1].startswith("ModuleNotFoundError: interop needs PyTorch: pip install torch")
+    found = json.loads(run(python, tmp_path, "-m", "interop", "env", "--json"))
+    assert found["versions"]["torch"] == "not installed"
+    assert found["versions"]["jopt"] == jopt.__version__
+    assert found["jax"]["imports"] == "yes"
+    assert found["torch"]["imports"]["error"].startswith("ModuleNotFoundError: interop needs PyTorch")
 
 
 @pytest.mark.slow

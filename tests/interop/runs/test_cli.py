@@ -147,7 +147,7 @@ def test_as_a_program(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--help"], OK, "{inspect,convert,diff}"),
+        (["--help"], OK, "{inspect,convert,diff,env}"),
         (["convert", "--help"], OK, "safetensors"),
         ([], USAGE, "required"),
         (["inspect", "none.pt"], BAD, "error: none.pt: is not there\n"),
