@@ -269,7 +269,7 @@ def _step_whole(rule: Rule, *leaf: Any, separate: bool) -> tuple[Array, LeafStat
     """
     if rule.scope == "rows":
         return step_rows(rule, *leaf)
-    if not separate or not rule.by_operations or not rule.in_one_loop:
+    if not separate or not rule.by_operations:
         return step_leaf(rule, *leaf)
     flat, treedef = jax.tree.flatten(leaf)
     closed, out = jax.make_jaxpr(lambda *flat: step_leaf(rule, *treedef.unflatten(flat)), return_shape=True)(*flat)

@@ -83,7 +83,6 @@ class Rule(ABC):
     shared: ClassVar[frozenset[str]] = frozenset()
     scope: ClassVar[Literal["element", "tensor", "rows"]] = "element"
     real_only: ClassVar[bool] = False  # no complex leaves
-    in_one_loop: ClassVar[bool] = True  # on CPU what is by elements is one loop; not if a sum is of costly terms
     by_operations: ClassVar[bool] = True  # `update` uses the operations of numerics alone; else branches, eigenvectors
 
     @abstractmethod

@@ -36,7 +36,6 @@ class Adafactor(Rule):
         "weight_decay": at_least_zero("weight_decay should be >= 0 but is: {}"),
     }
     scope = "tensor"
-    in_one_loop = False  # its sums are of quotients, which XLA does not vectorize in the loop of a sum
     real_only = True
 
     @classmethod

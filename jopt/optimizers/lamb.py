@@ -28,8 +28,6 @@ class LAMB(Rule):
     scope = "tensor"
     real_only = True
 
-    in_one_loop = False  # its norm is of quotients, which XLA does not vectorize in the loop of a sum
-
     def init(self, h, param):
         return {name: t.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 from optax import contrib
 
+from jopt import loops
 from jopt._compat import JAX
 from jopt.fusion import fuses_outputs, multi_output_fusion
 from jopt.loops import calls_back, one_loop
@@ -65,6 +66,41 @@ def test_drawn_programs_give_the_same(seed, x64):
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", cases.mostly_slow(range(200), range(12)))
+def test_sums_of_a_few_terms_at_a_time_are_the_same(seed, x64, monkeypatch):
+    """Where all sums are so, of sizes that a part divides and does not."""
+    monkeypatch.setattr(loops, "FEW", 2 + seed % 4)
+    monkeypatch.setattr(loops, "COSTLY", loops.ELEMENTWISE)
+    f, arrays = drawn(seed)
+    closed = jax.make_jaxpr(f)(*arrays)
+    found = jax.jit(one_loop(closed))(*arrays)
+    for x, y in zip(found, jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *arrays), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_derivatives_and_batches_go_through_such_sums(x64, monkeypatch):
+    monkeypatch.setattr(loops, "FEW", 4)
+
+    def step(x, y):
+        z = jnp.tanh(x / (jnp.sqrt(y) + 1))
+        return [x - z / jnp.sqrt(jnp.sum(z * z)), z]
+
+    x, y = jnp.linspace(0.1, 1, 3 * 11).reshape(3, 11), jnp.linspace(1, 2, 3 * 11).reshape(3, 11)
+    by_parts = one_loop(jax.make_jaxpr(step)(x, y))
+    assert "while" in jax.jit(by_parts).lower(x, y).compile().as_text()
+
+    def loss(f, x, y):
+        return jnp.sum(f(x, y)[0] ** 3)
+
+    for of in (jax.grad, jax.jacfwd):
+        found, expected = (of(lambda x, f=f: loss(f, x, y))(x) for f in (by_parts, step))
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    batch = jnp.stack([x, 2 * x])
+    found, expected = (jax.vmap(f, (0, None))(batch, y)[0] for f in (by_parts, step))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 # Reads and writes of an array as large as the parameter, of which a step cannot do without: of each input and output
