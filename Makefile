@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs choosing ahead-of-time lint clean
+.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs pictures choosing ahead-of-time lint clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -36,7 +36,10 @@ workloads: $(VENV)/.dev  ## four models trained by torch, the drop-in and jopt i
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity
 
-docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
+docs: $(VENV)/.docs  ## the site, in out/site; it reads without a network: open out/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+pictures: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
 	$(BIN)/python -m benchmarks.draw_schedules
 	$(BIN)/python -m examples.porting_a_run --out docs/porting.png
 	$(BIN)/python -m examples.vanishing_gradients --out docs/vanishing_gradients.png
@@ -65,6 +68,11 @@ $(BIN)/python:
 $(VENV)/.demo: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e ".[demo]"
+	@touch $@
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e ".[docs]"
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
