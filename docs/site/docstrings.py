@@ -1,4 +1,4 @@
-"""The reference as Markdown: examples and equations of docstrings in blocks of their own, signatures as Python has them.
+"""The reference: examples and equations of docstrings in blocks of their own, signatures as Python has them.
 
 Griffe reads the source. The options that `@optimizer` adds to each function, and what a class of `interop.optim` takes
 from torch's, are known to Python alone.
