@@ -122,13 +122,8 @@ def test_passes_side_by_side_are_the_programs():
     if numbers(jax.__version__)[:2] != (0, 10):
         pytest.skip("the table is of jax 0.10's compiler")
     rows = [row for row in side_by_side() if row[1][1]]
-    done = subprocess.run(
-        [sys.executable, "-c", PASSES, *(call for call, _ in rows)],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, "-c", PASSES, *(call for call, _ in rows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split("\n")[:-1] == [f"{least} {compiled}" for _, (_, least, compiled) in rows]
 
 
