@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("*.md", "docs/**/*", "benchmarks/results/*.md", "benchmarks/results/*.png", "examples/*.ipynb")
 PLACES = {"docs/index.md": "index.html", "README.md": "tour.html"}
 FONT = next((Path(ziamath.__file__).parent / "fonts").glob("*.ttf"))
+BOOSTS = {
+    "docs/": 2,
+    "docs/optimizers/": 4,
+    "docs/troubleshooting": 4,
+    "docs/api/": 1,
+    "docs/parity": 0.5,
+    "benchmarks/": 0.5,
+}
 PUBLIC = {f"{module.__name__}.{name}" for module in (jopt, schedules, interop, optim, amp) for name in module.__all__}
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LINKS = re.compile(r"<a\b.*?</a>|<h\d\b.*?</h\d>|<pre\b.*?</pre>|<code>((?:jopt|interop)\.[\w.]+)</code>", re.DOTALL)
@@ -34,6 +42,14 @@ def on_files(files, config):
             found.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls, **place))
     found.append(File.generated(config, "docs/site/equations.ttf", abs_src_path=str(FONT)))
     return Files(found)
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Search finds guides first, and tables of figures last."""
+    for start, boost in BOOSTS.items():
+        if page.file.src_uri.startswith(start):
+            page.meta["search"] = {"boost": boost}
+    return markdown
 
 
 def on_page_content(html, page, config, files):
