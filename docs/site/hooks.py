@@ -58,7 +58,7 @@ def on_page_content(html, page, config, files):
 
 def _mathml(match):
     display = "block" if match[1] == "div" else "inline"
-    return convert(unescape(match[2]), display=display)
+    return convert(unescape(match[2]), display=display).replace(r"\_", "_")  # in \text it stays as it is
 
 
 def _link(match):

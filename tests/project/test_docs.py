@@ -80,7 +80,7 @@ def side_by_side():
     """The rows of the index's second table: a call, and state, least passes and compiled passes as they stand there."""
     table = (PAGES / "README.md").read_text().split("## Side by side")[1].split("\n## ")[0]
     for row in re.findall(r"^\| \[.*$", table, re.MULTILINE):
-        _, call, _, *figures, _ = (cell.strip() for cell in row[1:-1].split("|"))
+        _, _, *figures, _, call = (cell.strip() for cell in row[1:-1].split("|"))
         yield call.strip("`"), figures
 
 
