@@ -6,8 +6,8 @@ from pathlib import Path
 
 import ziamath
 from latex2mathml.converter import convert
-from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 import interop
 import jopt
@@ -31,17 +31,35 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 LINKS = re.compile(r"<a\b.*?</a>|<h\d\b.*?</h\d>|<pre\b.*?</pre>|<code>((?:jopt|interop)\.[\w.]+)</code>", re.DOTALL)
 
 
-@event_priority(100)  # before the plugin that looks for notebooks
+class Notebook(File):
+    """A page whose text is a notebook's."""
+
+    def is_documentation_page(self):
+        return True
+
+
 def on_files(files, config):
     """The repository's own tree, so that links between its pages hold."""
-    found = [file for file in files if not file.src_uri or file.abs_src_path is None or file.src_dir != config.docs_dir]
+    found = [file for file in files if file.src_dir != config.docs_dir]
     for path in sorted({path for pattern in PAGES for path in ROOT.glob(pattern) if path.is_file()}):
         name = path.relative_to(ROOT).as_posix()
-        if path.suffix not in (".py", ".pyc"):
+        if path.suffix == ".ipynb":
+            found += _notebook(path, name, config)
+        elif path.suffix not in (".py", ".pyc"):
             place = {"dest_uri": PLACES[name]} if name in PLACES else {}
             found.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls, **place))
     found.append(File.generated(config, "docs/site/equations.ttf", abs_src_path=str(FONT)))
     return Files(found)
+
+
+def _notebook(path, name, config):
+    """A notebook as a page of Markdown, whose links and equations are then as the others', and its pictures."""
+    resources = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+    text, resources = MarkdownExporter().from_filename(str(path), resources)
+    text = re.sub(r"!\[(png|svg|jpeg)\]", "![what the cell above shows]", text)
+    yield Notebook.generated(config, name, content=text)
+    for picture, content in resources["outputs"].items():
+        yield File.generated(config, f"{Path(name).parent.as_posix()}/{picture}", content=content)
 
 
 def on_page_markdown(markdown, page, config, files):

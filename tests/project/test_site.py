@@ -83,7 +83,7 @@ def test_the_first_page_has_the_benchmarks_figures():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    for package in ("material", "mkdocstrings_handlers.python", "mkdocs_jupyter", "ziamath"):
+    for package in ("material", "mkdocstrings_handlers.python", "nbconvert", "ziamath"):
         pytest.importorskip(package, reason="pip install '.[browser]'")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "-q", "--site-dir", str(folder)]
