@@ -14,7 +14,7 @@ test: $(VENV)/.dev  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow" --quick
 
 test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU and those of the frameworks included
-	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,ecosystem,frameworks]"
+	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,browser,ecosystem,frameworks]"
 	$(BIN)/python -m pytest -n 2
 
 test-versions:  ## the suite beside Colab's versions, today's and the newest: two hours, and 10 GB of disk at a time
