@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 # Where the lock's CPU build is: a page with links, or a folder.
 TORCHS ?= https://download.pytorch.org/whl/cpu/torch/
 
-.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs choosing ahead-of-time lint lint-workflows lock clean
+.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs pictures choosing ahead-of-time lint lint-workflows lock clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -16,7 +16,7 @@ test: $(VENV)/.dev  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow" --quick
 
 test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU and those of the frameworks included
-	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,ecosystem,frameworks]"
+	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,browser,ecosystem,frameworks]"
 	$(BIN)/python -m pytest -n 2
 
 test-versions:  ## the suite beside Colab's versions, today's and the newest: two hours, and 10 GB of disk at a time
@@ -37,7 +37,10 @@ workloads: $(VENV)/.dev  ## four models trained by torch, the drop-in and jopt i
 parity: $(VENV)/.dev  ## every configuration of torch's table against torch, 20 minutes; table and plot in docs
 	$(BIN)/python -m benchmarks.parity
 
-docs: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
+docs: $(VENV)/.docs  ## the site, in out/site; it reads without a network: open out/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+pictures: $(VENV)/.dev  ## draw the pictures of docs, write the notebooks
 	$(BIN)/python -m benchmarks.draw_schedules
 	$(BIN)/python -m examples.porting_a_run --out docs/porting.png
 	$(BIN)/python -m examples.vanishing_gradients --out docs/vanishing_gradients.png
@@ -80,6 +83,11 @@ $(BIN)/python:
 $(VENV)/.demo: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e ".[demo]"
+	@touch $@
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e ".[docs]"
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml

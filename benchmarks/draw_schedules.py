@@ -1,6 +1,6 @@
 """Draws every schedule of jopt.schedules into docs/schedules.png, torch's values under them.
 
-make docs
+make pictures
 """
 
 import warnings

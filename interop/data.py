@@ -54,7 +54,8 @@ def prefetch(
         cannot even out, or whose memory `copy=False` cannot share.
       OverflowError: in a pass, an integer that does not fit 32 bits.
       TypeError: in a pass, float64 or complex128 while x64 is off, and what else `to_jax` refuses.
-      Whatever the loader raises is raised where the batch would have come.
+
+    Whatever the loader raises is raised where the batch would have come.
 
     >>> import torch, interop
     >>> for x in interop.prefetch(torch.arange(4.0).split(2)):

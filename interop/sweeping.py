@@ -67,7 +67,8 @@ def sweep(
       ValueError: a module with parameters has no `reset_parameters`; a batch norm would update its statistics.
       RuntimeError: torch.func cannot vectorize the model: random numbers with randomness="error", control flow that
         depends on data, tensors written in place.
-      Else as `jopt.sweep`.
+
+    Else it raises as `jopt.sweep`.
     """
     _check_model(model)
     check_function("loss", loss)

@@ -599,7 +599,7 @@ def _phases(step: Any, xp: Any, ends: list[float], levels: list[Any], strategy: 
 
 @_schedule
 def sequential_lr(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
-    """schedules[i](step - milestones[i - 1]) between two milestones, as `SequentialLR`.
+    """`schedules[i](step - milestones[i - 1])` between two milestones, as `SequentialLR`.
 
     `multiplicative_lr` and `swalr` go on from the value before their milestone, as torch's do; the others begin anew.
     Warm-up and cosine:

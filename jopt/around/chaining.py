@@ -70,7 +70,7 @@ class Chain(Exact[tuple[Any, ...]]):
         """One step: the new parameters and state. All that is said of it goes to the links.
 
         Raises:
-          What the links raise; ValueError if the state is not of this chain.
+          ValueError: the state is not of this chain; and whatever the links raise.
         """
         self._check(state)
         still = self.frozen(params)

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -72,6 +74,57 @@ def test_examples_run_and_learn(code):
         assert names["losses"][-1] < 0.1 * names["losses"][0]
     else:
         assert "params" in names
+
+
+def side_by_side():
+    """The rows of the index's second table: a call, and state, least passes and compiled passes as they stand there."""
+    table = (PAGES / "README.md").read_text().split("## Side by side")[1].split("\n## ")[0]
+    for row in re.findall(r"^\| \[.*$", table, re.MULTILINE):
+        _, _, *figures, _, call = (cell.strip() for cell in row[1:-1].split("|"))
+        yield call.strip("`"), figures
+
+
+def matrix():
+    import jax
+
+    return {"w": jax.ShapeDtypeStruct((1024, 1024), jax.numpy.float32)}
+
+
+def test_side_by_side_has_every_optimizer():
+    assert {re.match(r"jopt\.(\w+)", call)[1] for call, _ in side_by_side()} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(("call", "figures"), [pytest.param(*row, id=row[0]) for row in side_by_side()])
+def test_state_side_by_side_is_counted(call, figures):
+    import jax
+
+    state = jax.eval_shape(eval(call, {"jopt": jopt}).init, matrix())
+    tensors = sum(x.size for x in jax.tree.leaves(state)) / 1024**2
+    assert float(figures[0]) == round(tensors, 3)
+    if figures[1]:
+        assert int(figures[1]) == round(3 + 2 * tensors)
+
+
+PASSES = """
+import sys, jax, jopt
+jopt.enable_multi_output_fusion()
+params = {"w": jax.ShapeDtypeStruct((1024, 1024), jax.numpy.float32)}
+for call in sys.argv[1:]:
+    found = jopt.explain(eval(call), params)
+    print(round(found.minimum_bytes / found.pass_bytes), round(found.accessed_bytes / found.pass_bytes))
+"""
+
+
+@pytest.mark.slow  # thirty programs are compiled, in a process of its own for XLA's flag
+def test_passes_side_by_side_are_the_programs():
+    import jax
+
+    if numbers(jax.__version__)[:2] != (0, 10):
+        pytest.skip("the table is of jax 0.10's compiler")
+    rows = [row for row in side_by_side() if row[1][1]]
+    command = [sys.executable, "-c", PASSES, *(call for call, _ in rows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split("\n")[:-1] == [f"{least} {compiled}" for _, (_, least, compiled) in rows]
 
 
 @pytest.mark.slow  # two dozen sweeps are compiled
