@@ -42,6 +42,7 @@ __all__ = [
     "Adan",
     "CautiousAdamW",
     "CautiousLion",
+    "Constructed",
     "Kron",
     "Lion",
     "Mars",
@@ -64,7 +65,9 @@ OTHERS = (
     *("ADOPT", "AdEMAMix", "AdamWScheduleFree", "Adan", "CautiousAdamW", "CautiousLion", "Kron", "LAMB", "LARS"),
     *("Lion", "Mars", "NorMuon", "Prodigy", "SGDScheduleFree", "SOAP"),
 )
-CLASSES = tuple(name for name in __all__ if name not in ("Optimizer", "lr_scheduler", "swa_utils", *OTHERS))
+CLASSES = tuple(
+    name for name in __all__ if name not in ("Constructed", "Optimizer", "lr_scheduler", "swa_utils", *OTHERS)
+)
 
 # What torch.optim has beside its classes is torch's, `from interop.optim.lr_scheduler import StepLR` too.
 sys.modules |= {f"{__name__}.{module.__name__.rpartition('.')[2]}": module for module in (lr_scheduler, swa_utils)}

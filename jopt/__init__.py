@@ -2,8 +2,11 @@
 
 from jopt import (
     _compat,  # noqa: F401  first: it says which version of what is needed
+    numerics,  # with rule and transform, for a rule of one's own
+    rule,
     schedules,
     states,  # noqa: F401  for jax.export
+    transform,
 )
 from jopt.arena import Packed, pack, unpack
 from jopt.around.averages import Average, AverageState, ema, swa, update_bn
@@ -105,6 +108,7 @@ __all__ = [
     "nadam",
     "nor_muon",
     "norms_and_biases",
+    "numerics",
     "pack",
     "param_groups",
     "prodigy",
@@ -112,6 +116,7 @@ __all__ = [
     "reduce_lr_on_plateau",
     "rmsprop",
     "rprop",
+    "rule",
     "schedule_free_adamw",
     "schedule_free_eval",
     "schedule_free_sgd",
@@ -123,6 +128,7 @@ __all__ = [
     "sparse_adam",
     "swa",
     "sweep",
+    "transform",
     "unpack",
     "update_bn",
 ]

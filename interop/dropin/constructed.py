@@ -22,6 +22,33 @@ from jopt.transform import DEFAULTS
 class Constructed(CompiledStep, Optimizer):
     """A class with the arguments of a `jopt` function, in its order, and `params` before them.
 
+    So is the class of a rule of one's own made: `rule`, and the `function` that gives its arguments and defaults. A
+    flag of the rule is an argument of the function too.
+
+    >>> import dataclasses, torch, jopt
+    >>> from interop import optim
+    >>> from jopt import numerics as t
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class SignDescent(jopt.rule.Rule):
+    ...     hyperparameters = ("lr",)
+    ...     def init(self, h, param):
+    ...         return {}
+    ...     def scalars(self, h, s, xp, stored):
+    ...         return {"-lr": -h["lr"]}, {"step": s["step"] + 1}
+    ...     def update(self, c, grad, state, param):
+    ...         return t.add(param, t.sign(grad), alpha=c["-lr"]), state
+    >>> @jopt.transform.optimizer
+    ... def sign_descent(lr=1e-3, **options):
+    ...     return jopt.transform.transform(SignDescent, dict(lr=lr), **options)
+    >>> class SignOptimizer(optim.Constructed):
+    ...     rule, function = SignDescent, staticmethod(sign_descent)
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = SignOptimizer([w], lr=0.5)
+    >>> w.sum().backward()
+    >>> optimizer.step()
+    >>> w.tolist()
+    [0.5, 0.5]
+
     `foreach`, `fused`, `capturable` and `differentiable=False` are taken, as torch's classes take them, and mean
     nothing here. `max_norm` and `ema` are as in `CompiledStep`.
 

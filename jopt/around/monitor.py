@@ -130,7 +130,7 @@ def _figures(grads: list[Array], updates: list[Array], leaves: list[Array]) -> H
     # finite.
     def finite(grads: list[Array]) -> list[Array]:
         nonzero = jnp.stack([jnp.sum(jnp.abs(jnp.sign(g)).astype(jnp.float32)) for g in grads])
-        return [1 - nonzero / sizes, 0 * nonzero, 0 * nonzero]
+        return [(sizes - nonzero) / sizes, 0 * nonzero, 0 * nonzero]
 
     def not_finite(grads: list[Array]) -> list[Array]:
         questions = (lambda g: g == 0, jnp.isnan, jnp.isinf)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jax import Array
@@ -43,8 +43,8 @@ class RangeTest:
     def __str__(self) -> str:
         return self.reason
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the loss over the learning rate, with the bounds and the suggestion. Needs matplotlib."""
+    def plot(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
+        """Draw the loss over the learning rate, with the bounds and the suggestion, as `Sweep.plot` does."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained")

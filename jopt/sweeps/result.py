@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -168,10 +168,11 @@ class Sweep:
         lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
         return "\n".join([*lines, "", reason])
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Draw the final loss over the learning rate: a line an optimizer, a band from the lowest to the highest seed.
 
         Crosses at the top are learning rates at which a seed diverged, the star is `best()`. Needs matplotlib.
+        `path` may be an open binary file, which gets a PNG.
         """
         from matplotlib.figure import Figure
 

@@ -80,6 +80,14 @@ def test_what_is_not_finite_explodes_and_what_is_zero_vanishes():
     assert report.layers[0].update_ratio == 1.0
 
 
+def test_no_share_of_zeros_is_below_zero():
+    """A product with a size's rounded inverse is not 1 for each size."""
+    params = [jnp.ones(n) for n in range(1, 101)] + [jnp.ones(640)]
+    tx = jopt.monitor(jopt.sgd(lr=1.0))
+    _, state = jax.jit(tx.step)(params, tx.init(params), params)
+    np.testing.assert_array_equal(state.health.zeros, 0)
+
+
 def test_around_a_chain_groups_and_optax():
     params = {"a": jnp.ones(3), "b": jnp.ones((3, 3))}
     inner = jopt.param_groups(jopt.adamw, {"a": {"lr": 0.1}}, lr=0.2)

@@ -1,5 +1,6 @@
 """A sweep's runs are separate runs', and torch's; what it recommends is what theory says."""
 
+import io
 import math
 import re
 
@@ -239,6 +240,8 @@ def test_print_and_plot(tmp_path):
     for i, r in enumerate((result, lost)):
         r.plot(tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 5_000
+    result.plot(picture := io.BytesIO())
+    assert picture.getvalue().startswith(b"\x89PNG")
 
 
 def test_range_test_of_a_noisy_quadratic(tmp_path):
