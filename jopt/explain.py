@@ -8,11 +8,9 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jopt import quantized
 from jopt.fusion import fuses_outputs
 from jopt.transform import Transform
 
@@ -28,8 +26,8 @@ class Explanation:
       buffers: how many arrays hold them.
       pass_bytes: the parameters' bytes; reading or writing as many is a pass.
       minimum_bytes: each input read once and each output written once.
-      accessed_bytes: what the compiler counts for its program; None where it does not count (CUDA; the loops
-        over large leaves with state in eight bits).
+      accessed_bytes: what the compiler counts for its program; None where it does not count: for CUDA, and in loops
+        of the program's own (Muon's iteration, pieces of large leaves with state in eight bits, sums of quotients).
       fusions: the program's fused loops, tiny ones for coefficients among them.
       outputs: the arrays that it returns: parameters and state.
       outputs_in_place: how many of them lie where they lay, with parameters and state donated.
@@ -131,7 +129,7 @@ def explain(tx: Transform, params: Any, *, device: Any = None) -> Explanation:
     program = compiled.as_text() or ""
     memory = compiled.memory_analysis()
     assert memory is not None
-    in_pieces = any(x.dtype == jnp.uint8 and x.size > quantized.PIECE for x in jax.tree.leaves(state))
+    in_pieces = " while(" in program  # of which the compiler counts one
     accessed = None if in_pieces else (compiled.cost_analysis() or {}).get("bytes accessed")
     place = min(jax.tree.leaves(compiled.input_shardings)[0].device_set, key=lambda d: d.id)
     weights = jax.tree.leaves(params)

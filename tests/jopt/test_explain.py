@@ -37,7 +37,8 @@ def test_nothing_is_allocated():
 def test_every_optimizer(case):
     found = jopt.explain(case.jopt(), {"w": jnp.ones((8, 16)), "v": jnp.ones((4, 2))})
     assert found.outputs == found.outputs_in_place
-    assert found.accessed_bytes > 0
+    in_loops = case.name in ("muon", "nor_muon", "kron")  # of which the compiler counts one turn
+    assert found.accessed_bytes is None if in_loops else found.accessed_bytes >= found.minimum_bytes
 
 
 def test_a_packed_tree_is_its_buffers():

@@ -111,7 +111,7 @@ jopt.enable_multi_output_fusion()
 params = {"w": jax.ShapeDtypeStruct((1024, 1024), jax.numpy.float32)}
 for call in sys.argv[1:]:
     found = jopt.explain(eval(call), params)
-    print(round(found.minimum_bytes / found.pass_bytes), round(found.accessed_bytes / found.pass_bytes))
+    print(round(found.minimum_passes), "" if found.passes is None else round(found.passes))
 """
 
 
