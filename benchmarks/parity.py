@@ -158,7 +158,7 @@ def torch_run(
         if i in wanted:
             for k, ps in enumerate(params):
                 samples.setdefault(f"param {k}", []).append([to_numpy(p) for p in ps])
-                for name in optimizer.state[ps[0]]:
+                for name in (name for name, x in optimizer.state[ps[0]].items() if isinstance(x, torch.Tensor)):
                     samples.setdefault(f"{name} {k}", []).append([to_numpy(optimizer.state[p][name]) for p in ps])
     return {name: np.array(x) for name, x in samples.items()}
 
@@ -187,7 +187,7 @@ def jax_run(c: Configuration, dtype: str, seeds: int, steps: int, tx: Any = None
                 for name, xs in state.slots.items():
                     values |= {f"{name} {k}": x for k, x in enumerate(xs) if x is not None}
                 for name, x in state.scalars.items():
-                    values |= {f"{name} {k}": x[k] for k in range(len(params))}
+                    values |= {f"{name} {k}": x[k] if x.ndim else x for k in range(len(params))}
             return (params, state), values
 
         return jax.lax.scan(body, (start, tx.init(start)), noise)[1]
