@@ -12,6 +12,7 @@ from jopt.arena import Packed, pack, unpack
 from jopt.around.averages import Average, AverageState, ema, swa, update_bn
 from jopt.around.chaining import Chain, chain
 from jopt.around.clip import clip_grad_norm, clip_grad_value
+from jopt.around.evaluating import schedule_free_eval
 from jopt.around.groups import Groups, norms_and_biases, param_groups
 from jopt.around.monitor import Health, HealthReport, Monitor, health_report, monitor
 from jopt.around.plateau import Plateau, PlateauState, reduce_lr_on_plateau
@@ -45,7 +46,6 @@ from jopt.optimizers import (
     rmsprop,
     rprop,
     schedule_free_adamw,
-    schedule_free_eval,
     schedule_free_sgd,
     sgd,
     soap,

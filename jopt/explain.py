@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jopt.fusion import fuses_outputs
-from jopt.transform import Transform
+from jopt.transform import Exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(tx: Transform, params: Any, *, device: Any = None) -> Explanation:
+def explain(tx: Exact[Any], params: Any, *, device: Any = None) -> Explanation:
     """Compile `tx.step` for these parameters, donated as the state is, and say what the program does.
 
     Nothing is run or allocated. The least that a step can do is 2 passes over the parameters and the state and one over
@@ -104,14 +104,15 @@ def explain(tx: Transform, params: Any, *, device: Any = None) -> Explanation:
       An `Explanation`.
 
     Raises:
-      TypeError: `tx` is no `jopt.Transform`, or a parameter no floating or complex array.
+      TypeError: `tx` is no optimizer, chain or groups of jopt's, or a parameter no floating or complex array.
       ValueError: the optimizer's gradients are sparse, so that its cost depends on them.
     """
-    if not isinstance(tx, Transform):
-        raise TypeError(f"tx: expected a jopt.Transform, as jopt.adamw() returns, found {type(tx).__name__}")
-    if tx.rule.scope == "rows":
+    if not isinstance(tx, Exact):
+        raise TypeError(f"tx: expected an optimizer, chain or groups of jopt's, found {type(tx).__name__}")
+    rule = getattr(tx, "rule", None)
+    if rule is not None and rule.scope == "rows":
         raise ValueError(
-            f"tx: {type(tx.rule).__name__} takes sparse gradients, and its cost depends on their rows; explain the "
+            f"tx: {type(rule).__name__} takes sparse gradients, and its cost depends on their rows; explain the "
             "step that you compile, by jax.jit(...).lower(...).compile().cost_analysis()"
         )
 
@@ -135,7 +136,7 @@ def explain(tx: Transform, params: Any, *, device: Any = None) -> Explanation:
     weights = jax.tree.leaves(params)
     outputs = [*weights, *jax.tree.leaves(state)]
     return Explanation(
-        optimizer=type(tx.rule).__name__,
+        optimizer=type(rule or tx).__name__,
         platform=place.platform if place.platform == place.device_kind else f"{place.platform} ({place.device_kind})",
         parameters=sum(x.size for x in weights),
         buffers=len(weights),

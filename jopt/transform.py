@@ -207,16 +207,20 @@ class Options(TypedDict, total=False):
 
 
 DEFAULTS = Options(state_dtype=None, master_copy=False, stochastic_rounding=None, hyperparams_in_state=False)
-OPTAX = {  # optax's names of arguments, and torch's
-    "learning_rate": "lr",
-    "b1": "betas=(b1, b2)",
-    "b2": "betas=(b1, b2)",
-    "b3": "betas",
-    "decay": "alpha",
-    "eps_root": "eps",
-    "mask": "jopt.param_groups",
-    "decay_rate": "beta2_decay",
-    "weight_decay_mask": "jopt.param_groups",
+OPTAX = {  # optax's names of arguments, and what to do here
+    "learning_rate": "torch's is lr",
+    "b1": "torch's is betas=(b1, b2)",
+    "b2": "torch's is betas=(b1, b2)",
+    "b3": "torch's is betas",
+    "decay": "torch's is alpha",
+    "decay_rate": "torch's is beta2_decay",
+    "eps_in_sqrt": "torch's eps is always outside of the root, as with eps_in_sqrt=False",
+    "eps_root": "torch adds nothing inside of the root",
+    "initial_scale": "torch's average begins with 0",
+    "mask": "take jopt.param_groups",
+    "mu_dtype": "take state_dtype, for all of the state",
+    "nesterov": "take jopt.nadam, which is torch's",
+    "weight_decay_mask": "take jopt.param_groups",
 }
 
 
@@ -238,7 +242,7 @@ def optimizer(make: Callable[A, Transform]) -> Callable[A, Transform]:
     def made(*args: A.args, **kwargs: A.kwargs) -> Transform:
         for name in kwargs.keys() - signature.parameters.keys():
             if name in OPTAX:
-                raise TypeError(f"{made.__name__}: {name} is optax's name; torch's is {OPTAX[name]}")
+                raise TypeError(f"{made.__name__}: {name} is optax's name; {OPTAX[name]}")
             raise TypeError(f"{made.__name__}() got an unexpected keyword argument {name!r}")
         return make(*args, **kwargs)
 
@@ -369,6 +373,8 @@ class _Lift:
         """A method of this, for arguments that begin as those of `step`, on whatever mesh they lie."""
         grads, state, params, active, factors, *rest = args
         check_params(params)
+        if isinstance(params, State):
+            raise TypeError("params: expected the parameters, found a State; the order is step(grads, state, params)")
         check_factors(factors)
         numbers = {name: x for name, x in self.hyperparameters.items() if isinstance(x, Array)}
 
@@ -465,7 +471,7 @@ class _Lift:
 
     def _check_state(self, state: Any, paths: list[str], leaves: list[Array], treedef: Any) -> None:
         """Raise ValueError for a state that is not of this transformation and these parameters."""
-        remedy = f"; init makes the state of {self!r}"
+        remedy = f"; make the state of {self!r} by its init(params)"
         if not isinstance(state, State):
             raise ValueError(f"state: expected a jopt.State, found {type(state).__name__}{remedy}")
         kinds = [(x.shape, x.dtype) for x in leaves]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def _answers(timeout: float) -> Report:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         running = []
-        for probe in PROBES:
+        for probe in filter(find_spec, PROBES):
             # Files, not pipes: these have an end though the process, or one that it started, has none.
             facts, errors = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             command = [sys.executable, "-m", "interop.environment.probe", probe]
@@ -147,7 +148,7 @@ def _answers(timeout: float) -> Report:
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=facts, stderr=errors, text=True
             )
             running.append((probe, process, facts, errors))
-        found = {}
+        found: Report = {name: {"imports": ABSENT} for name in PROBES if find_spec(name) is None}
         for probe, process, facts, errors in running:
             ended = _ended(process, timeout - (time.monotonic() - started))
             found[probe] = _facts(facts)
@@ -157,7 +158,7 @@ def _answers(timeout: float) -> Report:
                 errors.seek(0)
                 last = (errors.read().strip().splitlines() or [""])[-1]
                 found[probe]["stopped"] = _without_places(f"ended with exit code {process.returncode}. {last}".strip())
-    return found
+    return {probe: found[probe] for probe in PROBES}
 
 
 def _ended(process: subprocess.Popen[str], seconds: float) -> bool:

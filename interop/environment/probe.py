@@ -6,6 +6,7 @@ A fact that cannot be had is {"error": why}, and the next is asked all the same.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -23,10 +24,14 @@ def probe_jax() -> dict[str, Callable[[], Any]]:
             raise RuntimeError(str(error) or "JAX finds no device") from error
 
     def fusion() -> Any:
-        from interop._compat import own_cpu_device  # which is there whatever JAX_PLATFORMS is
         from jopt.fusion import fuses_outputs
 
-        device = own_cpu_device(serial=False)
+        if importlib.util.find_spec("torch") is None:
+            device = None
+        else:
+            from interop._compat import own_cpu_device  # which is there whatever JAX_PLATFORMS is
+
+            device = own_cpu_device(serial=False)
         if fuses_outputs(own=False, device=device):
             return "on"
         can = fuses_outputs(own=True, device=device)

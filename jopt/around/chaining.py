@@ -93,7 +93,11 @@ class Chain(Exact[tuple[Any, ...]]):
 
     def _check(self, state: Any) -> None:
         if type(state) is not tuple or len(state) != len(self.transforms):
-            raise ValueError(f"state: expected the {len(self.transforms)} states of this chain, found {state!r:.80}")
+            found = f"{len(state)} states" if type(state) is tuple else f"a {type(state).__name__}"
+            raise ValueError(
+                f"state: expected the {len(self.transforms)} states of this chain in a tuple, found {found}; make it "
+                "by the chain's init(params)"
+            )
 
 
 def chain(*transforms: optax.GradientTransformation) -> Chain:

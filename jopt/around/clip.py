@@ -134,6 +134,11 @@ class ClipGradNorm(Valued):
     def factor(self, updates: Tree, factors: Sequence[Array], state: ClipState) -> tuple[Array, ClipState]:
         """The factor for gradients that are multiplied by the positive `factors` first."""
         max_norm, p, error_if_nonfinite = self._arguments
+        if not isinstance(state, ClipState):
+            raise ValueError(
+                f"state: expected clip_grad_norm's own, found a {type(state).__name__}; make it by the chain's "
+                "init(params)"
+            )
         _dense("clip_grad_norm", updates)
         leaves, count = _floating(updates), jnp.asarray(optax.safe_increment(state.count))
         if not leaves:

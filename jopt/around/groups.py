@@ -90,6 +90,15 @@ class Groups(Exact[GroupsState]):
         titles = [_title(p) for p in self.patterns] + [REST]
         return {name: titles[label] for inside, label in zip(names, labels, strict=True) for name in inside}
 
+    def mapped(self, f: Callable[[Any, Tree, Any], Tree], params: P, state: GroupsState) -> P:
+        """Of each group what a function makes of its transformation, parameters and state; all in one tree."""
+        _, treedef, labels = self._assign(params)
+        leaves = treedef.flatten_up_to(params)
+        for i, (tx, own) in enumerate(zip(self.transforms, state.groups, strict=True)):
+            new = treedef.flatten_up_to(f(tx, _part(treedef, params, labels, i), own))
+            leaves = [x if label == i else old for x, old, label in zip(new, leaves, labels, strict=True)]
+        return treedef.unflatten(leaves)
+
     def step(
         self,
         grads: Tree,
@@ -109,7 +118,10 @@ class Groups(Exact[GroupsState]):
         """
         _, treedef, labels = self._assign(params)
         if not isinstance(state, GroupsState) or len(state.groups) != len(self.transforms):
-            raise ValueError(f"state: expected that of {len(self.transforms)} groups, found {state!r:.80}")
+            found = f"of {len(state.groups)}" if isinstance(state, GroupsState) else f"a {type(state).__name__}"
+            raise ValueError(
+                f"state: expected that of {len(self.transforms)} groups, found {found}; make it by init(params)"
+            )
         leaves = treedef.flatten_up_to(params)
         given = [
             (

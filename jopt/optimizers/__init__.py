@@ -31,7 +31,6 @@ from jopt.optimizers.schedule_free import (
     ScheduleFreeAdamW,
     ScheduleFreeSGD,
     schedule_free_adamw,
-    schedule_free_eval,
     schedule_free_sgd,
 )
 from jopt.optimizers.sgd import SGD, gradient_descent, sgd
@@ -93,7 +92,6 @@ __all__ = [
     "rmsprop",
     "rprop",
     "schedule_free_adamw",
-    "schedule_free_eval",
     "schedule_free_sgd",
     "sgd",
     "soap",

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Unpack
-
-import jax
-import jax.numpy as jnp
+from typing import ClassVar, Unpack
 
 from jopt import numerics as t
-from jopt.rule import Hyperparameter, Limit, Rule, at_count, at_least_zero, fraction
-from jopt.transform import Options, State, Transform, optimizer, transform
-
-Tree = Any
+from jopt.rule import Hyperparameter, Limit, Rule, at_least_zero, fraction
+from jopt.transform import Options, Transform, optimizer, transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,37 +184,3 @@ def schedule_free_adamw(
         weight_lr_power=weight_lr_power,
     )
     return transform(ScheduleFreeAdamW, arguments, **options)
-
-
-def schedule_free_eval(tx: Transform, params: Tree, state: State) -> Tree:
-    """The averages to evaluate, x, of parameters that are trained, y: y + (1 - 1 / beta1) (z - y).
-
-    As the authors' `eval()`; a parameter that was never stepped is its own average.
-
-    >>> import jax.numpy as jnp, jopt
-    >>> tx = jopt.schedule_free_adamw(lr=0.1)
-    >>> params = {"w": jnp.ones(2)}
-    >>> state = tx.init(params)
-    >>> for _ in range(2):
-    ...     params, state = tx.step({"w": jnp.ones(2)}, state, params)
-    >>> [round(x, 5) for x in jopt.schedule_free_eval(tx, params, state)["w"].tolist()]
-    [0.85, 0.85]
-
-    Raises:
-      TypeError: another optimizer, or no state of it.
-    """
-    rule = getattr(tx, "rule", None)
-    if not isinstance(rule, ScheduleFree) or not isinstance(state, State):
-        raise TypeError(
-            "tx: expected jopt.schedule_free_adamw or schedule_free_sgd and its state, found "
-            f"{type(rule or tx).__name__} and {type(state).__name__}; of a chain or groups take the part"
-        )
-    name = rule.averaged_by
-    given = state.hyperparams.get(name, state.scheduled.get(name, tx.hyperparameters[name]))
-    momentum = at_count(name, given, jnp.maximum(state.count - 1, 0)) if callable(given) else given
-    leaves, treedef = jax.tree.flatten(params)
-    found = []
-    for y, z, step in zip(leaves, treedef.flatten_up_to(state.slots["z"]), state.scalars["step"], strict=True):
-        weight = jnp.asarray(1 - 1 / momentum).astype(t.compute_dtype(y.dtype))
-        found.append(jnp.where(step > 0, t.lerp(y, z.astype(y.dtype), weight), y))
-    return treedef.unflatten(found)

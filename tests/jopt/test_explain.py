@@ -80,9 +80,20 @@ def test_the_option_is_seen_and_reaches_the_minimum():
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match=r"tx: expected a jopt.Transform, as jopt.adamw\(\) returns, found str"):
+    with pytest.raises(TypeError, match="tx: expected an optimizer, chain or groups of jopt's, found str"):
         jopt.explain("adamw", jnp.ones(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tx: SparseAdam takes sparse gradients"):
         jopt.explain(jopt.sparse_adam(), jnp.ones(2))
     with pytest.raises(TypeError, match=r"params\['w'\]: expected a floating point or complex type, found int32"):
         jopt.explain(jopt.adamw(), {"w": jax.ShapeDtypeStruct((2,), jnp.int32)})
+
+
+def test_a_chain_and_groups():
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+    tx = jopt.chain(
+        jopt.clip_grad_norm(1.0), jopt.param_groups(jopt.adamw, {jopt.norms_and_biases: {"weight_decay": 0.0}})
+    )
+    found = jopt.explain(tx, params)
+    assert found.optimizer == "Chain"
+    assert found.outputs == len(jax.tree.leaves((params, tx.init(params))))
+    assert found.accessed_bytes >= found.minimum_bytes

@@ -14,7 +14,7 @@ from jopt.around import chaining
 from tests import cases
 
 FIRST = {case.name: case for case in cases.CASES if case.name not in ("gradient_descent", "momentum", "sparse_adam")}
-REMEDY = "init makes the state of"
+REMEDY = "make the state of"
 
 
 def params():
@@ -255,3 +255,37 @@ def test_a_result_that_does_not_fit_is_no_surprise_to_optax():
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, tree)
     assert re.fullmatch(r"\w+", jax.tree.leaves(new)[0].dtype.name)
     assert dataclasses.is_dataclass(tx) or isinstance(tx, tuple)
+
+
+def test_arguments_in_another_order():
+    tx = jopt.adam()
+    state = tx.init(params())
+    with pytest.raises(TypeError, match=r"found a State; the order is step\(grads, state, params\)"):
+        tx.step(params(), params(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "words"),
+    [
+        ("rmsprop", {"eps_in_sqrt": False}, "eps_in_sqrt is optax's name; torch's eps is always outside"),
+        ("adam", {"eps_root": 0.0}, "eps_root is optax's name; torch adds nothing inside"),
+        ("adamw", {"mask": None}, "mask is optax's name; take jopt.param_groups"),
+        ("adam", {"nesterov": True}, "nesterov is optax's name; take jopt.nadam"),
+        ("adam", {"mu_dtype": None}, "mu_dtype is optax's name; take state_dtype"),
+    ],
+)
+def test_what_has_no_name_here(name, theirs, words):
+    with pytest.raises(TypeError, match=words):
+        getattr(jopt, name)(**theirs)
+
+
+def test_a_chain_given_another_state():
+    tx = jopt.chain(jopt.clip_grad_norm(1.0), jopt.adam())
+    others = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)).init(params())
+    for state, words in (
+        (jopt.adam().init(params()), "expected the 2 states of this chain in a tuple, found a State"),
+        (others, "expected clip_grad_norm's own, found a EmptyState"),
+        (optax.adam(0.1).init(params()), "expected clip_grad_norm's own, found a ScaleByAdamState"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tx.step(params(), state, params())

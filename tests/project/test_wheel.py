@@ -74,7 +74,8 @@ def test_without_torch(wheel, tmp_path):
     assert found["versions"]["torch"] == "not installed"
     assert found["versions"]["jopt"] == jopt.__version__
     assert found["jax"]["imports"] == "yes"
-    assert found["torch"]["imports"]["error"].startswith("ModuleNotFoundError: interop needs PyTorch")
+    assert found["torch"] == {"imports": "not installed"}
+    assert found["jax"]["output fusion"].startswith(("on", "off"))
 
 
 @pytest.mark.slow
