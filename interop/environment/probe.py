@@ -19,7 +19,8 @@ def probe_jax() -> dict[str, Callable[[], Any]]:
         import jax
 
         try:
-            return [f"{d.platform} {d.device_kind}" for d in jax.local_devices()]
+            names = [" ".join(dict.fromkeys((d.platform, d.device_kind))) for d in jax.local_devices()]
+            return [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
         except AssertionError as error:  # so JAX says that none of JAX_PLATFORMS is there
             raise RuntimeError(str(error) or "JAX finds no device") from error
 

@@ -46,8 +46,8 @@ def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:
     check_tensor(name, x)
     if x.dtype in _WIDE and not jax.config.read("jax_enable_x64"):
         raise TypeError(
-            f"{name}: {x.dtype} would be narrowed to 32 bits while jax_enable_x64 is off; set it with "
-            "jax.config.update('jax_enable_x64', True), or convert the tensor first"
+            f"{name}: {x.dtype} would be narrowed to 32 bits while jax_enable_x64 is off; convert it first, "
+            "labels by .int(), or turn that on: jax.config.update('jax_enable_x64', True)"
         )
     x = x.detach().resolve_conj().resolve_neg()
     if not copy:

@@ -55,14 +55,14 @@ def test_what_is_there():
     assert found["flags"]["JAX_ENABLE_X64"] == "1"
     assert found["jax"] == {
         "imports": "yes",
-        "devices": ["cpu cpu"],
+        "devices": ["1 x cpu"],
         "output fusion": "off; jopt.enable_multi_output_fusion() turns it on",
     }
     assert found["torch"]["imports"] == "yes"
     assert isinstance(found["torch"]["devices"], list)
     lines = page(found).splitlines()
     assert f"  torch               {metadata.version('torch')}" in lines
-    assert "  devices             cpu cpu" in lines
+    assert "  devices             1 x cpu" in lines
 
 
 @pytest.mark.slow

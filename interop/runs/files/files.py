@@ -53,6 +53,8 @@ def load_checkpoint(
       CheckpointError: names the file, the key, what was expected and found, and the remedy.
       ModuleNotFoundError: the format's library is not installed.
     """
+    if map is not None and not isinstance(map, Mapping):
+        raise TypeError(f"map: expected a dictionary, as {{'module.*': '*'}}, found {map!r}")
     path = Path(path)
     arguments: dict[str, Any] = {"model": model, "names": names, "patterns": map}
     match format or format_of(path):

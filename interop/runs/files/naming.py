@@ -62,7 +62,8 @@ def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str
     if missing or extra:
         mapping = suggestion({name: found[name] for name in extra}, {name: expected[name] for name in missing})
         parts = [f"{word} {_some(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names]
-        hint = "".join(f"\n  --map {old}={new}" for old, new in list(mapping.items())[:12])
+        shown = dict(list(mapping.items())[:12])
+        hint = f" {shown}; on the command line" + "".join(f"\n  --map {old}={new}" for old, new in shown.items())
         more = f"\n  and {len(mapping) - 12} more" if len(mapping) > 12 else ""
         raise CheckpointError(
             f"{what}: {'; '.join(parts)}" + (f". Perhaps renamed: give map=, as{hint}{more}" if mapping else ""),

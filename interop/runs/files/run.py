@@ -201,7 +201,8 @@ class Checkpoint:
         """
         if self.optimizer is None or self.optimizer.name not in CLASSES:
             found = "none" if self.optimizer is None else f"one of class {self.optimizer.name or 'unknown'}"
-            raise CheckpointError(f"optimizer: expected one of torch.optim's but LBFGS, found {found}")
+            remedy = "; interop.to_jax(checkpoint.params) gives the parameters alone" if self.optimizer is None else ""
+            raise CheckpointError(f"optimizer: expected one of torch.optim's but LBFGS, found {found}{remedy}")
         if lost := [n for n in self.optimizer.names if n not in self.params]:
             raise CheckpointError(f"the optimizer's parameter {lost[0]!r} has no tensor here")
         check_state(self.optimizer, self.optimizer.name, _shapes(self.params))

@@ -507,3 +507,15 @@ def test_memory(files, tmp_path):
     state = count * size if files[1] == "run.dcp" else 0  # its pieces are not mapped: what is read back is in memory
     assert set(peaks) == {"save", "load", "convert"}
     assert max(peaks["save"], peaks["load"], peaks["convert"] - state) <= size + (8 << 20)
+
+
+def test_a_map_that_is_none(tmp_path):
+    torch.save({"model_state_dict": torch.nn.Linear(2, 1).state_dict()}, tmp_path / "run.pt")
+    with pytest.raises(TypeError, match=r"map: expected a dictionary, as \{'module.\*': '\*'\}, found '\*=0.\*'"):
+        interop.load_checkpoint(tmp_path / "run.pt", map="*=0.*")
+
+
+def test_a_file_without_an_optimizer_says_what_it_has(tmp_path):
+    torch.save({"model_state_dict": torch.nn.Linear(2, 1).state_dict()}, tmp_path / "run.pt")
+    with pytest.raises(interop.CheckpointError, match=r"found none; interop.to_jax\(checkpoint.params\)"):
+        interop.load_checkpoint(tmp_path / "run.pt").to_jax()
