@@ -1,5 +1,7 @@
 """jopt's transformations inside the libraries that people train with in JAX: each run is the plain run."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 import jopt
-from tests import cases
+from tests import ROOT, cases
 
 REASON = "pip install 'jopt[ecosystem]'"
 STEPS = 5
@@ -204,6 +206,21 @@ def test_orbax(tmp_path, problem, hyperparams_in_state):
     assert jax.tree.structure(restored) == jax.tree.structure(half)
     whole = train(*half, range(5, 10))
     for a, b in zip(jax.tree.leaves(train(*restored, range(5, 10))), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_the_pages_orbax_recipe_goes_on():
+    pytest.importorskip("orbax.checkpoint", reason=REASON)
+    page = (ROOT / "docs" / "jax-libraries.md").read_text()
+    (recipe,) = (x for x in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "StandardCheckpointer" in x)
+    names = {}
+    exec(recipe, names)
+    tx, params = jopt.adamw(lr=1e-3), {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = tx.step(params, state, params)
+    for a, b in zip(jax.tree.leaves((names["params"], names["state"])), jax.tree.leaves((params, state)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
