@@ -1,5 +1,7 @@
 """jopt's transformations inside the libraries that people train with in JAX: each run is the plain run."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 import jopt
-from tests import cases
+from tests import ROOT, cases
 
 REASON = "pip install 'jopt[ecosystem]'"
 STEPS = 5
@@ -81,6 +83,104 @@ def test_apply_if_finite_and_lookahead_take_it(problem):
         updates, state = jax.jit(tx.update)([jnp.asarray(g) for g in problem.grads(i, params)], state, params)
         params = optax.apply_updates(params, updates)
     assert_same(params, plain(jopt.rmsprop(lr=0.01), problem))
+
+
+LR = 0.01
+FALLING = optax.exponential_decay(LR, 1, 0.95)
+SAME = {  # docs/from-optax.md: what a user of optax writes, jopt's, how far apart they may be in float64
+    "adam": (optax.adam(LR), jopt.adam(lr=LR), 1e-14),
+    "adamax": (optax.adamax(LR), jopt.adamax(lr=LR), 1e-14),
+    "adamw": (optax.adamw(LR, weight_decay=1e-2), jopt.adamw(lr=LR), 1e-14),
+    "sgd": (optax.sgd(LR, momentum=0.9, nesterov=True), jopt.sgd(lr=LR, momentum=0.9, nesterov=True), 1e-14),
+    "adadelta": (optax.adadelta(1.0), jopt.adadelta(), 1e-14),
+    "rmsprop": (
+        optax.rmsprop(LR, decay=0.99, eps_in_sqrt=False, centered=True, momentum=0.9),
+        jopt.rmsprop(lr=LR, centered=True, momentum=0.9),
+        1e-14,
+    ),
+    "decay": (
+        optax.chain(optax.add_decayed_weights(0.1), optax.adam(LR)),
+        jopt.adam(lr=LR, weight_decay=0.1),
+        1e-14,
+    ),
+    "clip": (
+        optax.chain(optax.clip(0.5), optax.sgd(LR)),
+        jopt.chain(jopt.clip_grad_value(0.5), jopt.sgd(lr=LR)),
+        1e-14,
+    ),
+    "clip_by_global_norm": (
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(LR)),
+        jopt.chain(jopt.clip_grad_norm(1.0), jopt.sgd(lr=LR)),
+        1e-6,
+    ),
+    "theirs around ours": (
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(FALLING)),
+        optax.chain(optax.clip_by_global_norm(1.0), jopt.sgd(lr=FALLING)),
+        1e-6,  # optax computes its schedules in float32
+    ),
+    "accumulated": (
+        optax.MultiSteps(optax.adam(LR), 2).gradient_transformation(),
+        optax.MultiSteps(jopt.adam(lr=LR), 2).gradient_transformation(),
+        1e-14,
+    ),
+    "adagrad": (optax.adagrad(LR, initial_accumulator_value=0.0, eps=1e-20), jopt.adagrad(lr=LR), 1e-8),
+    "radam": (optax.radam(LR), jopt.radam(lr=LR), 1e-6),
+}
+OTHERWISE = {
+    "rmsprop": (optax.rmsprop(LR), jopt.rmsprop(lr=LR)),
+    "rmsprop's momentum": (
+        optax.rmsprop(FALLING, decay=0.99, eps_in_sqrt=False, momentum=0.9),
+        jopt.rmsprop(lr=FALLING, momentum=0.9),
+    ),
+    "adagrad": (optax.adagrad(LR), jopt.adagrad(lr=LR)),
+    "amsgrad": (optax.amsgrad(LR), jopt.adam(lr=LR, amsgrad=True)),
+    "nadam": (optax.nadam(LR), jopt.nadam(lr=LR)),
+    "rprop": (optax.rprop(LR), jopt.rprop(lr=LR)),
+}
+
+
+def apart(*transformations, steps=50):
+    def run(tx):
+        def step(carry, i):
+            w, state = carry
+            updates, state = tx.update(0.1 * w + jnp.sin(i * jnp.arange(1.0, 4.0)), state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        w = jnp.array([1.0, -2.0, 3.0])
+        return np.asarray(jax.lax.scan(step, (w, tx.init(w)), jnp.arange(float(steps)))[0][0])
+
+    theirs, ours = map(run, transformations)
+    return np.abs(theirs - ours).max()
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_optax_calls_it(name, x64):
+    *pair, tolerance = SAME[name]
+    assert apart(*pair) <= tolerance
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_optax_has_otherwise(name, x64):
+    assert apart(*OTHERWISE[name]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "until"),
+    [
+        (optax.cosine_decay_schedule(LR, 100), jopt.schedules.cosine_annealing_lr(LR, T_max=100), 101),
+        (optax.linear_schedule(LR / 10, LR, 10), jopt.schedules.linear_lr(LR, start_factor=0.1, total_iters=10), 30),
+        (optax.exponential_decay(LR, 1, 0.9), jopt.schedules.exponential_lr(LR, 0.9), 50),
+        (
+            optax.piecewise_constant_schedule(LR, {3: 0.1, 6: 0.1}),
+            jopt.schedules.multi_step_lr(LR, milestones=[3, 6], gamma=0.1),
+            10,
+        ),
+    ],
+    ids=["cosine", "linear", "exponential", "piecewise"],
+)
+def test_schedules_of_both(theirs, ours, until, x64):
+    for step in range(until):
+        assert float(theirs(step)) == pytest.approx(float(ours(step)), rel=1e-6, abs=1e-9)
 
 
 # --- flax nnx
@@ -204,6 +304,21 @@ def test_orbax(tmp_path, problem, hyperparams_in_state):
     assert jax.tree.structure(restored) == jax.tree.structure(half)
     whole = train(*half, range(5, 10))
     for a, b in zip(jax.tree.leaves(train(*restored, range(5, 10))), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_the_pages_orbax_recipe_goes_on():
+    pytest.importorskip("orbax.checkpoint", reason=REASON)
+    page = (ROOT / "docs" / "jax-libraries.md").read_text()
+    (recipe,) = (x for x in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "StandardCheckpointer" in x)
+    names = {}
+    exec(recipe, names)
+    tx, params = jopt.adamw(lr=1e-3), {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = tx.step(params, state, params)
+    for a, b in zip(jax.tree.leaves((names["params"], names["state"])), jax.tree.leaves((params, state)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -102,6 +102,14 @@ def donated():
     print(params)
 
 
+def donated_again():
+    tx = jopt.adamw()
+    params = jnp.ones(2)
+    state, step = tx.init(params), jax.jit(tx.step, donate_argnums=(1, 2))
+    for _ in range(2):
+        step(jnp.ones(2), state, params)
+
+
 def stepped_before_backward():
     w, v = parameter(), parameter()
     loss = (w * v).sum()
@@ -128,11 +136,16 @@ RAISED = {
     "expected the parameter's shape": lambda: step(jopt.adam(), jnp.ones(3), jnp.ones(2)),
     "expected the structure of params": lambda: step(jopt.adam(), {"w": jnp.ones(2)}, {"v": jnp.ones(2)}),
     "state: expected a jopt.State, found": lambda: jopt.adam().step(jnp.ones(2), (), jnp.ones(2)),
+    "expected exp_avg, exp_avg_sq, found": lambda: jopt.adam().step(
+        jnp.ones(2), jopt.sgd(momentum=0.9).init(jnp.ones(2)), jnp.ones(2)
+    ),
+    "object has no attribute 'step'": lambda: optax.MultiSteps(jopt.adam(), 2).step(),
     "its schedule branches on the step, which is not known while the step is compiled": branching,
     "Tried to step": lambda: jopt.schedules.one_cycle_lr(0.1, total_steps=10)(11),
     "state_dtype: expected float32, bfloat16 or int8, found float16": lambda: jopt.adam(state_dtype=jnp.float16),
     "looks at whole tensors or rows": lambda: jopt.lamb().init(jopt.pack({"w": jnp.ones((2, 2))})),
     "Array has been deleted": donated,
+    "Buffer has been deleted or donated": donated_again,
     "expected a tensor in CPU memory, found": lambda: optim.SGD([parameter(device="meta")]).step(),
     "convert the model before the optimizer's first step, or its state with it": converted,
     "differentiable=True would need torch's autograd through a compiled step": lambda: optim.Adam(
