@@ -1,7 +1,7 @@
 """The numbers of a step, a row a leaf: what the rule's `scalars` makes of hyperparameters and step counts, in float64.
 
-torch counts steps for each parameter, so each leaf has a row. Leaves of one group that have taken as many steps have
-equal rows: such a kind of leaves is computed once.
+torch counts steps for each parameter, so each leaf has a row. Leaves of groups with equal numbers that have taken as
+many steps have equal rows: such a kind of leaves is computed once.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class _Numbers:
 
 
 _BIGGEST = float(np.finfo(np.float32).max)
+_FEW = 8  # kinds: so many are quicker one after the other than in NumPy's arrays
 
 
 class Coefficients:
@@ -93,8 +94,8 @@ class Coefficients:
         self._column = {name: self.table.rows[:, names.index(name)] for name in (EMA, "active") if name in names}
         self._active = np.zeros(len(leaves), bool)
         self._which: Any = False  # as NumPy takes it: True where all are active, which is quicker
-        # The groups' numbers; those of each kind; those of the first.
-        self._read: tuple[Any, dict[str, list[float]], dict[str, float]] | None = None
+        self._read: tuple[Any, list[dict[str, float]]] | None = None  # the groups' numbers; those of each kind
+        self._alike: Any = range(1 + max(self.groups, default=0))  # for each group the first with equal numbers
         self._kind_of, self._kinds = np.zeros(len(leaves), int), [0]  # each leaf's kind; each kind's first leaf
         self._known: list[bytes] = []  # the scalar state for which the kinds were found
         self._filled: Any = None  # the numbers in the table, if those of a step follow from them alone
@@ -117,10 +118,14 @@ class Coefficients:
         if self._known != self._bytes():  # the user wrote to the scalar state
             self._find_kinds()
         if self._read is None or self._read[0] is not hyperparameters:
+            names, first = self.spec.rule.hyperparameters, {}
+            alike = [first.setdefault(tuple(map(x.get, names)), i) for i, x in enumerate(hyperparameters)]
+            if alike != self._alike:
+                self._alike = alike
+                self._find_kinds()
             groups = [hyperparameters[self.groups[i]] for i in self._kinds]
-            h = {name: [group.get(name, math.nan) for group in groups] for name in self.spec.rule.hyperparameters}
-            self._read = hyperparameters, h, {name: x[0] for name, x in h.items()}
-        scalars = self._of_numbers(self._read[2], sums) if len(self._kinds) == 1 else None
+            self._read = hyperparameters, [{name: group.get(name, math.nan) for name in names} for group in groups]
+        scalars = self._of_numbers(self._read[1], sums) if len(self._kinds) <= _FEW else None
         if scalars is None:
             scalars = self._of_arrays(self._read[1], sums)
         if ema is not None:
@@ -131,26 +136,31 @@ class Coefficients:
         self._filled = hyperparameters if not self.scalars and ema is None else None
         return scalars
 
-    def _of_numbers(self, h: dict[str, float], sums: Any) -> Scalars | None:
-        """`fill` where all leaves have the same numbers; None where they are not finite.
+    def _of_numbers(self, h: Sequence[dict[str, float]], sums: Any) -> Scalars | None:
+        """`fill`, kind by kind; None where numbers are not finite.
 
         Python's numbers are several times as fast as NumPy's, and powers are the C library's, as torch's are.
         """
-        first, numbers = self._kinds[0], _Numbers
+        numbers, found = _Numbers, []
         try:
-            s = {name: x.item(first) for name, x in self.scalars.items()}
-            c, scalars = self.spec.rule.coefficients(h, s, numbers, numbers.stored, sums)  # type: ignore[arg-type]
-            if not sum(map(abs, c.values())) < _BIGGEST:
-                return None
+            for first, of_kind in zip(self._kinds, h, strict=True):
+                s = {name: x.item(first) for name, x in self.scalars.items()}
+                found.append(self.spec.rule.coefficients(of_kind, s, numbers, numbers.stored, sums))  # type: ignore[arg-type]
+                if not sum(map(abs, found[-1][0].values())) < _BIGGEST:
+                    return None
         except (ArithmeticError, ValueError, TypeError):  # a root of a negative number may be a complex one
             return None
-        self._of_rule[:, : len(c)] = list(c.values())
-        return scalars
+        c, scalars = found[0]
+        if len(found) == 1:
+            self._of_rule[:, : len(c)] = list(c.values())
+            return scalars
+        self._of_rule[:, : len(c)] = np.array([list(c.values()) for c, _ in found])[self._kind_of]
+        return {name: np.array([s[name] for _, s in found])[self._kind_of] for name in scalars}
 
-    def _of_arrays(self, h: dict[str, list[float]], sums: Any) -> Scalars:
+    def _of_arrays(self, h: Sequence[dict[str, float]], sums: Any) -> Scalars:
         s = {name: x[self._kinds].astype(np.float64) for name, x in self.scalars.items()}
         with np.errstate(all="ignore"):
-            numbers = {name: np.array(x, np.float64) for name, x in h.items()}
+            numbers = {name: np.array([x[name] for x in h], np.float64) for name in h[0]}
             found = self.spec.rule.coefficients(numbers, s, np, _stored, sums)
             c, scalars = (
                 {name: np.broadcast_to(x, len(self._kinds))[self._kind_of] for name, x in numbers.items()}
@@ -167,7 +177,8 @@ class Coefficients:
         self._known = self._bytes()
 
     def _find_kinds(self) -> None:
-        keys = list(zip(self.groups, self._active, *self.scalars.values(), strict=True))
+        groups = [self._alike[group] for group in self.groups]
+        keys = list(zip(groups, self._active, *self.scalars.values(), strict=True))
         numbers: dict[Any, int] = {}
         self._kind_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
         self._kinds = np.unique(self._kind_of, return_index=True)[1].tolist()
