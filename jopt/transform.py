@@ -279,7 +279,12 @@ def transform(rule: type[Rule], arguments: Mapping[str, Any], **options: Unpack[
 
 def check_state_dtype(rule: Rule, given: Any) -> np.dtype:
     """A `state_dtype` as NumPy's; TypeError or ValueError for one that the rule's state cannot have."""
-    dtype = jnp.dtype(given)
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = jnp.dtype(bool)  # which is none of them either
+    if dtype != quantized.INT8 and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"state_dtype: expected float32, bfloat16 or int8, found {given}")
     if dtype == quantized.INT8 or _check_floating("state_dtype", dtype) == quantized.BFLOAT16:
         slots = _slots(rule, (1, 1), jnp.dtype(jnp.float32), None, False)
         if slots and not slots.keys() & rule.signs().keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,8 +76,12 @@ def optimizer_to_jax(
       NotImplementedError: an option of a newer torch that this version does not know.
       ValueError: a parameter that the model has not, a state of another shape, a scheduler that does not fit; flax's
         axes for Muon and Adafactor, which look at the axes.
+
+    Warns:
+      UserWarning: the optimizer clips or averages, which is not in `tx`.
     """
     cls = class_of(optimizer)
+    _warn_of_around(optimizer)
     names, leaves_of = names_of(optimizer, model), leaves(model, layout)[0]
     scheduled: tuple[dict[str, Any], ...] = ({},) * len(optimizer.param_groups)
     if scheduler is not None:
@@ -94,6 +99,22 @@ def optimizer_to_jax(
     if step is None:
         step = _count(run, scheduler, every)
     return bridge.run_to_jax(run, params, own, step=step, scheduled=scheduled, arguments=arguments)
+
+
+def _warn_of_around(optimizer: torch.optim.Optimizer) -> None:
+    max_norm, ema = (getattr(optimizer, name, None) for name in ("max_norm", "ema"))
+    if max_norm is not None:
+        warnings.warn(
+            f"optimizer_to_jax: max_norm={max_norm} is not in tx; clip by jopt.clip_grad_norm({max_norm}) before it, "
+            "as docs/porting-a-run.md shows",
+            stacklevel=3,
+        )
+    if ema is not None:
+        warnings.warn(
+            f"optimizer_to_jax: ema={ema} does not go on in tx; take it along by average_to_jax(optimizer, model) and "
+            "back by average_to_torch, or the optimizer keeps the average of now",
+            stacklevel=3,
+        )
 
 
 def run_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> OptimizerState:

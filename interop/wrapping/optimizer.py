@@ -9,6 +9,7 @@ parameter with that parameter, the rest (counts, keys) with the group's first on
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -188,7 +189,8 @@ class _ParamGroup(dict[str, Any]):
 
 def _check(tx: Any) -> optax.GradientTransformation:
     if not is_transformation(tx):
-        raise TypeError(f"tx: expected an optax.GradientTransformation, found {type(tx).__name__}")
+        called = f"; call it, as {tx.__name__}(...)" if isinstance(tx, types.FunctionType) else ""
+        raise TypeError(f"tx: expected an optax.GradientTransformation, found {type(tx).__name__}{called}")
     return tx  # type: ignore[return-value]
 
 

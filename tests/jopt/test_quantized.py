@@ -314,8 +314,10 @@ def test_what_is_refused():
         (lambda: jopt.asgd(state_dtype="bfloat16"), ValueError, r"for ASGD, whose state \(ax\) .* found bfloat16"),
         (lambda: jopt.sparse_adam(state_dtype="int8"), ValueError, "for SparseAdam"),
         (lambda: jopt.rmsprop(centered=True, state_dtype="int8"), ValueError, r"\(grad_avg, square_avg\)"),
+        (lambda: jopt.adam(state_dtype="int4"), TypeError, "expected float32, bfloat16 or int8, found int4"),
+        (lambda: jopt.adam(state_dtype="float23"), TypeError, "expected float32, bfloat16 or int8, found float23"),
         (lambda: jopt.adam(state_dtype="float16"), ValueError, "found float16, in which moments underflow"),
-        (lambda: jopt.adam(state_dtype="uint8"), TypeError, "state_dtype: expected a floating point"),
+        (lambda: jopt.adam(state_dtype="uint8"), TypeError, "expected float32, bfloat16 or int8, found uint8"),
     ):
         with pytest.raises(error, match=text):
             make()

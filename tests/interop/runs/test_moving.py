@@ -174,6 +174,13 @@ def test_float32_state_of_bfloat16_parameters_stays():
     assert params["weight"].dtype == jnp.bfloat16
 
 
+def test_clipping_stays_behind():
+    model = torch.nn.Linear(3, 2)
+    optimizer = optim.Adam(model.parameters(), max_norm=2.0)
+    with pytest.warns(UserWarning, match=r"max_norm=2.0 is not in tx; clip by jopt.clip_grad_norm\(2.0\)"):
+        interop.optimizer_to_jax(optimizer, model)
+
+
 def test_averages_stay_behind():
     model = torch.nn.Linear(3, 2)
     optimizer = optim.Adam(model.parameters(), ema=0.9)
@@ -181,7 +188,8 @@ def test_averages_stay_behind():
         p.grad = torch.ones_like(p)
     optimizer.step()
     average = optimizer.state[model.weight]["ema"].clone()
-    tx, params, state = interop.optimizer_to_jax(optimizer, model)
+    with pytest.warns(UserWarning, match=r"ema=0.9 does not go on in tx; take it along by average_to_jax"):
+        tx, params, state = interop.optimizer_to_jax(optimizer, model)
     params, state = tx.step({k: jnp.ones_like(x) for k, x in params.items()}, state, params)
     interop.optimizer_to_torch(tx, params, state, model, optimizer)
     assert torch.equal(optimizer.state[model.weight]["ema"], average)

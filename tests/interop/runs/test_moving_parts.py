@@ -226,7 +226,8 @@ def test_the_average_of_a_drop_in_goes_along(cls, x64):
         optimizer = getattr(optim, cls)(model.parameters(), lr=0.1, ema=0.9)
         for i in range(9):
             if moves and i == 3:
-                tx, params, state = interop.optimizer_to_jax(optimizer, model)
+                with pytest.warns(UserWarning, match="ema=0.9"):
+                    tx, params, state = interop.optimizer_to_jax(optimizer, model)
                 average, averaged = interop.average_to_jax(optimizer, model)
             if moves and 3 <= i < 6:
                 params, state = tx.step({k: x.copy() for k, x in params.items()}, state, params)
