@@ -163,8 +163,6 @@ def in_environment(python, cwd, *arguments):
 
 
 IPYTHON = "import sys; from IPython.core.interactiveshell import InteractiveShell as X; X().run_cell(sys.argv[1])"
-    "import sys; from IPython.core.interactiveshell import InteractiveShell as Shell; Shell().run_cell(sys.argv[1])"
-)
 
 
 @pytest.mark.slow
