@@ -1,9 +1,11 @@
 # %% [markdown]
 # # A PyTorch run, on a TPU in its middle
 #
-# A PyTorch model and its `torch.optim.AdamW` begin in PyTorch, go on in JAX on all cores of a TPU, with the optimizer's
-# state divided among them, and come back to PyTorch, which continues the same run. At the end it is compared with the run
-# that stayed in PyTorch.
+# A PyTorch model and its `torch.optim.AdamW` begin in PyTorch, go on in JAX on a TPU, and come back to PyTorch, which
+# continues the same run. At the end it is compared with the run that stayed in PyTorch.
+#
+# Colab's TPUs, a v5e-1 and a v6e-1, have one core. Where there are more, the same cells divide the optimizer's state and
+# each batch among them.
 #
 # In Colab: *Runtime, Change runtime type*, a TPU; then put `jopt-*.whl` beside the notebook (the folder symbol on the left,
 # *Upload*), or on your Drive and mount that. Without a TPU this runs on whatever JAX finds, a CPU too.
@@ -74,9 +76,7 @@ def torch_step(model, optimizer, x, y):
 def torch_epoch(model, optimizer, epoch):
     found = []
     for x, y in tqdm(batches(epoch), desc=f"PyTorch, epoch {epoch}"):
-        start = time.perf_counter()
         found.append(torch_step(model, optimizer, (x.float() - MEAN) / STD, y))
-        torch_times.append(1e3 * (time.perf_counter() - start))
     return found
 
 
@@ -85,17 +85,16 @@ def accuracy(model):
         return (model((test_images.float() - MEAN) / STD).argmax(1) == test_labels).float().mean().item()
 
 
-torch_times = []  # of each step
 model, optimizer = make()
 losses = torch_epoch(model, optimizer, 0)
-torch_ms = np.median(torch_times)
-print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracy(model):.1%}, {torch_ms:.1f} ms a step on the host")
+print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracy(model):.1%}")
 
 # %% [markdown]
 # ## To the TPU
 #
-# `optimizer_to_jax` takes parameters, moments, step counts and numbers out of the live optimizer. `shard_state` divides the
-# state over the cores; the parameters are on each of them.
+# `optimizer_to_jax` takes parameters, moments, step counts and numbers out of the live optimizer, onto JAX's CPU.
+# `jax.device_put` takes them to the TPU. `shard_state` divides the state over its cores; the parameters are on each of
+# them. On one core nothing is divided, and the numbers and the cells below are the same.
 
 # %%
 tx, params, state = interop.optimizer_to_jax(optimizer, model)
@@ -116,7 +115,10 @@ def held(tree):
 
 
 undivided, divided = held(whole), held(state)
-print(f"on a core: parameters {held(params):,} bytes; AdamW's state {undivided:,} undivided, {divided:,} divided")
+eighth = sum(x.nbytes if x.size < 1024 else x.nbytes // 8 for x in jax.tree.leaves(whole))  # 1024 is min_size's default
+print(f"on a core: parameters {held(params):,} bytes; AdamW's state {divided:,}, of {undivided:,} in all")
+if mesh.size == 1:
+    print(f"one core: nothing to divide; each of eight would hold {eighth:,}, for tensors below min_size stay whole")
 del whole
 
 # %% [markdown]
@@ -162,8 +164,8 @@ print(f"one batch: loss {here:.6f} in PyTorch, {there:.6f} in JAX")
 # %% [markdown]
 # ## On the TPU
 #
-# A thread reads the `DataLoader`, and puts a part of each batch on each core, ahead of its use. Bytes cross; normalising and
-# augmenting happen there.
+# A thread reads the `DataLoader`, and puts each batch on the TPU ahead of its use, a part of it on each core. Bytes cross;
+# normalising and augmenting happen there.
 
 # %%
 JAX_EPOCHS = range(1, 5)
@@ -178,10 +180,10 @@ for epoch in JAX_EPOCHS:
         step += 1
     losses += [float(loss) for loss in found]
     jax_ms = 1e3 * (time.perf_counter() - start) / len(found)
-    print(f"loss {losses[-1]:.3f}, {jax_ms:.1f} ms a step, {BATCH / jax_ms * 1e3:,.0f} images a second")
+    rate = f"{jax_ms:.1f} ms a step with its loading, {BATCH / jax_ms * 1e3:,.0f} images a second"
+    print(f"loss {losses[-1]:.3f}, {rate}")
 
 where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-print(f"a step: {torch_ms:.1f} ms in PyTorch on the host, {jax_ms:.1f} ms in JAX on {where}")
 
 # %% [markdown]
 # The first epoch includes compiling. So small a network does not need a TPU; what is around it stays the same for a large one.
@@ -253,7 +255,11 @@ plt.show()
 #    `interop.load_checkpoint("run.pt").to_jax()`.
 # 2. **Write the loss in JAX** over a dictionary of the parameters' PyTorch names, as `loss_of` above. Check it on one batch
 #    against PyTorch before going on, as above. For a model in flax, `optimizer_to_jax(..., layout="flax")` turns weights and
-#    moments along. Batch statistics and other buffers cross by `interop.to_jax(model)`.
+#    moments along. Batch statistics and other buffers cross by `interop.to_jax(model)["buffers"]`. They arrive on JAX's CPU
+#    too: `buffers = jax.device_put(buffers, everywhere)`, or the step fails with *incompatible devices*.
 # 3. **A model that does not fit a core**: give the parameters a sharding first (`jax.device_put(params, ...)` with a
 #    `NamedSharding` that divides them) and then call `shard_state`: their state lies beside them.
 # 4. **Save on the TPU** with orbax, or back in PyTorch by `interop.optimizer_to_torch` and `torch.save`.
+#
+# In jopt's documentation: `docs/porting-a-run.md` says what moves, and what is exact on a TPU; `docs/files.md` has the
+# checkpoints of others, `docs/many-devices.md` how state is divided, `docs/troubleshooting.md` the errors by their words.

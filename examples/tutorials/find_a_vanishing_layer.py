@@ -3,7 +3,7 @@
 #
 # A network does not learn, and the loss does not say why. Often the gradient that reaches some layers is so small that they
 # stay as they were drawn. `jopt.monitor` measures every layer inside the compiled step, and `jopt.health_report` names the
-# layers that stand out. Here a deep network fails, the report says where, and two cures are tried.
+# layers that stand out. Here a deep network fails, the report says where, and two cures are tried, and one that is none.
 
 # %% [install]
 
@@ -110,9 +110,13 @@ assert "layer 23" not in report.vanishing
 assert not report.exploding
 
 # %% [markdown]
-# Each layer passes on about the same part of the gradient, so it falls like a power. The numbers uniform in
-# (-1/sqrt(n), 1/sqrt(n)) have a standard deviation of 1/sqrt(3n). A matrix of such numbers keeps 1/sqrt(3) = 0.58 of a
-# vector's size. The measurement agrees:
+# Each layer passes on about the same part of the gradient. The numbers uniform in (-1/sqrt(n), 1/sqrt(n)) have a standard
+# deviation of 1/sqrt(3n). A matrix of such numbers keeps 1/sqrt(3) = 0.58 of a vector's size. So from layer 23 back to
+# layer 8 the gradient falls like a power of that number.
+#
+# The first six layers are about equal. A layer's gradient is the product of what comes back to it and of what went into it.
+# The images are large, and fade by the same factor on the way forward, until what the biases add is all that is left. Over
+# these layers the one falls as much as the other grows.
 
 
 # %%
@@ -123,6 +127,8 @@ def sizes(report):
 kept = (sizes(report)[8] / sizes(report)[23]) ** (1 / 15)  # from layer 23 back to layer 8
 print(f"a layer keeps {kept:.2f} of the gradient's size; 1/sqrt(3) is {3**-0.5:.2f}")
 assert abs(kept - 3**-0.5) < 0.06
+print(f"layers 00 to 05: {sizes(report)[:6].min():.1e} to {sizes(report)[:6].max():.1e}")
+assert sizes(report)[:6].max() < 2 * sizes(report)[:6].min()
 
 # %% [markdown]
 # ## The cures
@@ -130,24 +136,28 @@ assert abs(kept - 3**-0.5) < 0.06
 # - **Another start.** An orthogonal matrix keeps the size of a vector.
 # - **A way around.** A residual connection, `h + tanh(h @ w)`, carries the gradient past every layer.
 #
-# An optimizer that divides by the gradient's size, as AdamW does, moves the first layers too. But a tiny gradient also
-# carries little information, and it helps less.
+# **AdamW is no cure.** It divides by the gradient's size, so the first layers move too, and the loss leaves the value of
+# guessing. But they move in the direction of tiny and noisy gradients, and the loss does not come far. Where exactly it
+# ends is chance: on another version of JAX, which rounds otherwise, it ends elsewhere, with a larger learning rate even
+# where it began.
 
 # %%
 runs = {
     "as it was": (stuck, report),
-    "AdamW": train(make(as_torch_starts), jopt.adamw(lr=1e-3)),
+    "AdamW": train(make(as_torch_starts), jopt.adamw(lr=3e-4)),
     "orthogonal start": train(make(orthogonal), sgd),
     "residual": train(make(as_torch_starts), sgd, functools.partial(loss_of, residual=True)),
 }
-ends = {name: losses[-20:].mean() for name, (losses, _) in runs.items()}
+means = {name: np.convolve(losses, np.ones(20) / 20, "valid") for name, (losses, _) in runs.items()}  # of 20 steps
 for name, (_, found) in runs.items():
-    print(f"{name:18} {len(found.vanishing):2} layers vanish at the first step; loss at the end {ends[name]:.3f}")
+    vanish = f"{len(found.vanishing):2} layers vanish at the first step"
+    print(f"{name:18} {vanish}; loss at best {means[name].min():.3f}, at the end {means[name][-1]:.3f}")
 
 for name in ("orthogonal start", "residual"):
     assert not runs[name][1].vanishing
-    assert ends[name] < 0.1
-    assert ends[name] < 0.2 * ends["AdamW"]
+    assert means[name][-1] < 0.1
+assert means["as it was"].min() > 0.98 * np.log(10)
+assert 1.5 < means["AdamW"].min() < 0.95 * np.log(10)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")

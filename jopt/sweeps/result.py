@@ -233,7 +233,7 @@ def _choose(minimum: Setting, line: list[Setting], *, others: bool) -> Best:
         if max(alike, key=lambda s: s.lr) not in safe:
             words.append("The largest of them is left out since the next one up diverges.")
     if lost < math.inf:
-        words.append(f"Runs diverge from lr {lost:.3g}, {lost / chosen.lr:.2g} times as much.")
+        words.append(f"Runs diverge from lr {lost:.3g}, which is {lost / chosen.lr:.3g} times this one.")
     else:
         words.append("No run diverged with it.")
     if edge:

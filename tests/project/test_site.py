@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, child
 
 CONFIG = (ROOT / "mkdocs.yml").read_text()
 NAV = re.findall(r"[\w/.-]+\.(?:md|ipynb)\b", CONFIG.split("\nnav:")[1])
@@ -55,7 +55,10 @@ def test_make_builds_it():
     assert re.search(r"^strict: true$", CONFIG, re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", INDEX, re.DOTALL))
+STARTS = re.findall(r"```python\n(.*?)```", INDEX, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", STARTS)
 def test_the_first_page_starts(code):
     torch = pytest.importorskip("torch", reason="two of the starts are in torch")
     jax = pytest.importorskip("jax")
@@ -65,6 +68,18 @@ def test_the_first_page_starts(code):
         exec(code, names)
     found = names["model"].weight[0] if "model" in names else names["params"]["w"]
     assert found.tolist() == pytest.approx([1, -2, 3], abs=0.05)
+
+
+def test_a_run_starts_where_the_first_device_is_another():
+    """As beside a TPU: what `interop` gives lies on one device, and the run goes on on another."""
+    pytest.importorskip("torch", reason="the run begins in it")
+    (code,) = (code for code in STARTS if "optimizer_to_jax" in code)
+    assert "jax.devices()[0]" in code
+    code = "import torch; torch.manual_seed(0)\n" + code.replace("jax.devices()[0]", "jax.devices()[1]")
+    out = child.run(2, "-c", f"{code}\nprint(*model.weight[0].tolist(), *(x.device.id for x in (a, params['weight'])))")
+    *weight, batch, run = map(float, out.splitlines()[-1].split())
+    assert weight == pytest.approx([1, -2, 3], abs=0.05)
+    assert (batch, run) == (1, 1)
 
 
 def test_the_first_page_has_the_benchmarks_figures():

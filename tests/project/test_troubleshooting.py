@@ -1,12 +1,15 @@
 """docs/troubleshooting.md: each error that it quotes is raised, or stands in the source."""
 
 import ast
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, child
 
 torch = pytest.importorskip("torch", reason="most of the page is on interop")
 
@@ -144,6 +147,7 @@ RAISED = {
     "Tried to step": lambda: jopt.schedules.one_cycle_lr(0.1, total_steps=10)(11),
     "state_dtype: expected float32, bfloat16 or int8, found float16": lambda: jopt.adam(state_dtype=jnp.float16),
     "looks at whole tensors or rows": lambda: jopt.lamb().init(jopt.pack({"w": jnp.ones((2, 2))})),
+    "Error interpreting argument to": lambda: jax.jit(jnp.sin)(torch.ones(2)),
     "Array has been deleted": donated,
     "Buffer has been deleted or donated": donated_again,
     "expected a tensor in CPU memory, found": lambda: optim.SGD([parameter(device="meta")]).step(),
@@ -183,6 +187,15 @@ RAISED = {
 }
 
 
+# What raises where there are several devices: a process of its own.
+ON_SEVERAL = {
+    "incompatible devices for jitted computation": """
+import jax, jax.numpy as jnp
+jax.jit(jnp.add)(*(jax.device_put(jnp.ones(2), device) for device in jax.devices()))
+"""
+}
+
+
 def texts():
     """Every text of the source, with {} for what is put in."""
     for path in [*ROOT.glob("jopt/**/*.py"), *ROOT.glob("interop/**/*.py")]:
@@ -194,7 +207,7 @@ def texts():
 
 
 def test_what_is_raised_is_on_the_page():
-    assert RAISED.keys() <= set(QUOTED)
+    assert (RAISED | ON_SEVERAL).keys() <= set(QUOTED)
     assert len(QUOTED) == len(set(QUOTED)) >= 25
 
 
@@ -206,8 +219,16 @@ def test_quoted_errors_are_raised(quoted, monkeypatch):
         RAISED[quoted]()
 
 
+@pytest.mark.parametrize("quoted", ON_SEVERAL)
+def test_quoted_errors_of_several_devices_are_raised(quoted):
+    command = [sys.executable, "-c", ON_SEVERAL[quoted]]
+    done = subprocess.run(command, env=os.environ | child.on_devices(2), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert quoted in done.stderr
+
+
 def test_the_other_quoted_errors_are_in_the_source():
-    others = [quoted for quoted in QUOTED if quoted not in RAISED]
+    others = [quoted for quoted in QUOTED if quoted not in RAISED | ON_SEVERAL]
     found = list(texts())
     assert others
     assert [quoted for quoted in others if not any(quoted in text for text in found)] == []
