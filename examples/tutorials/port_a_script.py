@@ -24,9 +24,7 @@ import jopt
 
 jax.config.update("jax_enable_x64", True)  # only so that the last section can use float64; the rest is float32
 jax.config.update("jax_platforms", "cpu")  # beside PyTorch's; a TPU has no float64, and multiplies in bfloat16
-torch.set_num_threads(
-    1
-)  # so small a network needs no more, and those that wait would take the cores from JAX's threads
+torch.set_num_threads(1)  # enough for so small a network; more would wait on the cores that JAX's threads need
 
 # %% [markdown]
 # ## The script

@@ -533,7 +533,7 @@ def test_scheduled_hyperparameters_show_in_the_state():
         (lambda: jopt.sgd(dampening=math.nan), ValueError, "Invalid dampening value: nan"),
         (lambda: jopt.rmsprop(alpha=-1), ValueError, "Invalid alpha value: -1"),
         (lambda: jopt.momentum(0.1, beta=1.5), ValueError, "Invalid beta value: 1.5"),
-        (lambda: jopt.adam(state_dtype=jnp.int32), TypeError, "state_dtype: expected a floating point"),
+        (lambda: jopt.adam(state_dtype=jnp.int32), TypeError, "state_dtype: expected float32, bfloat16 or int8"),
     ],
 )
 def test_bad_hyperparameters(make, error, text):
