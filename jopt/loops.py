@@ -148,7 +148,7 @@ class Cone:
     def is_worth_parts(self) -> bool:
         """Whether its sum is quicker by a few terms at a time, on CPU."""
         costly = any(x.eqn.primitive.name in COSTLY for x in self.nodes)  # type: ignore[union-attr]
-        return costly and math.prod(self.output.shape) >= 2 * FEW
+        return costly and bool(self.sources) and math.prod(self.output.shape) >= 2 * FEW
 
     def total(self, values: Mapping[Node, Any]) -> Array:
         """The sum of the output over all its elements."""

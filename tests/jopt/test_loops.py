@@ -103,6 +103,17 @@ def test_derivatives_and_batches_go_through_such_sums(x64, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_a_sum_of_numbers_alone(relaxed):
+    """Which begins with no array that could be taken in parts."""
+
+    def f(x, number):
+        return [x * jnp.sum(jnp.sqrt(jnp.broadcast_to(number, (4 * loops.FEW,)))), x + 1]
+
+    x, number = jnp.ones(3), jnp.float32(4.0)
+    found = one_loop(jax.make_jaxpr(f)(x, number))(x, number)
+    assert found[0].tolist() == [8.0 * loops.FEW] * 3
+
+
 # Reads and writes of an array as large as the parameter, of which a step cannot do without: of each input and output
 # one, and what a norm reads before.
 PASSES = {
