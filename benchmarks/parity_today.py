@@ -51,7 +51,7 @@ class Todays(parity.Configuration):
         reference = authors.REFERENCES[self.name]
         if module is optim:
             taken = {k: x for k, x in self.arguments.items() if k not in reference.renamed}
-            made = getattr(optim, CLASSES[self.name])(params, **taken)
+            made = getattr(optim, authors.CLASSES[self.name])(params, **taken)
         else:
             theirs = {reference.renamed.get(k, k): x for k, x in self.arguments.items()} | reference.others
             made = authors.authors_class(reference)(params, **theirs)
@@ -63,17 +63,7 @@ class Todays(parity.Configuration):
         return getattr(jopt, authors.REFERENCES[self.name].function or self.name)(**self.arguments)
 
 
-CLASSES = {
-    name: next(
-        cls
-        for cls in optim.OTHERS
-        if cls.replace("ScheduleFree", "").lower() in name.replace("_", "")
-        and ("ScheduleFree" in cls) == name.startswith("schedule_free")
-        and cls.startswith("Cautious") == name.startswith("cautious")
-    )
-    for name, reference in authors.REFERENCES.items()
-    if not reference.edits
-}
+REFERENCES = [name for name, reference in authors.REFERENCES.items() if not reference.edits]
 
 
 def measure(c: Todays) -> list[str]:
@@ -93,7 +83,7 @@ def measure(c: Todays) -> list[str]:
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     rows = []
-    for name in CLASSES:
+    for name in REFERENCES:
         for arguments in authors.REFERENCES[name].runs:
             rows.append(measure(Todays(name, arguments, {})))
             print(*rows[-1], flush=True)

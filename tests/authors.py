@@ -233,6 +233,24 @@ REFERENCES = {
     ),
 }
 
+CLASSES = {  # of interop.optim, by the reference
+    "adan": "Adan",
+    "ademamix": "AdEMAMix",
+    "adopt": "ADOPT",
+    "cautious_adamw": "CautiousAdamW",
+    "cautious_lion": "CautiousLion",
+    "kron": "Kron",
+    "lamb": "LAMB",
+    "lars": "LARS",
+    "lion": "Lion",
+    "mars": "Mars",
+    "nor_muon": "NorMuon",
+    "prodigy": "Prodigy",
+    "schedule_free_adamw": "AdamWScheduleFree",
+    "schedule_free_sgd": "SGDScheduleFree",
+    "soap": "SOAP",
+}
+
 
 def refreshes(step: int) -> float:
     """heavyball's factors are fitted in the first half of the run alone: what is drawn then is not compared."""

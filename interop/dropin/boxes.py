@@ -61,9 +61,12 @@ def boxes(sizes: tuple[int, ...], placements: tuple[Any, ...], shape: tuple[int,
     return [Box([part(axis, place) for axis in range(len(shape))]) for place in range(math.prod(sizes))]
 
 
+def own_place(mesh: Any) -> int:
+    """The place of this process in a mesh, counted through."""
+    return int(np.ravel_multi_index(tuple(mesh.get_coordinate()), tuple(mesh.shape)))
+
+
 def own_shape(placement: tuple[Any, ...]) -> tuple[int, ...]:
     """The shape of this process's part of what lies so, as `dtensor.placement` says it."""
     mesh, placements, shape = placement
-    sizes = tuple(mesh.shape)
-    place = int(np.ravel_multi_index(tuple(mesh.get_coordinate()), sizes))
-    return boxes(sizes, tuple(placements), tuple(shape))[place].shape
+    return boxes(tuple(mesh.shape), tuple(placements), tuple(shape))[own_place(mesh)].shape

@@ -138,8 +138,7 @@ class PerAxis(Constructed):
 
     def _of_authors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if heavyball.MARK in state_dict:
-            rules = [self.rule.shaped_by(group, self.rule.members(group)) for group in self.param_groups]
-            state_dict = heavyball.of_authors(state_dict, self.param_groups, rules)
+            state_dict = heavyball.of_authors(state_dict, self.param_groups, self.rule)
         state_dict = super()._of_authors(state_dict)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from interop.dropin import dtensor
-from interop.dropin.boxes import boxes
+from interop.dropin.boxes import boxes, own_place
 from jopt.leaf import stack_size
 
 Iterate = Callable[[Tensor], Tensor]  # of a batch of matrices
@@ -48,7 +48,7 @@ class Exchange:
         places = {rank: i for i, rank in enumerate(mesh.mesh.flatten().tolist())}
         # Processes in the order of the group, by their places in the mesh.
         self._members = [places[rank] for rank in dist.get_process_group_ranks(self._group)]
-        self._me = places[dist.get_rank()]
+        self._me = own_place(mesh)
         self._shapes = [tuple(shape) for _, _, shape in placements]
         self._owned = {k: [j for j, owner in enumerate(owners) if owner == k] for k in self._members}
         self.mine = self._owned[self._me]

@@ -23,15 +23,15 @@ SKIPPED = ("step", "running_lower_bound", "Q_cache")
 OTHER_WAYS = ("caution", "cautious_weight_decay", "mars", "palm", "ecc", "param_ecc", "split", "precond_grad_accum")
 
 
-def of_authors(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], rules: list[Rule]) -> dict[str, Any]:
-    """Theirs, of the groups of an optimizer of ours, and the groups' rules with these groups' shapes.
+def of_authors(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], rule: type[Rule]) -> dict[str, Any]:
+    """Theirs, for the groups of an optimizer of ours, which steps by this rule.
 
     Its moments and sums are divided by the bias correction of their steps already; ours are not.
 
     Raises:
       ValueError: ours has not what a group asks for, or not the shape of a parameter's matrices.
     """
-    kind = "psgd" if "b1" in rules[0].hyperparameters else "soap"
+    kind = "psgd" if "b1" in rule.hyperparameters else "soap"
     state, found = {}, []
     for i, (own, group) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         _check(i, group, state_dict[MARK])
@@ -47,14 +47,14 @@ def of_authors(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], rule
         else:
             left = {"exp_avg": 1 - beta1 ** (step - 1), "exp_avg_sq": 1 - group["betas"][1] ** (step - 1)}
             left |= {"GG": 1 - group["shampoo_beta"] ** step}
+        now = {**own, **numbers}
+        shaped = rule.shaped_by(now, rule.members(now))
         for p, key, view in zip(own["params"], group["params"], views, strict=True):
             if view:
                 where = f"param_groups[{i}]: a parameter of shape {tuple(p.shape)}"
-                group_now = {**own, **numbers}
-                shaped = rules[i].shaped_by(group_now, rules[i].members(group_now))
                 entry = _parameter(where, kind, view, shaped, tuple(p.shape), left)
                 state[key] = entry | {"step": step - (kind == "soap")}
-        found.append({key: x for key, x in own.items() if key != "params"} | numbers | {"params": group["params"]})
+        found.append({**now, "params": group["params"]})
     return {"state": state, "param_groups": found}
 
 

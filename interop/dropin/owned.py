@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch.distributed as dist
 from jax import Array
 from torch import Tensor
 
 from interop.dropin import host
+from interop.dropin.boxes import own_place
 from interop.dropin.exchange import Exchange, owners
 from interop.dropin.leaf import Leaf
 from interop.dropin.program import Norms, Spec, Update, compile_on
@@ -48,8 +48,7 @@ def compile_update(spec: Spec, leaves: Sequence[Leaf], clip: bool, unscale: bool
     lies: Any = [[slot_placement(spec.rule, name, leaf.placement) for name in spec.names] for leaf in leaves]
     mesh = leaves[0].placement[0]
     owned_by = owners([work(spec.rule, tuple(leaf.param.shape)) for leaf in leaves], mesh.size())
-    me = mesh.mesh.flatten().tolist().index(dist.get_rank())
-    mine = [i for i, owner in enumerate(owned_by) if owner == me]
+    mine = [i for i, owner in enumerate(owned_by) if owner == own_place(mesh)]
     whole = dataclasses.replace(spec, big=tuple(tuple(leaves[i].param.shape) for i in mine), wholes=())
     program = compile_whole(whole, clip, unscale, norms)
     items = [

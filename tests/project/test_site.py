@@ -16,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests import ROOT, child
@@ -61,7 +62,6 @@ STARTS = re.findall(r"```python\n(.*?)```", INDEX, re.DOTALL)
 @pytest.mark.parametrize("code", STARTS)
 def test_the_first_page_starts(code):
     torch = pytest.importorskip("torch", reason="two of the starts are in torch")
-    jax = pytest.importorskip("jax")
     torch.manual_seed(0)
     names = {}
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):

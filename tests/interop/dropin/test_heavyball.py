@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import interop  # noqa: E402
 from interop import optim  # noqa: E402

@@ -2,7 +2,7 @@
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 from interop import optim  # noqa: E402
 from tests import cases  # noqa: E402

@@ -20,23 +20,6 @@ from interop import optim  # noqa: E402
 from interop.runs import classes  # noqa: E402
 from tests import ROOT, authors, cases  # noqa: E402
 
-CLASSES = {  # by jopt's function and the reference of tests/authors.py
-    "adan": "Adan",
-    "ademamix": "AdEMAMix",
-    "adopt": "ADOPT",
-    "cautious_adamw": "CautiousAdamW",
-    "cautious_lion": "CautiousLion",
-    "kron": "Kron",
-    "lamb": "LAMB",
-    "lars": "LARS",
-    "lion": "Lion",
-    "mars": "Mars",
-    "nor_muon": "NorMuon",
-    "prodigy": "Prodigy",
-    "schedule_free_adamw": "AdamWScheduleFree",
-    "schedule_free_sgd": "SGDScheduleFree",
-    "soap": "SOAP",
-}
 ARGUMENTS = {
     "LARS": dict(momentum=0.9, weight_decay=0.1, trust_coeff=0.02),
     "Mars": dict(amsgrad=True),
@@ -75,7 +58,7 @@ def largest(a, b):
 
 
 def test_each_is_here():
-    assert set(CLASSES.values()) == set(optim.OTHERS)
+    assert set(authors.CLASSES.values()) == set(optim.OTHERS)
     assert set(optim.OTHERS) | set(optim.CLASSES) == set(classes.CLASSES) | {"LBFGS"}
 
 
@@ -87,7 +70,7 @@ def test_the_authors_numbers(name):
     ):
         params = [torch.nn.Parameter(torch.tensor(x)) for x in authors.start(np, reference.shapes, reference.warp)]
         given = {key: x for key, x in arguments.items() if key not in reference.renamed}
-        optimizer = in_training(getattr(optim, CLASSES[name])(params, **given))
+        optimizer = in_training(getattr(optim, authors.CLASSES[name])(params, **given))
         for step in range(authors.STEPS):
             authors.torch_step(params, optimizer, step, reference.warp)
         for p, expected, state in zip(params, run["params"], run["state"], strict=True):
@@ -111,7 +94,7 @@ def test_a_state_dict_of_the_authors_class_goes_on(name):
     ):
         params = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in run["halfway"]["params"]]
         given = {key: x for key, x in arguments.items() if key not in reference.renamed}
-        optimizer = getattr(optim, CLASSES[name])(params, **given)
+        optimizer = getattr(optim, authors.CLASSES[name])(params, **given)
         optimizer.load_state_dict(authors.as_tensors(run["halfway"]["state_dict"]))
         for step in range(authors.STEPS // 2, authors.STEPS):
             authors.torch_step(params, optimizer, step, reference.warp)
@@ -207,7 +190,7 @@ def test_clipping_averages_schedules_and_low_precision(name, stepped_by):
     assert any(not torch.equal(x, p) for x, p in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("function", "name"), CLASSES.items())
+@pytest.mark.parametrize(("function", "name"), authors.CLASSES.items())
 def test_the_arguments_are_jopts(function, name):
     function = {"cautious_adamw": "adamw", "cautious_lion": "lion"}.get(function, function)
     theirs = inspect.signature(getattr(jopt, function)).parameters
