@@ -78,7 +78,7 @@ class Alone:
         self.calls = []
         for work, update in zip(plan.turn.works, plan.programs(optimizer).updates, strict=True):
             bucket = work.bucket
-            table = bucket.coefficients.table.array()
+            table = bucket.coefficients.table
             call = update, bucket.buffers, grads.arrays(work), table, bucket.leaf_of_row, {}
             self.calls.append((bucket.device, *call))
 
@@ -88,7 +88,6 @@ class Alone:
         with host.settings():
             start = time.perf_counter()
             for call in self.calls:
-                call[0].before()
                 call[0].after(program.launch(*call))
             return time.perf_counter() - start
 

@@ -58,7 +58,9 @@ class GradScaler(torch.amp.GradScaler):
         finally:
             optimizer.grad_scale = None
         assert self._scale is not None
-        found = torch.full((), float(optimizer.skipped), dtype=torch.float32, device=self._scale.device)
+        pending = optimizer._around.pending
+        skipped = torch.tensor(optimizer.skipped) if pending is None else pending.flag  # which the host need not know
+        found = skipped.to(self._scale.device, torch.float32)
         state["found_inf_per_device"] = {found.device: found}
         state["stage"] = OptState.STEPPED
         return result

@@ -40,7 +40,8 @@ class Work:
     Attributes:
       bucket: whose leaves these are.
       active: whether each leaf steps.
-      places: for each big leaf, the place of its gradient among those of all parameters; None if it has none.
+      leaf_places: for each leaf, the place of its gradient among those of all parameters; None if it has none.
+      places: the same of the big leaves.
       small_places, small_views: for each small leaf with a gradient, that place, and the view to gather it in.
       copied_in, copied_out: leaves that do not live in the buffers, before and after the step.
       shared_slots, shared_scalars: state that does not live in the buffers: pairs (its place there, the state).
@@ -50,6 +51,7 @@ class Work:
 
     bucket: Bucket
     active: np.ndarray
+    leaf_places: list[int | None]
     places: list[int | None]
     small_places: list[int]
     small_views: list[Tensor]
@@ -143,6 +145,9 @@ class Bucket:
         # Parameters move first: the memory that they leave is given back before the state takes as much, or more.
         owned_by: list[dict[str, Buffer]] = []
         for leaves, offsets in self._shelves:
+            if (adopted := self._adopt(leaves)) is not None:
+                owned_by.append({"param": adopted})
+                continue
             owned_by.append({"param": self._buffer("param", leaves)})
             for leaf, offset in zip(leaves, offsets, strict=True):
                 self._take_param(leaf, owned_by[-1]["param"], offset, optimizer._around)
@@ -168,6 +173,16 @@ class Bucket:
             reals = 2 if leaf.dtype.is_complex else 1
             shape = leaf.size if name == "param" else math.prod(leaf.state_shapes[name]) * reals
         return self.device.buffer(shape, self.dtypes[name])
+
+    def _adopt(self, leaves: list[Leaf]) -> Buffer | None:
+        """A big leaf's own memory as its buffer, if the device has that, and its user does not exchange it for ever."""
+        leaf = leaves[0]
+        if leaves is self.small or leaf.exchanged > 1:
+            return None
+        found = self.device.adopt(leaf.local, self.dtype)
+        if found is not None:
+            leaf.home, leaf.address = None, address(leaf.local)
+        return found
 
     def _take_param(self, leaf: Leaf, buffer: Buffer, offset: int, owner: Any) -> None:
         """Move a parameter to its place `offset` elements into a buffer, if nothing else refers to its storage."""
@@ -292,10 +307,12 @@ class Bucket:
         small = [i for i, leaf in enumerate(self.small) if leaf.param in grads]
         ends = np.array(self.layout.offsets, np.int32) + np.array(self.layout.sizes, np.int32)
         self.coefficients.mark(active)
+        leaf_places = [places[leaf.param] if leaf.param in grads else None for leaf in self.leaves]
         return Work(
             bucket=self,
             active=active,
-            places=[places[leaf.param] if leaf.param in grads else None for leaf in self.big],
+            leaf_places=leaf_places,
+            places=leaf_places[: len(self.big)],
             small_places=[places[self.small[i].param] for i in small],
             small_views=[self.grad_views[i] for i in small],
             copied_in=[leaf for leaf in (self.leaves if averages else stepped) if leaf.home is not None],
@@ -307,13 +324,6 @@ class Bucket:
             counted=self.device.put(np.where(active[len(self.big) :], ends, 0).astype(np.int32)),
         )
 
-    def measure(self, measure: Any, work: Work, grads: Gradients, inverse_scale: float) -> tuple[Any, Any]:
-        """Launch the program for the norms of the gradients, and for whether one is not finite; returns its arrays."""
-        scale = number_array(self.device, inverse_scale, self.spec.compute_dtype)
-        arrays = grads.arrays(work)
-        self.device.before()
-        return measure(arrays, self.leaf_of_row, work.counted, scale)
-
     def sums(
         self, summing: Any, work: Work, numbers: Numbers, grads: Gradients, found: Mapping[str, Any]
     ) -> np.ndarray:
@@ -321,10 +331,8 @@ class Bucket:
         self._copy_in(work)
         self.coefficients.fill(numbers, None)
         arrays = grads.arrays(work)
-        table = self.coefficients.table.array()
-        self.device.before()
         buffers = [buffer.array for buffer in self.buffers]
-        out = summing(work.counted, buffers, arrays, table, self.leaf_of_row, found)
+        out = summing(work.counted, buffers, arrays, self.coefficients.table, self.leaf_of_row, found)
         self.device.after(out)
         return np.asarray(out, np.float64)
 
@@ -349,8 +357,7 @@ class Bucket:
         self._copy_in(work)
         scalars = self.coefficients.fill(numbers, ema, sums)
         arrays = grads.arrays(work)
-        table = self.coefficients.table.array()
-        self.device.before()
+        table = self.coefficients.table
         out = program.launch(self.device, update, self.buffers, arrays, table, self.leaf_of_row, found)
         try:
             if not found:  # such a step is never skipped; the host does this while the program runs
@@ -372,12 +379,6 @@ class Bucket:
             value.copy_(place)
         # As torch's own in-place operations do, so that a backward through old values raises.
         torch.autograd.graph.increment_version(work.resident)
-
-
-@functools.lru_cache(maxsize=64)
-def number_array(device: Device, x: float, dtype: np.dtype) -> jax.Array:
-    """A number as programs take it."""
-    return device.put(np.asarray(x, dtype))
 
 
 _leaves_of_rows: weakref.WeakValueDictionary[Any, jax.Array] = weakref.WeakValueDictionary()

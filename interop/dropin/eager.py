@@ -29,6 +29,7 @@ from interop.dropin.coefficients import columns
 from interop.dropin.leaf import EMA, Leaf, real_dtype
 from interop.dropin.orthogonal import orthogonalize
 from interop.dropin.slots import slot_shapes
+from interop.memory import Table
 from interop.memory.tensors import DTYPES, TORCH_DTYPES
 from jopt import numerics as t
 from jopt.rule import Rule
@@ -282,13 +283,13 @@ class Update:
         self,
         buffers: list[Tensor],
         grads: list[Tensor],
-        table: tuple[np.ndarray, Sequence[tuple[int, int]]],
+        table: Table,
         leaf_of_row: np.ndarray,
         found: dict[str, Any],
     ) -> list[Tensor]:
-        (rows, runs), big = table, len(self._spec.big)
-        for begin, end in runs:
-            c = rows[begin].tolist()
+        big = len(self._spec.big)
+        for begin, end in table.runs:
+            c = table.rows[begin].tolist()
             is_active = bool(c[-1])
             if not is_active and EMA not in self._spec.names:
                 continue

@@ -37,6 +37,7 @@ class Leaf:
     address: int = 0  # of the parameter's values; if it changes, the user exchanged the storage
     home: Tensor | None = None  # the parameter's place in the buffer, if it does not live there: copied in and out
     stays: bool = False  # the user exchanged its storage once: it is left where they put it
+    exchanged: int = 0  # how often they did
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what torch's state holds, by name
     # State that does not live in the buffers, by name: its place there. It is copied in and out, as with `home`.
     homes: dict[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import torch
 from jax import Array, lax
 
@@ -23,6 +22,7 @@ from interop.dropin.orthogonal import orthogonalize
 from interop.dropin.parts import Summing, UpdateOfParts, compile_sums
 from interop.dropin.program import Norms, Spec, Update, compile_on
 from interop.dropin.program import compile_update as compile_plain
+from interop.memory import Table
 from interop.memory.tensors import DTYPES
 from jopt import numerics as t
 from jopt.leaf import in_step_type
@@ -124,10 +124,10 @@ class Orthogonalizing:
         return dataclasses.replace(self, move=move, exchange=exchange)
 
     def __call__(
-        self, buffers: list[Array], grads: list[Any], table: Array, leaf_of_row: Array, found: dict[str, Any]
+        self, buffers: list[Array], grads: list[Any], table: Table, leaf_of_row: Array, found: dict[str, Any]
     ) -> list[Array]:
         device = self.spec.device
-        c = dict(zip(self.spec.columns, np.asarray(table)[0].tolist(), strict=True))
+        c = dict(zip(self.spec.columns, table.rows[0].tolist(), strict=True))
         arguments = (buffers, grads, table, leaf_of_row, found)
         bits = self.direct(*arguments)
         device.after(bits)
@@ -139,7 +139,6 @@ class Orthogonalizing:
         else:
             x = list(iterate(device.tensor(bits).view(torch.bfloat16).view(-1, *self.spec.big[0])))
         device.begin()  # torch's products have started its threads again
-        device.before()
         out = self.move(*arguments, device.elements(x, DTYPES[torch.bfloat16]))
         device.after(out)  # wait: the program reads x, which is freed at the return
         return out

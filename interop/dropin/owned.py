@@ -26,6 +26,7 @@ from interop.dropin.leaf import Leaf
 from interop.dropin.program import Norms, Spec, Update, compile_on
 from interop.dropin.slots import slot_shapes
 from interop.dropin.whole import slot_placement
+from interop.memory import Table
 from jopt.rule import Rule
 
 
@@ -122,19 +123,18 @@ class Owning:
     back: Transfer
 
     def __call__(
-        self, buffers: list[Array], grads: list[Any], table: Array, leaf_of_row: Array, found: dict[str, Any]
+        self, buffers: list[Array], grads: list[Any], table: Table, leaf_of_row: Array, found: dict[str, Any]
     ) -> list[Array]:
         device = self.spec.device
-        held = [device.tensor(x) for x in buffers]
-        given = [device.tensor(x if isinstance(x, jax.Array) else device.put(x)) for x in grads]
+        held = [device.shown(x) for x in buffers]
+        given = [device.shown(x if isinstance(x, jax.Array) else device.put(x)) for x in grads]
         wholes = self.there.gather([*held, *given])
         own = len(self.mine)
         dtypes = [dtype for _, dtype in self.spec.dtypes] * own
         of_grads = [self.spec.dtype] * own
         arrays = [device.elements([x], d)[0] for x, d in zip(wholes, dtypes + of_grads, strict=True)]
         device.begin()  # torch's copies have started its threads again
-        device.before()
-        rows = np.asarray(table)[self.mine]
+        rows = table.rows[self.mine]
         out = self.program(arrays[: len(dtypes)], arrays[len(dtypes) :], rows, leaf_of_row, found)
         device.after(out)
         shapes = [x.shape for x in wholes]

@@ -19,6 +19,7 @@ from interop.dropin.groups import Numbers, parameter_name, parameters
 from interop.dropin.leaf import EMA, Leaf, is_lazy, real_dtype
 from interop.dropin.measured import Measured, measures
 from interop.dropin.quick import Quick
+from interop.dropin.skipping import Pending
 from interop.dropin.state import averages_begun, check_state, is_shared, state_dtypes
 from interop.dropin.updates import update_for
 from interop.dropin.whole import Whole, own_slots
@@ -178,6 +179,7 @@ class Plan:
             state_shapes=shapes,
             lazy=lazy,
             # FSDP gathers from the memory that it keeps itself: the parameter may not move.
+            exchanged=0 if before is None else before.exchanged,
             stays=(before is not None and before.stays) or lazy or placement is not None,
         )
 
@@ -213,13 +215,11 @@ class Plan:
             measures: list[Any] = []
             norms: tuple[Any, ...] = ()
             if clip or unscale:
-                if len(self.devices) > 1:
-                    raise TypeError(
-                        f"interop.optim.{type(optimizer).__name__}: expected all parameters on one device, for a norm "
-                        "of all gradients or a loss scale, found several; make one optimizer a device"
-                    )
                 norms = tuple((len(bucket.leaves), bucket.dtype) for bucket in self.buckets)
-                measures = [program.compile_norms(bucket.spec, unscale) for bucket in self.buckets]
+                measures = [
+                    None if bucket.device.measures_by_torch else program.compile_norms(bucket.spec, unscale)
+                    for bucket in self.buckets
+                ]
             summing = [program.compile_sums(x.spec, clip, unscale, norms) for x in self.buckets if self.is_summed]
             updates = [update_for(optimizer, bucket, clip, unscale, norms) for bucket in self.buckets]
             self._compiled[clip, unscale] = program.Programs(measures, summing, updates)
@@ -276,6 +276,7 @@ class Plan:
                     if leaf.home is None:
                         # Someone may still hold the memory that it left: that cannot be its place any more.
                         leaf.stays = True
+                        leaf.exchanged += 1
                         fits = False
                     leaf.address = address(x)
                     moved = True
@@ -308,6 +309,7 @@ class Plan:
         readers: list[reader.Reader] = []
         if plain and all(g is None or g is present.get(p) for p in params for g in [p.grad]):
             asks = native.extension is not None and all(isinstance(p, Tensor) for p in params)
+            asks = asks and all(device.reads_addresses for device in self.devices)
             kinds = [native.NativeReader] * asks + [reader.PythonReader]
             readers += [kind(optimizer, list(self.leaves.values()), self.views, works) for kind in kinds]
         self.turn = Turn(readers, works)
@@ -319,21 +321,21 @@ class Plan:
         """The norms of the gradients, for a step that clips or unscales them."""
         measures = self.programs(optimizer).measures
         scale = optimizer.grad_scale
-        # In float32, as torch.amp.GradScaler.unscale_
-        inverse = 1.0 if scale is None else float(np.float32(1 / float(scale)))
-        found = Measured([], [], optimizer.max_norm or 0.0, inverse)
+        # As torch.amp.GradScaler.unscale_
+        inverse = None if scale is None else scale.double().reciprocal().float()
+        if inverse is not None and not any(device.asynchronous for device in self.devices):
+            inverse = inverse.item()
+        found = Measured(optimizer.max_norm or 0.0, inverse)
         works = self.works()
         users = collections.Counter(id(work.bucket.staging) for work in works)
         try:
             for work, measure in zip(works, measures, strict=True):
-                norms, overflow = work.bucket.measure(measure, work, grads, inverse)
-                found.norms.append(norms)
-                found.overflows.append(overflow)
+                found.take(work, measure, grads)
                 if users[id(work.bucket.staging)] > 1:
-                    work.bucket.device.after((norms, overflow))  # another bucket's gradients are gathered there next
+                    found.wait()  # another bucket's gradients are gathered there next
             return found
         except BaseException:
-            self._wait(found)
+            found.wait()
             raise
 
     def agree(self, optimizer: Any, meshes: list[Any], found: Measured | None) -> None:
@@ -341,7 +343,7 @@ class Plan:
         if found is None:
             processes.agree(meshes, optimizer)
         else:
-            self._wait(found)
+            found.wait()
             found.agree(optimizer, meshes, self.buckets)
 
     def update(
@@ -351,7 +353,7 @@ class Plan:
         numbers: Numbers,
         measured: Measured | None,
         added: Mapping[str, float] | None,
-    ) -> tuple[Tensor | None, bool]:
+    ) -> tuple[Tensor | None, bool | Pending]:
         """Step the parameters; returns the norm of their gradients, if it was measured, and whether nothing changed."""
         updates = self.programs(optimizer).updates
         results: list[tuple[Work, list[Any], Scalars]] = []
@@ -363,7 +365,7 @@ class Plan:
                     results.append((work, *work.bucket.step(update, work, numbers, grads, found, optimizer.ema, added)))
         finally:
             if measured is not None:
-                self._wait(measured)
+                measured.wait()
         if added is not None and not self.averages:
             results += sums.followed(works, numbers, added, finish=measured is None)
         if self.rent:
@@ -373,16 +375,15 @@ class Plan:
         if measured is None:
             return None, False
         first, (norm, found_inf), _ = results[0]
-        skipped = bool(found_inf)
+        device, steps = first.bucket.device, [(work, scalars) for work, _, scalars in results]
+        norm = device.tensor(norm).clone()
+        if optimizer.grad_scale is not None and device.asynchronous:
+            return norm, Pending.finishing(device.tensor(found_inf), device, steps)
+        skipped = optimizer.grad_scale is not None and bool(found_inf)
         if not skipped:
-            for work, _, scalars in results:
+            for work, scalars in steps:
                 work.bucket.finish(work, scalars)
-        return first.bucket.device.tensor(norm).clone(), skipped
-
-    def _wait(self, measured: Measured) -> None:
-        """Wait for the programs that read gradients, before torch may write to those."""
-        for device in self.devices:
-            device.after((measured.norms, measured.overflows))
+        return norm, skipped
 
     def works(self) -> list[Work]:
         assert self.turn is not None, "begin comes before a step"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from interop.dropin.host import own_settings
 from interop.dropin.leaf import EMA
 from interop.dropin.slots import shape_of_slot, slot_shapes
 from interop.dropin.whole import Whole
-from interop.memory import Buffer, Device
+from interop.memory import Buffer, Device, Table
 from jopt import numerics as t
 from jopt.around.clip import clip_factor, total_norm
 from jopt.leaf import leaf_sums, leaf_terms, step_leaf, step_leaves
@@ -135,8 +134,6 @@ class Update:
         self.columns = spec.columns + (("factor", "inverse_scale", "found_inf") if norms else ())
         self.separates = spec.device.fuses_outputs
         self.__name__ = "update"
-        if not self.separates:
-            _warn_slow()
 
     def arguments(self) -> tuple[Any, ...]:
         """What it takes, in shapes and types."""
@@ -326,21 +323,35 @@ def compile_on(device: Device, f: Any, *arguments: Any, **options: Any) -> Any:
     """A function compiled for a device, inside `own_settings`.
 
     It takes what it does not read too: JAX gives a donated array to the next result of its shape and type, which is the
-    one of its own place only if none is left out.
+    one of its own place only if none is left out. And behind all it takes what orders it.
     """
-    lowered = jax.jit(f, keep_unused=True, **options).lower(*arguments)
+
+    @functools.wraps(f, updated=())
+    def ordered(*arguments: Any) -> Any:
+        return f(*arguments[:-1])
+
+    lowered = jax.jit(ordered, keep_unused=True, **options).lower(*arguments, device.along)
     with device.compiling():
-        return lowered.compile()
+        return Program(device, lowered.compile())
 
 
-@functools.cache
-def _warn_slow() -> None:
-    warnings.warn(
-        "interop.optim: this JAX does not take the option that lets XLA on CPU compute several outputs in one loop, "
-        "which costs a step half its speed; call jopt.enable_multi_output_fusion() before the first use of JAX",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+class Program:
+    """What was compiled for a device.
+
+    A call is a launch: it sees what torch has written before, and tables as they are.
+
+    Attributes:
+      compiled: as JAX gives it.
+    """
+
+    __slots__ = ("_device", "compiled")
+
+    def __init__(self, device: Device, compiled: Any):
+        self._device, self.compiled = device, compiled
+
+    def __call__(self, *arguments: Any) -> Any:
+        given = [x.array() if isinstance(x, Table) else x for x in arguments]
+        return self.compiled(*given, self._device.before())
 
 
 def launch(device: Device, program: Any, buffers: Sequence[Buffer], *arguments: Any) -> list[Any]:
@@ -349,6 +360,10 @@ def launch(device: Device, program: Any, buffers: Sequence[Buffer], *arguments: 
     It returns the buffers, and after them what this returns. They are donated, so that an exception between the
     call and the taking of its results would lose the memory that torch sees.
     """
-    out = program([buffer.array for buffer in buffers], *arguments)
+    try:
+        out = program([buffer.array for buffer in buffers], *arguments)
+    except BaseException:
+        device.recover(buffers)
+        raise
     device.replace(buffers, out[: len(buffers)])
     return out

@@ -53,6 +53,10 @@ class Gradients(ABC):
     def of_big(self, work: Work) -> list[Any]:
         """Those of its big leaves, flat; None for a leaf without."""
 
+    def tensors(self, work: Work) -> list[Tensor | None]:
+        """Those of its leaves as torch has them."""
+        raise NotImplementedError
+
     @abstractmethod
     def gather(self, work: Work) -> None:
         """Copy those of its small leaves to `work.small_views`."""
@@ -120,6 +124,9 @@ class ListedGradients(Gradients):
             grads = [None if x is None else _dense(x) for x in grads]
             self._dense += [x for x in grads if x is not None]
         return work.bucket.device.elements(grads, work.bucket.dtype)
+
+    def tensors(self, work: Work) -> list[Tensor | None]:
+        return [None if i is None else self._grads[i] for i in work.leaf_places]
 
     def gather(self, work: Work) -> None:
         if work.small_views:

@@ -100,7 +100,6 @@ def _by_program(
     compiled = _compile(device, rule, tuple(b.array.dtype for b in buffers), tuple(c), buffers[0].array.size)
     compute = numerics.widest(b.array.dtype for b in buffers)
     with host.SignalsWait(), host.settings():
-        device.before()
         device.after(program.launch(device, compiled, buffers, np.array(list(c.values())).astype(compute)))
     return views
 

@@ -13,7 +13,7 @@ from interop.dropin.leaf import EMA
 from interop.dropin.slots import code_slots
 from interop.dropin.whole import slot_placement
 from interop.memory import Device, check
-from interop.memory.tensors import DTYPES
+from interop.memory.tensors import DTYPES, is_of_processes
 from jopt.rule import Rule, is_number
 
 
@@ -61,6 +61,22 @@ class KeepsWideState:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def placed(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict with the step counts where torch keeps them.
+
+    With `capturable` or `fused` that is on the parameter's device. Here they are always the host's.
+    """
+    params = parameters(optimizer)
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    beside = [bool(g.get("capturable") or g.get("fused")) for g in state_dict["param_groups"] for _ in g["params"]]
+    for i, p, is_beside in zip(ids, params, beside, strict=True):
+        state = state_dict["state"].get(i)
+        count = state.get("step") if isinstance(state, dict) else None
+        if is_beside and isinstance(count, Tensor) and count.device != p.device:
+            state_dict["state"][i] = {**state, "step": count.to(p.device)}
+    return state_dict
 
 
 def check_state(
@@ -113,7 +129,7 @@ def is_shared(value: Any) -> bool:
     """Whether a state tensor stays where it is: in memory of other processes too."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:  # a sparse one has no storage to ask
         return False
-    return dtensor.placement(value) is None and value.is_shared()
+    return dtensor.placement(value) is None and is_of_processes(value)
 
 
 def state_dtypes(

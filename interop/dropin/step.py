@@ -26,7 +26,8 @@ from interop.dropin import formats, host, options, processes, program, sums
 from interop.dropin.groups import Groups, parameters
 from interop.dropin.measured import measures
 from interop.dropin.plan import Plan, plan_for
-from interop.dropin.state import KeepsWideState
+from interop.dropin.skipping import Pending
+from interop.dropin.state import KeepsWideState, placed
 from jopt.rule import Rule
 
 L = TypeVar("L")  # a loss
@@ -41,6 +42,7 @@ AROUND = tuple(
 
 def step(optimizer: Any) -> None:
     """A step of `CompiledStep`."""
+    optimizer._around.settle()
     groups: Groups | None = optimizer._groups
     if groups is None or not groups.still_hold(optimizer):
         groups = optimizer._groups = Groups(optimizer)
@@ -67,7 +69,7 @@ def step(optimizer: Any) -> None:
                 plan.agree(optimizer, meshes, measured)
             added = sums.of_all(plan, optimizer, meshes, grads, groups.numbers, measured)
             norm, skipped = plan.update(optimizer, grads, groups.numbers, measured, added)
-    optimizer._around.grad_norm, optimizer._around.skipped = norm, skipped
+    optimizer._around.found(norm, skipped)
 
 
 def _meshes(optimizer: Any) -> list[Any]:
@@ -203,7 +205,21 @@ class Around:
     grad_scale: Tensor | None = None
     grad_norm: Tensor | None = None
     skipped: bool = False
+    pending: Pending | None = None  # the last step, if the host does not know yet whether it was skipped
     compared: bool = False  # with what other processes step
+
+    def found(self, norm: Tensor | None, skipped: bool | Pending) -> None:
+        """Keep what a step found."""
+        self.grad_norm = norm
+        if isinstance(skipped, Pending):
+            self.pending = skipped
+        else:
+            self.skipped = skipped
+
+    def settle(self) -> None:
+        """Wait for what is not known yet."""
+        if self.pending is not None:
+            self.skipped, self.pending = self.pending.settle(), None
 
 
 class CompiledStep(Stepped):
@@ -243,6 +259,7 @@ class CompiledStep(Stepped):
     @property
     def skipped(self) -> bool:
         """Whether the last step changed nothing, for an unscaled gradient was not finite."""
+        self._around.settle()
         return self._around.skipped
 
     @property
@@ -299,7 +316,13 @@ class CompiledStep(Stepped):
     def ema(self, value: float | None) -> None:
         self._around.ema = _number("ema", value, lambda x: 0 <= x <= 1, "a decay between 0 and 1, or None")
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+        self._around.settle()
+        return placed(self, super().state_dict())  # type: ignore[misc]
+
     def __getstate__(self) -> dict[str, Any]:
+        self._around.settle()
         return {**super().__getstate__(), "_around": Around(self.max_norm, self.ema, self._around.state_dtype)}  # type: ignore[misc]
 
     @property

@@ -6,27 +6,52 @@ that a program writes in place and torch sees. A device is one file; `DEVICES` n
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from interop.memory.cpu import Cpu
-from interop.memory.device import Buffer, Device, Freed, Staging, Table
+from interop.memory.device import Buffer, Device, Freed, Staging, Table, number_array
 from interop.memory.tensors import check_class, check_dense, check_dtype, elsewhere
 
-__all__ = ["DEVICES", "HOST", "Buffer", "Device", "Freed", "Staging", "Table", "check", "check_parameter"]
+__all__ = [
+    "DEVICES",
+    "HOST",
+    "Buffer",
+    "Device",
+    "Freed",
+    "Staging",
+    "Table",
+    "check",
+    "check_parameter",
+    "device_of",
+    "number_array",
+]
 
 HOST = Cpu()
 """The memory in which values cross between torch and JAX."""
 
-DEVICES: dict[str, Device] = {HOST.torch_device.type: HOST}
-"""What steps the tensors of a type of device, as torch names it."""
+DEVICES: dict[torch.device, Device] = {HOST.torch_device: HOST}
+"""What steps the tensors of a device, as far as that is known already."""
+
+
+def device_of(x: torch.device) -> Device | None:
+    """What steps the tensors of a device; None if nothing does."""
+    found = DEVICES.get(x)
+    if found is None and x.type == "cuda":
+        from interop.memory.cuda import cuda
+
+        found = cuda(x.index)
+        if found is not None:
+            DEVICES[x] = found
+    return found
 
 
 def check(name: str, x: Tensor) -> Device:
     """The device that a tensor lies on. TypeError, naming the tensor, unless that can be stepped, dense and plain."""
     check_class(name, x, "take its local tensor (for a DTensor, .to_local())")
     check_dense(name, x)
-    if (found := DEVICES.get(x.device.type)) is None:
-        raise TypeError(f"{name}: expected a tensor in CPU memory, found {elsewhere(x.device)}")
+    if (found := device_of(x.device)) is None:
+        raise TypeError(f"{name}: expected a tensor in CPU memory or on a GPU, found {elsewhere(x.device)}")
     return found
 
 
@@ -35,4 +60,5 @@ def check_parameter(name: str, x: Tensor) -> Device:
     check_class(name, x, "keep the parameter whole and plain, as DistributedDataParallel does")
     found = check(name, x)
     check_dtype(name, x)
+    found.check()
     return found

@@ -15,6 +15,7 @@ import math
 import mmap
 import operator
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +145,12 @@ class Cpu(device.Device):
 
         return EAGER
 
+    def check(self) -> None:
+        """A step can be taken at any time."""
+
+    def recover(self, buffers: Sequence[Any]) -> None:
+        """Programs of the host do not raise after they have taken their buffers."""
+
     def begin(self) -> None:
         """End the threads of torch's OpenMP: after a parallel loop they spin, on the processors that XLA needs.
 
@@ -154,13 +161,17 @@ class Cpu(device.Device):
 
     @property
     def fuses_outputs(self) -> bool:
-        return fuses_outputs(own=True, device=_compat.own_cpu_device(serial=True))
+        found = fuses_outputs(own=True, device=_compat.own_cpu_device(serial=True))
+        if not found:
+            _warn_slow()
+        return found
 
     def compiling(self) -> contextlib.AbstractContextManager[Any]:
         return multi_output_fusion()
 
-    def before(self) -> None:
+    def before(self) -> tuple[()]:
         """torch's operations are over when their call returns."""
+        return ()
 
     def after(self, results: Any) -> None:
         jax.block_until_ready(results)
@@ -224,6 +235,13 @@ class Cpu(device.Device):
         array = self.put(x)
         return array if not x.size or array.unsafe_buffer_pointer() == x.ctypes.data else x
 
+    def shown(self, x: Array) -> Tensor:
+        return self.tensor(x)
+
+    def array(self, x: Tensor) -> Array:
+        x = x.detach().contiguous()
+        return self.put(x.view(-1).view(torch.uint8).numpy().view(tensors.numpy_dtype(x.dtype)).reshape(x.shape))
+
     def tensor(self, x: Array) -> Tensor:
         return values.array_to_torch("x", x, copy=None)
 
@@ -254,18 +272,19 @@ def _elements_at(address: int, size: int, dtype: np.dtype) -> _Elements:
     return _Elements(np.frombuffer(memory_at(address, size, dtype), dtype, size))
 
 
-def check_memory(address: int, size: int) -> None:
-    """Raise RuntimeError for a gradient without values."""
-    if size and not address:
-        raise RuntimeError(
-            "expected a gradient with its values in memory, found one without: its storage was freed by resize_(0), or "
-            "never there; assign one that has values, or None"
-        )
+@functools.cache
+def _warn_slow() -> None:
+    warnings.warn(
+        "interop.optim: this JAX does not take the option that lets XLA on CPU compute several outputs in one loop, "
+        "which costs a step half its speed; call jopt.enable_multi_output_fusion() before the first use of JAX",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def memory_at(address: int, size: int, dtype: np.dtype) -> Any:
     """A gradient's memory; RuntimeError if it has none."""
-    check_memory(address, size)
+    tensors.check_values(address, size)
     return (ctypes.c_char * (size * dtype.itemsize)).from_address(address)
 
 

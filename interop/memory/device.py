@@ -5,13 +5,16 @@ fixed addresses, as parameters and state. Each side may work after its call has 
 rules, and `Device.before` and `Device.after` are where a device keeps them:
 
     torch writes, `before`, the launch, `after`, torch reads or writes
+
+Every launch begins with `before` (program.py), so only `after` can be forgotten.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -75,8 +78,8 @@ class Freed:
 class Device(ABC):
     """The memory of a kind of device, and the order of what is done to it."""
 
-    torch_device: ClassVar[torch.device]
-    """Where torch has its tensors; another of the same type is another device of this kind."""
+    torch_device: torch.device
+    """Where torch has its tensors."""
 
     row: ClassVar[int] = ROW
     """Small tensors share buffers, each from a multiple of so many elements on."""
@@ -89,6 +92,15 @@ class Device(ABC):
 
     uses_torch: ClassVar[bool] = False
     """Whether torch's operations take the place of programs: arrays then are tensors."""
+
+    asynchronous: ClassVar[bool] = False
+    """Whether programs and torch's operations are still to run when their calls return: the host does not wait."""
+
+    measures_by_torch: ClassVar[bool] = False
+    """Whether torch's operations take the norms of gradients."""
+
+    reads_addresses: ClassVar[bool] = True
+    """Whether `elements_at` is there, so that the reader in C++ can serve."""
 
     # --- programs
 
@@ -116,9 +128,14 @@ class Device(ABC):
         """The context in which its programs are compiled."""
         return contextlib.nullcontext()
 
+    @property
+    def along(self) -> Any:
+        """The shape and type of what `before` gives: a tree, empty if that is nothing."""
+        return ()
+
     @abstractmethod
-    def before(self) -> None:
-        """Let the programs that are launched next see all that torch has written."""
+    def before(self) -> Any:
+        """Let the program that is launched next see all that torch has written; it takes this along for that."""
 
     @abstractmethod
     def after(self, results: Any) -> None:
@@ -134,8 +151,12 @@ class Device(ABC):
         return None
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise RuntimeError where a step cannot be taken now."""
+
+    @abstractmethod
     def begin(self) -> None:
-        """A step begins."""
+        """A step begins. Raises as `check`."""
 
     # --- memory for programs
 
@@ -143,9 +164,17 @@ class Device(ABC):
     def buffer(self, shape: int | tuple[int, ...], dtype: np.dtype) -> Buffer:
         """Zeros that programs write in place."""
 
+    def adopt(self, x: Tensor, dtype: np.dtype) -> Buffer | None:
+        """A buffer in the memory of a tensor, flat; None if programs cannot write there."""
+        return None
+
     @abstractmethod
     def replace(self, buffers: Sequence[Buffer], results: Sequence[Array]) -> None:
         """Put what a program returned for the buffers into them, so that their views show it."""
+
+    @abstractmethod
+    def recover(self, buffers: Sequence[Buffer]) -> None:
+        """After a launch that raised: let programs take the buffers again."""
 
     @abstractmethod
     def staging(self, size: int, dtype: np.dtype) -> Staging:
@@ -173,6 +202,18 @@ class Device(ABC):
     def elements_at(self, places: Sequence[tuple[int, int] | None], dtype: np.dtype) -> list[Any]:
         """`elements` of tensors of which the addresses and sizes are known."""
 
+    def later(self, flag: Tensor) -> Callable[[], bool]:
+        """What a flag will be: for the host, which waits for it only as it asks."""
+        return lambda: bool(flag)
+
+    @abstractmethod
+    def shown(self, x: Array) -> Tensor:
+        """The memory of a buffer's array."""
+
+    @abstractmethod
+    def array(self, x: Tensor) -> Array:
+        """A tensor's values as an array, which may share its memory, and keeps that; never to be donated."""
+
     @abstractmethod
     def tensor(self, x: Array) -> Tensor:
         """A program's result as a tensor, which may share its memory, after `after`."""
@@ -180,3 +221,9 @@ class Device(ABC):
     def freeing(self, total: int) -> Freed:
         """To be told of each part of so many bytes that torch frees."""
         return Freed()
+
+
+@functools.lru_cache(maxsize=64)
+def number_array(device: Device, x: float, dtype: np.dtype) -> Array:
+    """A number as programs take it."""
+    return device.put(np.asarray(x, dtype))

@@ -30,6 +30,18 @@ STATE_DTYPES = DTYPES | {torch.uint8: np.dtype(np.uint8)}
 TORCH_DTYPES = {dtype: found for found, dtype in DTYPES.items()}
 
 
+@functools.cache
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """JAX's type of the same name."""
+    return jnp.dtype(str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def torch_dtype(dtype: np.dtype) -> torch.dtype:
+    """torch's type of the same name."""
+    return getattr(torch, dtype.name)
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether its memory is its own and torch's operations are: of torch.Tensor, or a subclass that leaves both be."""
     return type(x) in (Tensor, torch.nn.Parameter) or _leaves_torch_be(type(x))
@@ -77,12 +89,27 @@ def in_type_of(name: str, grad: Tensor, dtype: torch.dtype) -> Tensor:
 def elsewhere(device: torch.device) -> str:
     """How messages call a device that is not stepped, with what to do."""
     if device.type == "cuda":
-        if not any(d.platform == "gpu" for d in jax.devices()):
+        found = jax.devices()
+        if any(x.platform == "gpu" for x in found):
             return (
-                f"{device}, and JAX has no CUDA here (its devices: {jax.devices()}); install jax[cuda], or use .cpu()"
+                f"{device}, and JAX has {found} in this process; let both see the same GPUs, by CUDA_VISIBLE_DEVICES "
+                "or jax_cuda_visible_devices, before JAX's first use"
             )
-        return f"{device}; tensors on CUDA are not taken yet; use .cpu()"
+        major = (torch.version.cuda or "12").partition(".")[0]
+        return (
+            f"{device}, and JAX has no CUDA here (its devices: {found}); pip install 'jax[cuda{major}]', of torch's "
+            f"CUDA {torch.version.cuda}, or use .cpu()"
+        )
     return f"{device}; use .cpu()" if device.type != "meta" else "the meta device, which holds no values"
+
+
+def check_values(address: int, size: int) -> None:
+    """Raise RuntimeError for a gradient of so many elements without values."""
+    if size and not address:
+        raise RuntimeError(
+            "expected a gradient with its values in memory, found one without: its storage was freed by resize_(0), or "
+            "never there; assign one that has values, or None"
+        )
 
 
 # --- where they lie ----------------------------------------------------------------------------------
@@ -114,19 +141,25 @@ def owned(x: Tensor, owner: Any) -> Tensor:
     return x
 
 
+def is_of_processes(x: Tensor) -> bool:
+    """Whether other processes may see its memory. torch says so of all tensors on a GPU, of which it cannot tell."""
+    return not x.is_cuda and x.is_shared()
+
+
 def may_move(x: Tensor, owner: Any) -> bool:
     """Whether nothing but `x` refers to its memory and `x` covers it, so that it may live elsewhere.
 
     Memory that is not torch's own (NumPy's, a file's, a shared block) has other owners, which no count shows; its
     storage cannot be resized. Neither can a buffer's: what lives in one may move if its owner is this one, or gone.
     """
-    if not x.is_contiguous() or x.storage_offset() or x.is_shared():
+    if not x.is_contiguous() or x.storage_offset() or is_of_processes(x):
         return False
     storage = x.untyped_storage()
-    if not storage.resizable():
-        before = getattr(storage, _OWNER, None)
-        if before is None or before() not in (None, owner):
-            return False
+    before = getattr(storage, _OWNER, None)
+    if before is None and not storage.resizable():
+        return False
+    if before is not None and before() not in (None, owner):
+        return False
     return storage.nbytes() == x.numel() * x.element_size() and is_alone(x)
 
 

@@ -17,9 +17,8 @@ import torch
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from torch import Tensor
 
-from interop.dropin.bucket import number_array
 from interop.dropin.groups import as_number
-from interop.memory import HOST, Device
+from interop.memory import HOST, Device, number_array
 from interop.memory.values import to_jax, to_torch
 from interop.wrapping.elsewhere import Elsewhere, number_of
 from interop.wrapping.held import Held

@@ -125,13 +125,11 @@ class Held:
         if not program.calls_back:
             with SignalsWait():
                 with settings():
-                    self.device.before()
                     out = launch(self.device, program.run, buffers, *arguments)
                     self.device.after(out)
                 finish(out[len(buffers) :])
             return
-        self.device.before()
-        copies = [self.device.put(np.array(place.buffer.array)) for place in self.params]
+        copies = [self.device.array(place.view.clone()) for place in self.params]
         results = program.run([*copies, *(place.buffer.array for place in self.state)], *arguments)
         jax.block_until_ready(results)
         with SignalsWait():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +15,8 @@ import optax
 import torch
 from torch import Tensor
 
-from interop.memory import DEVICES, HOST
-from interop.memory.tensors import DTYPES
-from interop.memory.values import to_torch
+from interop.memory import HOST, Device, device_of
+from interop.memory.tensors import DTYPES, torch_dtype
 from jopt.arena import path_name
 
 NAMES = {"learning_rate": "lr"}  # optax's names of hyperparameters -> torch's
@@ -60,7 +58,7 @@ class Layout:
 
     def __init__(self, tx: optax.GradientTransformation, names: Sequence[str], params: Sequence[Tensor]):
         self._seen = _look(params)
-        device = DEVICES[params[0].device.type] if params else HOST
+        device = _device(params)
         self.device = device.of_size(sum(x.numel() for x in params))
         self.specs = [jax.ShapeDtypeStruct(tuple(x.shape), DTYPES[x.dtype]) for x in params]
         self.by_dtype: dict[np.dtype, list[int]] = {}
@@ -106,9 +104,25 @@ class Layout:
         return self._treedef.unflatten(found)
 
 
+def _device(params: Sequence[Tensor]) -> Device:
+    """The one device that they lie on."""
+    found = list(dict.fromkeys(x.device for x in params))
+    if len(found) > 1:
+        raise TypeError(
+            f"params: expected the parameters of a group on one device, found {found}; give each device a group of its "
+            "own"
+        )
+    return (device_of(found[0]) if found else None) or HOST
+
+
 def _look(params: Sequence[Tensor]) -> Any:
     dtypes = list(map(_dtype_of, params))
-    return list(map(_shape_of, params)), dtypes, is_wide(dtypes) or jax.config.read("jax_enable_x64")
+    return (
+        list(map(_shape_of, params)),
+        dtypes,
+        list(map(_device_of, params)),
+        is_wide(dtypes) or jax.config.read("jax_enable_x64"),
+    )
 
 
 def is_wide(dtypes: Iterable[torch.dtype]) -> bool:
@@ -119,7 +133,7 @@ def is_wide(dtypes: Iterable[torch.dtype]) -> bool:
 _WIDE = frozenset((torch.float64, torch.complex128))
 
 
-_shape_of, _dtype_of = map(operator.attrgetter, ("shape", "dtype"))
+_shape_of, _dtype_of, _device_of = map(operator.attrgetter, ("shape", "dtype", "device"))
 
 
 def _leaves(state: Any, names: set[str]) -> Iterator[Leaf]:
@@ -150,13 +164,8 @@ def _leaves(state: Any, names: set[str]) -> Iterator[Leaf]:
 def _leaf(path: Any, owner: str | None, x: Any, hyperparameter: str | None = None, scheduled: bool = False) -> Leaf:
     x = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
     dtype = np.dtype(x.dtype)
-    return Leaf(path_name(path), owner, tuple(x.shape), dtype, _torch_dtype(dtype), hyperparameter, scheduled)
+    return Leaf(path_name(path), owner, tuple(x.shape), dtype, torch_dtype(dtype), hyperparameter, scheduled)
 
 
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-@functools.cache
-def _torch_dtype(dtype: np.dtype) -> torch.dtype:
-    return to_torch(jnp.zeros((), dtype)).dtype

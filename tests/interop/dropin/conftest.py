@@ -7,18 +7,26 @@ import inspect
 
 import pytest
 
+# As on a GPU, as far as that goes without one.
+OWNED = pytest.param("torch's memory", marks=pytest.mark.slow)
+
 
 def pytest_generate_tests(metafunc):
     if "stepped_by" in metafunc.fixturenames and "stepped_by" not in vars(metafunc.module):
         starts_a_process = "subprocess_run(" in inspect.getsource(metafunc.function)
-        ways = ["operations"] if starts_a_process else ["operations", "programs"]
+        ways = ["operations"] if starts_a_process else ["operations", "programs", OWNED]
         metafunc.parametrize("stepped_by", ways, indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def stepped_by(request, monkeypatch):
     eager = pytest.importorskip("interop.dropin.eager", reason="the drop-in is for torch")
-    if request.param == "programs":
+    if request.param == "torch's memory":
+        from interop import memory
+        from tests.interop.memory.owned import OnCpu
+
+        monkeypatch.setitem(memory.DEVICES, memory.HOST.torch_device, OnCpu())
+    if request.param != "operations":
         monkeypatch.setattr(eager, "ROOM", -1)
         monkeypatch.setattr(eager, "RENT", 0)
     return request.param

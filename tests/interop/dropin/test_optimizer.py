@@ -272,7 +272,7 @@ def test_state_views_stay_live_and_in_place():
 def test_the_program_aliases_every_buffer_and_makes_no_array():
     _model, opt = trained()
     (bucket,), (update,) = opt._plan.buckets, opt._plan._compiled[False, False].updates
-    memory = update.memory_analysis()
+    memory = update.compiled.memory_analysis()
     assert memory.alias_size_in_bytes == sum(b.array.nbytes for b in bucket.buffers)
     # Coefficients: a vector for each row of the shared buffers, a few numbers for each leaf.
     coefficients = 4 * len(bucket.spec.columns) * (bucket.spec.rows + len(bucket.leaves))

@@ -419,7 +419,7 @@ def test_two_programs_ten_passes_and_no_array():
     (bucket,) = opt._plan.buckets
     (measure,), _, (update,) = opt._plan._compiled[True, True]
     n = sum(leaf.size for leaf in bucket.big) + bucket.layout.size
-    first, second = measure.memory_analysis(), update.memory_analysis()
+    first, second = measure.compiled.memory_analysis(), update.compiled.memory_analysis()
     moved = [m.argument_size_in_bytes + m.output_size_in_bytes for m in (first, second)]
     assert sum(moved) <= 10.1 * 4 * n
     assert second.alias_size_in_bytes == 4 * 4 * n
@@ -428,7 +428,7 @@ def test_two_programs_ten_passes_and_no_array():
     squares = 4 * 1.1 * max(leaf.size for leaf in bucket.big) if JAX < (0, 10) else 0
     assert first.temp_size_in_bytes <= 2 * 4 * bucket.layout.size + squares + 4096
     assert second.temp_size_in_bytes <= 2 * 4 * (len(bucket.spec.columns) + 3) * (bucket.spec.rows + 4) + 4096
-    text = update.as_text()
+    text = update.compiled.as_text()
     entry = text[text.index("ENTRY") :]
     for leaf in {leaf.size for leaf in bucket.big}:
         loops = [

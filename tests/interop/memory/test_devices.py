@@ -22,6 +22,8 @@ from interop.memory import device, tensors, values  # noqa: E402
 from jopt._compat import enable_x64  # noqa: E402
 from tests import cases  # noqa: E402
 
+CPU = torch.device("cpu")
+
 
 def put(x):
     """A copy that JAX owns."""
@@ -31,14 +33,14 @@ def put(x):
 
 class Buffer(device.Buffer):
     def __init__(self, owner, shape, dtype):
-        self.owner, self.seen = owner, np.zeros(shape, dtype)  # by torch
-        self.of_programs, self.pending = None, None
+        self.seen = np.zeros(shape, dtype)  # by torch
+        self.of_programs = memory.cpu.aligned_zeros(int(np.prod(shape)), dtype).reshape(shape)
+        self.pending = None
+        self.take_back()
         owner.buffers.add(self)
 
-    @property
-    def array(self):
-        assert self.owner.is_ready, "a buffer is given to a program without `before`"
-        return self.of_programs
+    def take_back(self):
+        self.array = memory.HOST.of_size(0).alias(self.of_programs)
 
     def view(self, dtype, shape, offset=0):
         return tensors.view(self.seen.reshape(-1).view(np.uint8), dtype, shape, offset)
@@ -73,7 +75,12 @@ class Apart(device.Device):
     def __init__(self):
         self.calls = collections.Counter()
         self.buffers, self.stagings = weakref.WeakSet(), weakref.WeakSet()
-        self.is_ready = False
+
+    def check(self):
+        self.calls["check"] += 1
+
+    def recover(self, buffers):
+        self.calls["recover"] += 1
 
     def begin(self):
         self.calls["begin"] += 1
@@ -82,10 +89,10 @@ class Apart(device.Device):
         self.calls["before"] += 1
         assert not any(x.pending is not None for x in self.buffers), "a launch was not followed by `after`"
         for x in self.buffers:
-            x.of_programs = put(x.seen)
+            x.of_programs[...] = x.seen
         for x in self.stagings:
             x.of_programs[:] = x.seen
-        self.is_ready = True
+        return ()
 
     def after(self, results):
         self.calls["after"] += 1
@@ -94,7 +101,6 @@ class Apart(device.Device):
             if x.pending is not None:
                 x.seen[...] = np.asarray(x.pending)
                 x.pending = None
-        self.is_ready = False
 
     def buffer(self, shape, dtype):
         self.calls["buffer"] += 1
@@ -104,6 +110,7 @@ class Apart(device.Device):
         self.calls["replace"] += 1
         for x, result in zip(buffers, results, strict=True):
             x.pending = result
+            x.take_back()
 
     def staging(self, size, dtype):
         self.calls["staging"] += 1
@@ -128,6 +135,13 @@ class Apart(device.Device):
     def elements_at(self, places, dtype):
         raise AssertionError("only the reader in C++ asks for it, which is off")
 
+    def shown(self, x):
+        raise AssertionError("only what processes have parts of is shown")
+
+    def array(self, x):
+        self.calls["array"] += 1
+        return put(x.numpy())
+
     def tensor(self, x):
         self.calls["tensor"] += 1
         return values.to_torch(x)
@@ -135,7 +149,7 @@ class Apart(device.Device):
 
 @pytest.fixture
 def apart(monkeypatch):
-    monkeypatch.setitem(memory.DEVICES, "cpu", found := Apart())
+    monkeypatch.setitem(memory.DEVICES, CPU, found := Apart())
     return found
 
 
@@ -183,7 +197,7 @@ def test_a_second_device_steps_as_the_first(apart, monkeypatch, case, extras):
     assert {bucket.device for bucket in optimizer._plan.buckets} == {apart}
     assert set(launches) == {apart}
     n, calls = len(launches), apart.calls.copy()
-    monkeypatch.setitem(memory.DEVICES, "cpu", memory.HOST)
+    monkeypatch.setitem(memory.DEVICES, CPU, memory.HOST)
     expected, _ = train(case, extras)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -200,9 +214,9 @@ def test_an_order_that_is_not_kept_is_noticed(apart, monkeypatch, forgotten):
     case = next(c for c in cases.TORCH_CASES if c.id == "adamw")
     expected, _ = train(case, extras=False)
     other = Apart()
-    monkeypatch.setitem(memory.DEVICES, "cpu", other)
+    monkeypatch.setitem(memory.DEVICES, CPU, other)
     kept = getattr(other, forgotten)
-    monkeypatch.setattr(other, forgotten, lambda *args: None if other.calls["replace"] > 2 else kept(*args))
+    monkeypatch.setattr(other, forgotten, lambda *args: () if other.calls["replace"] > 2 else kept(*args))
     try:
         found, _ = train(case, extras=False)
     except AssertionError as error:
@@ -211,20 +225,32 @@ def test_an_order_that_is_not_kept_is_noticed(apart, monkeypatch, forgotten):
         assert not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_several_devices_have_no_common_norm(apart, monkeypatch):
-    """A bucket is of one device; what looks at all gradients together asks for one."""
+@pytest.mark.parametrize("scaled", [False, True])
+def test_several_devices_have_one_norm(apart, monkeypatch, scaled):
+    """A bucket is of one device, and what is found in its gradients goes to the others."""
     p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    like = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     monkeypatch.setattr("interop.dropin.plan.check_parameter", lambda name, x: memory.HOST if x is p else apart)
-    for i, arguments in enumerate(({}, {"max_norm": 1.0})):
-        optimizer = optim.SGD([p, q], lr=0.5, **arguments)
-        p.grad, q.grad = torch.ones(3), torch.ones(3)
-        if i:
-            with pytest.raises(TypeError, match="one optimizer a device"):
-                optimizer.step()
-        else:
-            optimizer.step()
-    assert torch.equal(p, torch.full((3,), 0.5))
-    assert torch.equal(q, torch.full((3,), 0.5))
+    optimizer, expected = optim.SGD([p, q], lr=0.5, max_norm=1.0), torch.optim.SGD(like, lr=0.5)
+    scaler = amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for i in range(3):
+        for j, (x, y) in enumerate(zip((p, q), like, strict=True)):
+            y.grad = torch.full((3,), 1.0 + i + j)
+            x.grad = y.grad * (4.0 if scaled else 1.0)
+        if i == 2:
+            if scaled:
+                q.grad[0] = float("nan")
+            else:
+                break
+        elif not scaled or i < 2:
+            torch.nn.utils.clip_grad_norm_(like, 1.0)
+            expected.step()
+        scaler.step(optimizer) if scaled else optimizer.step()
+        assert optimizer.skipped == (i == 2)
+        scaler.update(4.0) if scaled else None
+        for x, y in zip((p, q), like, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
 
 
 def wrapped(tx, asks):
@@ -262,7 +288,7 @@ def test_wrapped_optimizers_step_on_a_second_device(apart, monkeypatch, name):
         }[name]()
         found = wrapped(tx, name == "lbfgs")
         calls = apart.calls.copy()
-        monkeypatch.setitem(memory.DEVICES, "cpu", memory.HOST)
+        monkeypatch.setitem(memory.DEVICES, CPU, memory.HOST)
         expected = wrapped(tx, name == "lbfgs")
     assert calls["replace"] == calls["begin"] == 5
     for a, b in zip(found, expected, strict=True):

@@ -909,7 +909,7 @@ def test_all_is_donated_and_nothing_as_large_is_made_beside_it(relaxed):
     optimizer = interop.wrap(optax.chain(optax.clip(1.0), optax.lion(1e-2)), params)
     stepped(optimizer, params)
     [program] = optimizer._groups[0]._programs.values()
-    found = program.run.memory_analysis()
+    found = program.run.compiled.memory_analysis()
     size = sum(p.nbytes for p in params)
     assert found.alias_size_in_bytes >= 2 * size
     assert found.temp_size_in_bytes <= 0.02 * size
