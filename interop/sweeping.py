@@ -135,7 +135,10 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
     for name, p in model.named_parameters():
-        check_parameter(name, p)
+        if check_parameter(name, p) is not HOST:
+            raise TypeError(
+                f"{name}: expected a parameter in CPU memory, where the runs are, found {p.device}; use .cpu()"
+            )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise ValueError(

@@ -6,10 +6,13 @@ that a program writes in place and torch sees. A device is one file; `DEVICES` n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from interop.memory.cpu import Cpu
+from interop.memory.cuda import cuda_device, share_memory
 from interop.memory.device import Buffer, Device, Freed, Staging, Table, number_array
 from interop.memory.tensors import check_class, check_dense, check_dtype, elsewhere
 
@@ -24,8 +27,11 @@ __all__ = [
     "check",
     "check_parameter",
     "device_of",
+    "device_with",
     "number_array",
 ]
+
+share_memory()
 
 HOST = Cpu()
 """The memory in which values cross between torch and JAX."""
@@ -38,12 +44,20 @@ def device_of(x: torch.device) -> Device | None:
     """What steps the tensors of a device; None if nothing does."""
     found = DEVICES.get(x)
     if found is None and x.type == "cuda":
-        from interop.memory.cuda import cuda
-
-        found = cuda(x.index)
+        found = cuda_device(x.index)
         if found is not None:
             DEVICES[x] = found
     return found
+
+
+def device_with(x: Any) -> Device | None:
+    """The device, apart from the host, that JAX knows by this; None if torch has none."""
+    for found in DEVICES.values():
+        if found.asynchronous and found.jax_device == x:
+            return found
+    if x.platform == "gpu" and torch.cuda.is_available():
+        return device_of(torch.device("cuda", x.local_hardware_id))
+    return None
 
 
 def check(name: str, x: Tensor) -> Device:

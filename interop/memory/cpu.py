@@ -238,6 +238,12 @@ class Cpu(device.Device):
     def shown(self, x: Array) -> Tensor:
         return self.tensor(x)
 
+    def sent(self, x: Tensor) -> Array:
+        return values.to_jax(x)
+
+    def received(self, x: Array) -> Tensor:
+        return values.to_torch(x)
+
     def array(self, x: Tensor) -> Array:
         x = x.detach().contiguous()
         return self.put(x.view(-1).view(torch.uint8).numpy().view(tensors.numpy_dtype(x.dtype)).reshape(x.shape))

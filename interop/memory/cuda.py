@@ -53,6 +53,9 @@ class Cuda(TorchOwned):
         with torch.cuda.device(self.torch_device):
             array.__dlpack__(stream=torch.cuda.current_stream().cuda_stream or 1)  # type: ignore[call-arg]
 
+    def finish(self) -> None:
+        torch.cuda.current_stream(self.torch_device).synchronize()
+
     def later(self, flag: Tensor) -> Callable[[], bool]:
         told = torch.empty((), dtype=torch.bool, pin_memory=True)
         told.copy_(flag, non_blocking=True)
@@ -89,7 +92,7 @@ class _Bytes:
 
 
 @functools.cache
-def cuda(index: int) -> Cuda | None:
+def cuda_device(index: int) -> Cuda | None:
     """The GPU that torch counts by this number; None if JAX does not have it."""
     _alone_under_torchrun(index)
     for found in jax_devices():
@@ -108,12 +111,13 @@ def jax_devices() -> list[Any]:
 
 def _alone_under_torchrun(index: int) -> None:
     """Let JAX see the process's own GPU alone: else each process would take memory of every one."""
-    if "LOCAL_RANK" in os.environ and not _compat.jax_has_started() and jax.config.jax_cuda_visible_devices == "all":  # type: ignore[attr-defined]
+    chosen = jax.config.read("jax_cuda_visible_devices") != "all"
+    if "LOCAL_RANK" in os.environ and not chosen and not _compat.jax_has_started():
         jax.config.update("jax_cuda_visible_devices", str(index))
 
 
 def share_memory() -> None:
     """Keep JAX from taking three quarters of each GPU's memory as it starts, which torch has to have."""
-    chosen = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_CLIENT_MEM_FRACTION")
-    if not any(name in os.environ for name in chosen):
+    chosen = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    if not any(name in os.environ for name in (*chosen, "XLA_CLIENT_MEM_FRACTION")):
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

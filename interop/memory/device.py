@@ -211,6 +211,14 @@ class Device(ABC):
         """The memory of a buffer's array."""
 
     @abstractmethod
+    def sent(self, x: Tensor) -> Array:
+        """A copy of a tensor that JAX owns, on `jax_device`."""
+
+    @abstractmethod
+    def received(self, x: Array) -> Tensor:
+        """A copy of JAX's array that torch owns."""
+
+    @abstractmethod
     def array(self, x: Tensor) -> Array:
         """A tensor's values as an array, which may share its memory, and keeps that; never to be donated."""
 

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
@@ -142,6 +143,10 @@ class TorchOwned(device.Device):
     @abstractmethod
     def wait(self, array: Array) -> None:
         """Let torch's current stream wait for an array."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait, on the host, for torch's current stream."""
 
     @abstractmethod
     def bytes_at(self, address: int, nbytes: int, owner: Any) -> Tensor:
@@ -273,13 +278,13 @@ class TorchOwned(device.Device):
     def elements_at(self, places: Sequence[tuple[int, int] | None], dtype: np.dtype) -> list[Any]:
         raise NotImplementedError("the reader in C++ reads the host's memory")
 
-    def array(self, x: Tensor, dtype: np.dtype | None = None) -> Array:
+    def array(self, x: Tensor, dtype: np.dtype | None = None, *, ordered: bool = False) -> Array:
         dtype = tensors.numpy_dtype(x.dtype) if dtype is None else dtype
         shape = tuple(x.shape) if dtype == tensors.numpy_dtype(x.dtype) else (x.nbytes // dtype.itemsize,)
         x = x.detach().resolve_conj().resolve_neg().contiguous()
         if x.data_ptr() % self.alignment:
             x = x.clone()
-        found = self.alias(x.data_ptr(), shape, dtype)
+        found = self.alias(x.data_ptr(), shape, dtype, ordered=ordered)
         weakref.finalize(found, _forget, x)
         return found
 
@@ -288,6 +293,18 @@ class TorchOwned(device.Device):
         if not x.size:
             return torch.empty(x.shape, dtype=dtype, device=self.torch_device)
         return self.bytes_at(x.unsafe_buffer_pointer(), x.nbytes, None).view(dtype).view(x.shape)
+
+    def sent(self, x: Tensor) -> Array:
+        with enable_x64(True), jax.transfer_guard("allow"):
+            copy = jnp.array(self.array(x, ordered=True), copy=True)
+        self.wait(copy)  # what torch frees it writes only after this
+        return copy
+
+    def received(self, x: Array) -> Tensor:
+        self.wait(x)
+        found = self.shown(x).clone()
+        self.finish()  # JAX may free what was read, at any time
+        return found
 
     def tensor(self, x: Array) -> Tensor:
         self._read.append(x)

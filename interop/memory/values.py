@@ -10,31 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
 from jax.core import Tracer
 from torch import Tensor
 
-from interop.memory.tensors import check_class, check_dense, elsewhere
-from jopt._compat import device
+import jopt._compat
+from interop import memory
+from interop.memory.tensors import numpy_dtype
 
 ALIGNMENT = 64  # bytes; what XLA on CPU needs to use memory without copying it
 
 _WIDE = (torch.int64, torch.uint64, torch.float64, torch.complex128)
 
 
-def check_tensor(name: str, x: Tensor) -> None:
-    """Raise TypeError unless `x` is a dense, plain tensor in CPU memory."""
-    check_class(name, x, "take its local tensor (for a DTensor, .to_local())")
-    check_dense(name, x)
-    if x.device.type != "cpu":
-        raise TypeError(f"{name}: expected a tensor in CPU memory, found {elsewhere(x.device)}")
-
-
 def to_jax(x: Any, *, copy: bool | None = True) -> Any:
-    """Every tensor of a tree as a JAX array on JAX's CPU device: `interop.to_jax` without modules."""
+    """Every tensor of a tree as a JAX array on its device: `interop.to_jax` without modules."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _tensor_to_jax("x" + jax.tree_util.keystr(path), leaf, copy), x
     )
@@ -43,13 +35,17 @@ def to_jax(x: Any, *, copy: bool | None = True) -> Any:
 def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch tensor, found {type(x).__name__}")
-    check_tensor(name, x)
+    device = memory.check(name, x)
     if x.dtype in _WIDE and not jax.config.read("jax_enable_x64"):
         raise TypeError(
             f"{name}: {x.dtype} would be narrowed to 32 bits while jax_enable_x64 is off; convert it first, "
             "labels by .int(), or turn that on: jax.config.update('jax_enable_x64', True)"
         )
     x = x.detach().resolve_conj().resolve_neg()
+    if device.asynchronous:
+        if copy is False:
+            raise ValueError(f"{name}: cannot share its memory with JAX: {_APART}; use copy=None or copy=True")
+        return device.sent(x)
     if not copy:
         reason = _cannot_share(x)
         if reason is None:
@@ -62,14 +58,16 @@ def _tensor_to_jax(name: str, x: Any, copy: bool | None) -> Array:
     x = x.clone(memory_format=torch.contiguous_format)
     try:
         return jax.dlpack.from_dlpack(x)
-    except BufferError:
+    except BufferError:  # DLPack did not carry types of eight bits before torch 2.10 and jax 0.8
         with jax.transfer_guard("allow"):
-            return jax.device_put(x.view(torch.uint8).numpy().view(_float8(x.dtype)), device("cpu"))
+            return jax.device_put(x.view(torch.uint8).numpy().view(numpy_dtype(x.dtype)), cpu_device())
 
 
-def _float8(dtype: torch.dtype) -> np.dtype:
-    """JAX's type of the same name: DLPack did not carry these before torch 2.10 and jax 0.8."""
-    return jnp.dtype(str(dtype).removeprefix("torch."))
+def cpu_device() -> Any:
+    return jopt._compat.device("cpu")
+
+
+_APART = "on a GPU each frees its own memory without waiting for the other"
 
 
 def _cannot_share(x: Tensor) -> str | None:
@@ -81,7 +79,7 @@ def _cannot_share(x: Tensor) -> str | None:
 
 
 def to_torch(x: Any, *, copy: bool | None = True) -> Any:
-    """Every JAX array of a tree as a tensor on the CPU: `interop.to_torch` without modules."""
+    """Every JAX array of a tree as a tensor: `interop.to_torch` without modules."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: array_to_torch("x" + jax.tree_util.keystr(path), leaf, copy), x
     )
@@ -91,10 +89,14 @@ def array_to_torch(name: str, x: Any, copy: bool | None) -> Tensor:
     if not isinstance(x, Array) or isinstance(x, Tracer):
         raise TypeError(f"{name}: expected a JAX array, found {type(x).__name__}")
     devices = x.devices()
+    if len(devices) == 1 and (device := memory.device_with(next(iter(devices)))) is not None:
+        if copy is False:
+            raise ValueError(f"{name}: cannot share its memory with torch: {_APART}; use copy=None or copy=True")
+        return device.received(x)
     if len(devices) > 1 or next(iter(devices)).platform != "cpu":
         if copy is False:
             raise ValueError(f"{name}: cannot share memory on {devices} with torch; use copy=None or copy=True")
-        x, copy = jax.device_put(x, device("cpu")), None
+        x, copy = jax.device_put(x, cpu_device()), None
     try:
         tensor = torch.from_dlpack(x)
     except Exception as error:

@@ -252,6 +252,8 @@ def _state_of(cls: TorchClass, rule: Rule, state: State, p: Tensor, leaf: JaxLea
     slots = {key: leaf.to_torch(x).contiguous() if x.shape == leaf.shape(p) else x for key, x in found.items()}
     if turned:
         slots = formats.adapted(rule, "int8", p, slots)
+    if not p.is_meta:
+        slots = {key: x.to(p.device) for key, x in slots.items()}
     return {key: x for key, x in kept.items() if key != "step" or cls.counts} | slots
 
 

@@ -58,7 +58,7 @@ def _from_bytes(x: Any, like: Tensor) -> Tensor:
 
 def _to_bytes(x: Tensor, like: Any) -> np.ndarray:
     flat = x.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().view(np.dtype(like.dtype)).reshape(x.shape).copy()
+    return flat.view(torch.uint8).cpu().numpy().view(np.dtype(like.dtype)).reshape(x.shape).copy()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,7 +18,7 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from torch import Tensor
 
 from interop.dropin.groups import as_number
-from interop.memory import HOST, Device, number_array
+from interop.memory import HOST, Device, device_of, number_array
 from interop.memory.values import to_jax, to_torch
 from interop.wrapping.elsewhere import Elsewhere, number_of
 from interop.wrapping.held import Held
@@ -37,10 +37,12 @@ def nodes(tree: Any, kind: type) -> list[Any]:
 
 @contextlib.contextmanager
 def settings(params: Iterable[Tensor]) -> Iterator[None]:
-    """JAX's settings for optax's code: on the CPU, types and ranks may mix, 64 bits only where such arrays are."""
+    """JAX's settings for optax's code: on their device, types and ranks may mix, 64 bits only where such arrays are."""
+    params = list(params)
+    device = (device_of(params[0].device) if params else None) or HOST
     with (
         enable_x64(is_wide(p.dtype for p in params) or jax.config.read("jax_enable_x64")),
-        jax.default_device(HOST.jax_device),
+        jax.default_device(device.jax_device),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
         jax.transfer_guard("allow"),
@@ -213,7 +215,7 @@ class Group:
         tensors = self._tensors(optimizer, group["params"], layout)
         if tensors is None:
             return None
-        return layout.joined([to_jax(x, copy=None) for x in tensors], self._numbers(HOST, group, layout))
+        return layout.joined([to_jax(x, copy=None) for x in tensors], self._numbers(layout.device, group, layout))
 
     def _numbers(self, device: Device, group: dict[str, Any], layout: Layout) -> list[Any]:
         """The group's hyperparameters as programs take them."""
