@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 import warnings
 import weakref
 from abc import abstractmethod
@@ -318,30 +319,9 @@ def _forget(x: Tensor) -> None:
 # --- DLPack ------------------------------------------------------------------------------------------
 
 
-class _DLDevice(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int32), ("id", ctypes.c_int32))
-
-
-class _DLDataType(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _DLDevice),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _DLDataType),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _DLManagedTensor(ctypes.Structure):
-    _fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
-
-
+# DLManagedTensor, as DLPack's header (0.8) has it: data, device (its type and number), axes, type (its code, bits and
+# lanes), shape, strides (none where it is contiguous), offset; and behind that tensor a context and what ends it.
+_MANAGED = struct.Struct("@PiiiBBHPPQPP")
 _CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 _BFLOAT16 = 4
 
@@ -376,19 +356,11 @@ class _Memory:
         if self._ordered:
             self._owner.order(stream)
         malloc, free, capsule = _libc()
-        ndim, size = len(self._shape), ctypes.sizeof(_DLManagedTensor)
-        block = malloc(size + 8 * max(ndim, 1))
-        (ctypes.c_int64 * ndim).from_address(block + size)[:] = self._shape
+        ndim, bits = len(self._shape), 8 * self._dtype.itemsize
         code = _BFLOAT16 if self._dtype.name == "bfloat16" else _CODES[self._dtype.kind]
-        described = _DLManagedTensor.from_address(block)
-        described.tensor = _DLTensor(
-            self._address,
-            _DLDevice(*self._owner.dlpack_device),
-            ndim,
-            _DLDataType(code, 8 * self._dtype.itemsize, 1),
-            block + size,
-            None,
-            0,
-        )
-        described.context, described.deleter = None, free
+        block = malloc(_MANAGED.size + 8 * ndim)
+        shape = block + _MANAGED.size
+        fields = self._address, *self._owner.dlpack_device, ndim, code, bits, 1, shape, 0, 0, 0, free
+        described = _MANAGED.pack(*fields) + struct.pack(f"@{ndim}q", *self._shape)
+        ctypes.memmove(block, described, len(described))
         return capsule(block, b"dltensor", None)

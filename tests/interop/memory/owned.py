@@ -5,6 +5,7 @@ should never take is the one that is taken here. `recorded` keeps what was asked
 """
 
 import ctypes
+import functools
 
 import jax
 import numpy as np
@@ -45,9 +46,15 @@ class OnCpu(TorchOwned):
         self.recorded.append("finish")
 
     def bytes_at(self, address, nbytes, owner):
-        at = type("Memory", (ctypes.c_char * nbytes,), {}).from_address(address)
+        at = _memory_type(nbytes).from_address(address)
         at.owner = owner
         return torch.frombuffer(at, dtype=torch.uint8)
 
     def staged(self, x):
         return torch.from_numpy(x.reshape(-1).view(np.uint8).copy())
+
+
+@functools.cache
+def _memory_type(nbytes):
+    """Raw memory that can carry an attribute."""
+    return type("Memory", (ctypes.c_char * nbytes,), {})
