@@ -4,10 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The CPU build; unpinned, pip takes gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
+# What runs the targets for a GPU.
+GPU    ?= $(VENV)-gpu/bin/python
 # Where the lock's CPU build is: a page with links, or a folder.
 TORCHS ?= https://download.pytorch.org/whl/cpu/torch/
 
-.PHONY: demo test test-all test-versions test-jax dist bench workloads parity docs pictures choosing ahead-of-time lint lint-workflows lock clean
+.PHONY: demo test test-all test-gpu bench-gpu test-versions test-jax dist bench workloads parity docs pictures choosing ahead-of-time lint lint-workflows lock clean
 
 demo: $(VENV)/.demo  ## train one CNN four ways and compare
 	$(BIN)/python -m examples.digits
@@ -21,6 +23,12 @@ test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU an
 
 test-versions:  ## the suite beside Colab's versions, today's and the newest: two hours, and 10 GB of disk at a time
 	tests/versions.sh
+
+test-gpu: $(VENV)/.gpu  ## what only a GPU can show, in four minutes; GPU=python3 for a Python that has torch and jax with CUDA
+	$(GPU) -m pytest -q tests/gpu
+
+bench-gpu: $(VENV)/.gpu  ## the drop-in on a GPU beside torch, in four minutes; page in benchmarks/results
+	$(GPU) -m benchmarks.gpu
 
 test-jax:  ## a part of jopt's tests beside the oldest JAX that is supported and the newest, without torch
 	tests/versions.sh jax-oldest jax-newest
@@ -79,6 +87,17 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+ifeq ($(GPU),$(VENV)-gpu/bin/python)
+$(VENV)/.gpu: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-gpu
+	$(GPU) -m pip install -q torch -e ".[test]"
+	$(GPU) -m pip install -q "jax[cuda$$($(GPU) -c 'import torch; print(torch.version.cuda.split(".")[0])')]"
+	@mkdir -p $(VENV) && touch $@
+else
+.PHONY: $(VENV)/.gpu
+$(VENV)/.gpu:
+endif
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install -q $(TORCH)

@@ -2,19 +2,17 @@
 # # PyTorch models, stepped by XLA
 #
 # One import changes: `from interop import optim` in place of `from torch import optim`.
-# The optimizer's step runs on the CPU, compiled by XLA, and the model wherever it is: on a GPU this is *offloading*, the
-# moments take none of its memory. (Tensors on CUDA themselves are not taken yet; to train on the GPU in JAX see the TPU
-# notebook, which runs there unchanged.)
+# The optimizer's step is compiled by XLA and runs where the model is, in its memory. On a GPU there is a second way,
+# *offloading*: the step runs on the CPU, and the moments take none of the GPU's memory. (To train in JAX see the TPU
+# notebook, which runs on a GPU unchanged.)
+#
+# The steps on a GPU have not been run on one: their programs were compiled for it, and run on a CPU's memory in its way.
 #
 # In Colab put `jopt-*.whl` beside the notebook (the folder symbol on the left, *Upload*), or on your Drive and mount that.
 
 # %% [install]
 
 # %%
-import os
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the GPU's memory from PyTorch
-
 import time
 
 import torch
@@ -64,35 +62,65 @@ print(f"loss {expected[0]:.4f} to {expected[-1]:.4f}")
 # %% [markdown]
 # ## The same, stepped by XLA
 #
-# `optim.AdamW` is `torch.optim.AdamW` with another `step`; clipping can be part of it. It steps copies of the parameters on
-# the CPU; on a machine without GPU give it `model.parameters()` themselves and leave the copies out.
+# `optim.AdamW` is `torch.optim.AdamW` with another `step`; clipping can be part of it. Without a GPU it steps the model on
+# the CPU.
 
 # %%
+
+
+def train(model, optimizer, before=lambda: None, after=lambda: None):
+    """Losses, and the milliseconds of a step of the optimizer; the first, which compiles, is left out."""
+    found, seconds = [], 0.0
+    for step in range(STEPS):
+        model.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        found.append(loss.item())
+        start = time.perf_counter()
+        before()
+        optimizer.step()
+        after()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start if step else 0
+    difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    print(f"loss {found[0]:.4f} to {found[-1]:.4f}, {1e3 * seconds / (STEPS - 1):.2f} ms a step of the optimizer")
+    print(f"largest difference of a loss from PyTorch alone: {difference:.1e}")
+    return found, difference
+
+
 model = make()
-masters = [p.detach().cpu().clone().requires_grad_() for p in model.parameters()]
-optimizer = optim.AdamW(masters, lr=1e-3, max_norm=1.0)
-found, seconds = [], 0.0
-for step in range(STEPS):
-    model.zero_grad()
-    loss = loss_of(model, step)
-    loss.backward()
-    for master, p in zip(masters, model.parameters(), strict=True):
-        master.grad = p.grad.cpu()
-    start = time.perf_counter()
-    optimizer.step()
-    seconds += time.perf_counter() - start if step else 0  # the first compiles
-    with torch.no_grad():
-        for master, p in zip(masters, model.parameters(), strict=True):
-            p.copy_(master)
-    found.append(loss.item())
-difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-print(f"loss {found[0]:.4f} to {found[-1]:.4f}, {1e3 * seconds / (STEPS - 1):.2f} ms a step of the optimizer")
-print(f"largest difference of a loss from PyTorch alone: {difference:.1e}")
+optimizer = optim.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)
+found, difference = train(model, optimizer)
 
 # %% [markdown]
 # Its state is PyTorch's: a checkpoint goes on in `torch.optim`, and the other way round.
 
 # %%
-plain = torch.optim.AdamW(masters, lr=1e-3)
+plain = torch.optim.AdamW(model.parameters(), lr=1e-3)
 plain.load_state_dict(optimizer.state_dict())
-print(f"step {int(plain.state[masters[0]]['step'])}, {sorted(plain.state[masters[0]])}")
+first = next(model.parameters())
+print(f"step {int(plain.state[first]['step'])}, {sorted(plain.state[first])}")
+
+# %% [markdown]
+# ## Offloading
+#
+# The optimizer steps copies of the parameters on the CPU, and keeps its moments there.
+
+# %%
+model = make()
+masters = [p.detach().cpu().clone().requires_grad_() for p in model.parameters()]
+
+
+def fetch():
+    for master, p in zip(masters, model.parameters(), strict=True):
+        master.grad = p.grad.cpu()
+
+
+@torch.no_grad()
+def bring():
+    for master, p in zip(masters, model.parameters(), strict=True):
+        p.copy_(master)
+
+
+_ = train(model, optim.AdamW(masters, lr=1e-3, max_norm=1.0), fetch, bring)

@@ -252,21 +252,18 @@ class Bucket:
             if PHASE in scalars:
                 scalars[PHASE] = leaf.number
             shape = leaf.whole.shape if leaf.whole is not None and is_owned(self.rule) else tuple(leaf.shape)
-            slots = {
-                slot: x.as_strided(leaf.state_shapes[slot], (0,) * x.dim())  # one element, as often as there are
-                for slot, x in first_slots(self.rule, shape, leaf.dtype, tuple(h.items())).items()
-                if slot in leaf.state_shapes
-            }
+            found = first_slots(self.rule, shape, leaf.dtype, tuple(h.items()))  # in each all elements are equal
+            slots = {slot: x[(0,) * x.dim()] for slot, x in found.items() if slot in leaf.state_shapes and x.numel()}
             first = scalars | slots | {EMA: leaf.local}
             for name in scalars.keys() - leaf.views.keys():
                 self.coefficients.scalars[name][i] = scalars[name]
         self.coefficients.new[i] = EMA in leaf.views and values.get(EMA) is None and not begun
         for name, view in leaf.views.items():
-            value = first[name] if values.get(name) is None else values[name]
+            value = first.get(name, 0.0) if values.get(name) is None else values[name]
             value, place = dtensor.local(value), dtensor.local(leaf.homes.get(name, view))
             if isinstance(value, Tensor):
                 value = value.to_dense() if value.is_sparse else value
-                place.copy_(value if place.dim() else value.reshape(()))
+                place.copy_(value if place.dim() and value.dim() else value.reshape(()))
             else:
                 place.fill_(float(value))
             state[name] = view

@@ -123,6 +123,7 @@ class Plan:
     def _make_buckets(self, *, by_torch: bool) -> None:
         """Put the leaves that one program may step together into a bucket; by torch's operations, where it can."""
         size = sum(leaf.size for leaf in self.leaves.values())
+        by_torch = by_torch and all(leaf.device.by_torch is not None for leaf in self.leaves.values())
         members: dict[Any, list[Leaf]] = {}
         for p, leaf in self.leaves.items():
             device = (leaf.device.by_torch if by_torch else None) or leaf.device.of_size(size)
@@ -267,7 +268,7 @@ class Plan:
                 x = leaf.local = dtensor.local(p)
                 if leaf.dtype is not x.dtype or leaf.shape != x.shape or leaf.strides != x.stride():
                     fits = False
-                if leaf.placement != dtensor.placement(p):
+                if leaf.placement != dtensor.placement(p) or (leaf.home is not None and leaf.home.device != x.device):
                     fits = False
                 if leaf.lazy != is_lazy(x):
                     leaf.stays = True

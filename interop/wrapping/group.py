@@ -23,7 +23,7 @@ from interop.memory.values import to_jax, to_torch
 from interop.wrapping.elsewhere import Elsewhere, number_of
 from interop.wrapping.held import Held
 from interop.wrapping.layout import Layout, Leaf, is_wide
-from interop.wrapping.program import Program
+from interop.wrapping.program import Program, beginning
 from jopt._compat import enable_x64
 
 PAIRS = [("b1", "b2"), ("beta1", "beta2")]  # shown as torch's "betas"
@@ -102,7 +102,7 @@ class Group:
         self._start()
 
     def _start(self) -> None:
-        self._init = jax.jit(self.tx.init)
+        self._begin: Any = None  # the program that makes the first state
         self._layout: Layout | None = None
         self._held: Held | None = None  # for that layout, and the programs too
         self._programs: dict[Any, Program] = {}
@@ -123,13 +123,14 @@ class Group:
         """Of the state for these parameters."""
         if self._layout is None or not self._layout.is_for(params):
             self._layout = Layout(self.tx, self.names, params)
-            self._held, self._programs, self.last = None, {}, None
+            self._held, self._programs, self.last, self._begin = None, {}, None, None
         return self._layout
 
     def show(self, group: dict[str, Any]) -> None:
         """Put the hyperparameters of a fresh state into the group, where it does not set them itself."""
         layout = self.layout(group["params"])
-        values = jax.jit(lambda params: layout.parted(self.tx.init(params))[1])(self.arrays(group["params"]))
+        values = jax.jit(lambda params: layout.parted(self.tx.init(params))[1])(self._shared(group["params"], layout))
+        layout.device.after(values)
         self._show(group, list(zip(layout.numbers, values, strict=True)), fresh=True)
 
     def _show(self, group: dict[str, Any], values: list[tuple[Leaf, Any]], *, fresh: bool = False) -> None:
@@ -187,6 +188,12 @@ class Group:
 
     def arrays(self, tensors: Iterable[Tensor], copy: bool | None = None) -> dict[str, jax.Array]:
         return {name: to_jax(x, copy=copy) for name, x in zip(self.names, tensors, strict=True)}
+
+    def _shared(self, params: Sequence[Tensor], layout: Layout) -> dict[str, jax.Array]:
+        """The parameters as JAX reads them, in place where it can."""
+        if not layout.device.asynchronous:
+            return self.arrays(params)
+        return {name: layout.device.array(x) for name, x in zip(self.names, params, strict=True)}
 
     def _tensors(self, optimizer: Any, params: list[Tensor], layout: Layout) -> list[Tensor] | None:
         """torch's state, array by array; None if the group has none yet."""
@@ -333,8 +340,9 @@ class Group:
         if self._held is None:
             self._held = Held(layout, params)
         if tensors is None:
-            arrays, _ = layout.parted(self._init(self.arrays(params)))
-            self._held.begin_state([to_torch(x, copy=None) for x in arrays], shown)
+            if self._begin is None:
+                self._begin = beginning(self.tx, self.names, layout)
+            self._held.begin_state(self._begin, params, shown)
         else:
             self._held.take_state(tensors)
         return self._held

@@ -32,12 +32,16 @@ class Place:
         return x is self.view and address(x) == self.address
 
     def put(self, x: Tensor) -> None:
-        """Copy a value in, and show it as a new tensor: who holds the one before keeps the values that it had."""
+        """Copy a value in, and show it as a new tensor."""
+        self.renew()
+        self.view.copy_(x)
+
+    def renew(self) -> None:
+        """Show a new tensor: who holds the one before keeps the values that it had."""
         if address(self.view) == self.address:
             self.view = leave(self.view)
         else:
             self.view = self.buffer.view(self.view.dtype, tuple(self.view.shape))
-        self.view.copy_(x)
 
 
 class Held:
@@ -90,13 +94,15 @@ class Held:
         for place, x in [(place, x.clone()) for place, x in places if not place.has(x)]:
             place.put(x)
 
-    def begin_state(self, tensors: Sequence[Tensor], shown: bool) -> None:
-        """Set the state; `shown`: what was there before, torch was shown."""
-        for place, x in zip(self.state, tensors, strict=True):
-            if shown:
-                place.put(x)
-            else:
-                place.view.copy_(x)
+    def begin_state(self, begin: Any, params: Sequence[Tensor], shown: bool) -> None:
+        """Set the state by the program `begin`; `shown`: what was there before, torch was shown."""
+        self.take_params(params)
+        if shown:
+            for place in self.state:
+                place.renew()
+        buffers = [place.buffer for place in self.state]
+        with SignalsWait(), settings():
+            self.device.after(launch(self.device, begin, buffers, [place.buffer.array for place in self.params]))
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Any]:
         """As programs take them: flat, zeros for those that are missing. Their tensors have to outlive the step."""

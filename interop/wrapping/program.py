@@ -22,6 +22,21 @@ from jopt.loops import calls_back, one_loop
 from jopt.transform import Exact
 
 
+def beginning(tx: optax.GradientTransformation, names: Sequence[str], layout: Layout) -> Any:
+    """The program that makes a transformation's first state: of the state's arrays, for good, and the parameters."""
+
+    def begin(_: list[Array], params: list[Array]) -> list[Array]:
+        return layout.parted(tx.init(dict(zip(names, params, strict=True))))[0]
+
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.device.sharding) for x in layout.arrays]
+    params = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.device.sharding) for x in layout.specs]
+    closed = jax.make_jaxpr(begin)(arrays, params)
+    with own_settings():
+        return compile_on(
+            layout.device, lambda *x: list(jaxpr_as_fun(closed)(*jax.tree.leaves(x))), arrays, params, donate_argnums=0
+        )
+
+
 class Program:
     """A step, compiled.
 

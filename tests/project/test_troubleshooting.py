@@ -150,7 +150,7 @@ RAISED = {
     "Error interpreting argument to": lambda: jax.jit(jnp.sin)(torch.ones(2)),
     "Array has been deleted": donated,
     "Buffer has been deleted or donated": donated_again,
-    "expected a tensor in CPU memory, found": lambda: optim.SGD([parameter(device="meta")]).step(),
+    "expected a tensor in CPU memory or on a GPU, found": lambda: optim.SGD([parameter(device="meta")]).step(),
     "convert the model before the optimizer's first step, or its state with it": converted,
     "differentiable=True would need torch's autograd through a compiled step": lambda: optim.Adam(
         [parameter()], differentiable=True
