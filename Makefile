@@ -20,6 +20,7 @@ test: $(VENV)/.dev  ## the tests, but for the slow ones
 test-all: $(VENV)/.dev  ## every test, those that compile for a TPU and a GPU and those of the frameworks included
 	$(BIN)/python -m pip install -q $(TORCH) -e ".[aot,browser,ecosystem,frameworks]"
 	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --torchs-memory tests/torchs tests/interop/wrapping tests/interop/runs tests/interop/dropin/test_parts.py
 
 test-versions:  ## the suite beside Colab's versions, today's and the newest: two hours, and 10 GB of disk at a time
 	tests/versions.sh

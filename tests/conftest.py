@@ -29,11 +29,26 @@ if JAX < (0, 11):  # which has no other generator any more
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help=f"compile in a third of the time, by XLA_FLAGS {QUICK}")
+    text = "step the host's memory as a GPU's is stepped: tests/interop/memory/owned.py"
+    parser.addoption("--torchs-memory", action="store_true", help=text)
 
 
 def pytest_configure(config):
     if config.getoption("--quick"):  # before JAX starts
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+    if config.getoption("--torchs-memory"):
+        os.environ[TORCHS_MEMORY] = "1"
+        step_torchs_memory()
+
+
+TORCHS_MEMORY = "JOPT_TESTS_OF_TORCHS_MEMORY"  # for processes that tests start
+
+
+def step_torchs_memory():
+    from interop import memory
+    from tests.interop.memory.owned import OnCpu
+
+    memory.DEVICES[memory.HOST.torch_device] = OnCpu()
 
 
 try:

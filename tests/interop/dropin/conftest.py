@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 
+from tests.conftest import TORCHS_MEMORY
+
 # As on a GPU, as far as that goes without one.
 NOT_THERE = {
     "test_reader",  # in C++, of the host's memory
@@ -39,6 +41,7 @@ def stepped_by(request, monkeypatch):
         from tests.interop.memory.owned import OnCpu
 
         monkeypatch.setitem(memory.DEVICES, memory.HOST.torch_device, OnCpu())
+        monkeypatch.setenv(TORCHS_MEMORY, "1")
     if request.param != "operations":
         monkeypatch.setattr(eager, "ROOM", -1)
         monkeypatch.setattr(eager, "RENT", 0)

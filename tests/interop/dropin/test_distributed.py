@@ -9,6 +9,7 @@ import copy
 import datetime
 import functools
 import gc
+import os
 import tempfile
 
 import pytest
@@ -46,8 +47,10 @@ def spawn(worker, *args, folder, world=WORLD):
 
 
 def _enter(rank, worker, store, world, args):
-    import tests.conftest  # noqa: F401  its settings of JAX, and its cache
+    from tests.conftest import TORCHS_MEMORY, step_torchs_memory  # and its settings of JAX, and its cache
 
+    if TORCHS_MEMORY in os.environ:
+        step_torchs_memory()
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
