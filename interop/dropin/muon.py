@@ -139,6 +139,7 @@ class Orthogonalizing:
         else:
             x = list(iterate(device.tensor(bits).view(torch.bfloat16).view(-1, *self.spec.big[0])))
         device.begin()  # torch's products have started its threads again
-        out = self.move(*arguments, device.elements(x, DTYPES[torch.bfloat16]))
-        device.after(out)  # wait: the program reads x, which is freed at the return
+        given = device.elements(x, DTYPES[torch.bfloat16])
+        out = self.move(*arguments, given)
+        device.after(out)  # wait: the program reads what is freed at the return
         return out

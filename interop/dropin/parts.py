@@ -268,7 +268,9 @@ class Summing:
             vectors = program(known, buffers, *arguments)
             self.spec.device.after(vectors)
             known.append([self._sum(x, over) for x, over in zip(vectors, axes, strict=True)])
-        return self.last(buffers, known, *arguments)
+        out = self.last(buffers, known, *arguments)
+        self.spec.device.after(out)  # wait: the program reads the sums, which are freed at the return
+        return out
 
     def _sum(self, vector: Array, axes: Axes) -> Array:
         x = self.spec.device.tensor(vector).clone()

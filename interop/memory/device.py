@@ -196,7 +196,10 @@ class Device(ABC):
 
     @abstractmethod
     def elements(self, tensors: Sequence[Tensor | None], dtype: np.dtype) -> list[Any]:
-        """Dense tensors' elements, flat, as programs take them; to be used while the tensors live. None stays None."""
+        """Dense tensors' elements, flat, as programs take them. None stays None.
+
+        The tensors and what this returns have to live until `after` the launches that take it.
+        """
 
     @abstractmethod
     def elements_at(self, places: Sequence[tuple[int, int] | None], dtype: np.dtype) -> list[Any]:
@@ -220,7 +223,10 @@ class Device(ABC):
 
     @abstractmethod
     def array(self, x: Tensor) -> Array:
-        """A tensor's values as an array, which may share its memory, and keeps that; never to be donated."""
+        """A tensor's values as an array, which may share its memory, and keeps that; never to be donated.
+
+        It has to live until `after` the launches that take it, as the tensors of `elements` do.
+        """
 
     @abstractmethod
     def tensor(self, x: Array) -> Tensor:

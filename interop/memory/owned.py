@@ -297,8 +297,9 @@ class TorchOwned(device.Device):
 
     def sent(self, x: Tensor) -> Array:
         with enable_x64(True), jax.transfer_guard("allow"):
-            copy = jnp.array(self.array(x, ordered=True), copy=True)
-        self.wait(copy)  # what torch frees it writes only after this
+            given = self.array(x, ordered=True)
+            copy = jnp.array(given, copy=True)
+        self.after(copy)
         return copy
 
     def received(self, x: Array) -> Tensor:

@@ -129,7 +129,8 @@ class Group:
     def show(self, group: dict[str, Any]) -> None:
         """Put the hyperparameters of a fresh state into the group, where it does not set them itself."""
         layout = self.layout(group["params"])
-        values = jax.jit(lambda params: layout.parted(self.tx.init(params))[1])(self._shared(group["params"], layout))
+        shared = self._shared(group["params"], layout)
+        values = jax.jit(lambda params: layout.parted(self.tx.init(params))[1])(shared)
         layout.device.after(values)
         self._show(group, list(zip(layout.numbers, values, strict=True)), fresh=True)
 
