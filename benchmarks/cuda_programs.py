@@ -144,6 +144,7 @@ def configurations():
         around.grad_scale = torch.empty((), device=META)
         yield f"{model}, AdamW, clipped, unscaled, averaged", around
         yield f"{model}, AdamW, bf16", optim.AdamW(parameters(shapes, torch.bfloat16), state_dtype="float32")
+        yield f"{model}, AdamW, int8", optim.AdamW(parameters(shapes), state_dtype="int8")
     for case in cases.TORCH_CASES:
         shapes = [x for x in SMALL if len(x) == 2] if case.matrices else SMALL
         for clipped in (False, True):

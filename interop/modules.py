@@ -99,18 +99,18 @@ def to_jax(x: Any, *, copy: bool | None = True, layout: Layout = "torch") -> Any
     Args:
       x: a tensor, a module, or a tree of them. Gradients are not carried.
       copy: True, a snapshot. None, share memory where JAX can (aligned to 64 bytes, strided without gaps, a type
-        that JAX does not narrow), else copy. False, share or raise ValueError.
+        that JAX does not narrow), else copy. False, share or raise ValueError. Memory on a GPU is not shared.
         Sharing has no guard: JAX reads the tensor after the call that uses it has returned, so do not write to,
         resize or free the tensor's storage before `jax.block_until_ready` of every result.
       layout: of modules: "flax" gives flax's names and axes (see `leaves`).
 
     Returns:
-      Arrays of the tensors' types and shapes, on JAX's CPU device. A module's 64-bit integers, such as a batch norm's
-      count of batches, are int32 while `jax_enable_x64` is off.
+      Arrays of the tensors' types and shapes, on JAX's CPU device or the tensors' GPU. A module's 64-bit integers, such
+        as a batch norm's count of batches, are int32 while `jax_enable_x64` is off.
 
     Raises:
       TypeError: a 64-bit type while `jax_enable_x64` is off (JAX would narrow it), a sparse or quantized tensor, a
-        subclass such as DTensor, a device other than the CPU.
+        subclass such as DTensor, a device that JAX has not.
       ValueError: see copy and layout; a lazy module that has not run yet.
     """
     return values.to_jax(jax.tree.map(lambda m: _tensors(m, layout) if isinstance(m, nn.Module) else m, x), copy=copy)
@@ -136,7 +136,9 @@ def _narrowed(x: Tensor) -> Tensor:
 
 
 def to_torch(x: Any, *, copy: bool | None = True, into: nn.Module | None = None, layout: Layout = "torch") -> Any:
-    """JAX arrays as torch tensors on the CPU: one array, or every array of a tree; or written into a module.
+    """JAX arrays as torch tensors: one array, or every array of a tree; or written into a module.
+
+    The tensors are on the CPU; on a GPU, if the array is on one that torch has too.
 
     >>> import jax.numpy as jnp, interop
     >>> interop.to_torch([jnp.arange(3.0)])

@@ -59,7 +59,8 @@ def wrap(
     gradient is not stepped.
 
     Raises:
-      TypeError: `tx` is none, or a parameter is not a plain floating point or complex tensor in CPU memory.
+      TypeError: `tx` is none, or a parameter is not a plain floating point or complex tensor in CPU memory or on a
+        GPU.
       ValueError: a group sets a hyperparameter that its transformation does not keep in its state.
     """
     return WrappedOptimizer(tx, params)
