@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from interop.memory.values import to_jax, to_torch
 from jopt._compat import enable_x64
 from jopt.sweeps.inputs import Batches, Make, check_function, make_plan
 from jopt.sweeps.result import Sweep
-from jopt.sweeps.sweep import Program, run_all
+from jopt.sweeps.sweep import Program, each_run, run_all
 
 Params = dict[str, Tensor]
 
@@ -94,7 +95,7 @@ class TorchProgram(Program):
         super().__init__(make, schedule)
         self.devices = [HOST.jax_device]
         self._value = value
-        self._advance = jax.jit(jax.vmap(self.step), donate_argnums=(0, 1))
+        self._advance = jax.jit(functools.partial(each_run, self.step), donate_argnums=(0, 1))
 
     def train(self, params: Any, state: Any, numbers: Any, data: Batches) -> np.ndarray:
         losses = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,7 +76,8 @@ def sweep(
       divergence: a run diverged if a loss was not finite or its last tenth is above this multiple of its first loss.
       chunk: how many runs at once. By default as many as keep parameters, gradients and state within 1 GiB (what the
         loss keeps for its gradient comes on top: give a smaller one for a model of large activations). A multiple of
-        the devices is taken: runs are sharded over all of them.
+        the devices is taken: runs are sharded over all of them. On one device `chunk=1` spares SOAP and Kron the work
+        of a refresh at every step, for which vectorized runs pay.
       progress: wraps the sequence of chunks: `tqdm.tqdm`.
       hyperparameters: other numbers to sweep, by the optimizers' names: `weight_decay=[0.0, 0.1]`, `betas=[(0.9, 0.95),
         (0.9, 0.999)]`. All combinations are run. A swept term is computed even where its number is 0.
@@ -130,7 +132,7 @@ class Program(ABC):
 
     def __init__(self, make: Make, schedule: Callable[[Any], Any] | None):
         self._make, self._schedule = make, schedule
-        self._begin = jax.jit(jax.vmap(self.state))
+        self._begin = jax.jit(functools.partial(each_run, self.state))
 
     @abstractmethod
     def train(self, params: Tree, state: Any, numbers: Any, data: Batches) -> np.ndarray:
@@ -200,17 +202,28 @@ class LoopProgram(Program):
         def advance(i: Array, carry: Any) -> Any:
             params, state, losses = carry
             batch = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), block)
-            params, state, values = jax.vmap(self._one_step, (0, 0, 0, None))(params, state, numbers, batch)
+            one_step = functools.partial(self._one_step, batch)
+            params, state, values = each_run(one_step, params, state, numbers)
             return params, state, losses.at[i].set(values)
 
         length, runs = len(jax.tree.leaves(block)[0]), len(jax.tree.leaves(params)[0])
         dtype = jax.eval_shape(self._loss, *jax.tree.map(lambda x: x[0], (params, block))).dtype
         return lax.fori_loop(0, n, advance, (params, state, jnp.zeros((length, runs), dtype)))
 
-    def _one_step(self, params: Tree, state: Any, numbers: Any, batch: Tree) -> tuple[Tree, Any, Array]:
+    def _one_step(self, batch: Tree, params: Tree, state: Any, numbers: Any) -> tuple[Tree, Any, Array]:
         value, grads = jax.value_and_grad(self._loss)(params, batch)
         grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
         return *self.step(params, state, grads, numbers), value
+
+
+def each_run(f: Callable[..., Any], *inputs: Tree) -> Any:
+    """`f` of each run's inputs, which are stacked along a first axis, and so is what it returns.
+
+    A run that is alone is not vectorized. Over several a branch is a select, which computes both of its sides.
+    """
+    if len(jax.tree.leaves(inputs)[0]) > 1:
+        return jax.vmap(f)(*inputs)
+    return jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], inputs)))
 
 
 def _parts(*values: float) -> np.ndarray:

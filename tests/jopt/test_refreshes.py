@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jopt
+from jopt.sweeps.sweep import LoopProgram
 from tests import cases
 
 COSTLY = {"eigh", "qr", "geqrf", "householder_product", "triangular_solve", "sort", "random_bits", "threefry2x32"}
@@ -41,6 +42,38 @@ def test_what_is_costly_is_in_a_branch(name):
     assert "cond" in always
     assert not always & COSTLY
     assert "conditional(" in jax.jit(tx.step).lower(params, state, params).compile().as_text()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_run_of_a_sweep_that_is_alone_keeps_the_branch(name):
+    """Over several vectorized runs it is a select, and what is costly always runs."""
+    seen = {}
+    for runs in (1, 2):
+        program = LoopProgram(RULES[name].func, None, lambda p, batch: jnp.sum((p["a"] - batch) ** 2))
+        params = {"a": jnp.ones((runs, 4, 3))}
+        numbers = {"lr": jnp.full((runs, 3), 0.01)}
+        state = program._begin(params, numbers)
+        loop = jax.make_jaxpr(program._loop)(params, state, numbers, jnp.zeros((2, 4, 3)), 2)
+        seen[runs] = set(outside_of_branches(loop.jaxpr))
+    assert "cond" in seen[1]
+    assert not seen[1] & COSTLY
+    assert seen[2] & COSTLY
+
+
+def test_runs_that_are_alone_are_those_of_a_sweep():
+    batches, results = jax.random.normal(jax.random.key(9), (12, 4, 3)), []
+    for chunk in (1, 4):
+        found = jopt.sweep(
+            lambda p, batch: jnp.mean((p["a"] - batch) ** 2),
+            lambda key: {"a": jax.random.normal(key, (4, 3))},
+            batches,
+            lr=[0.01, 0.1],
+            seeds=2,
+            optimizers={"soap": functools.partial(jopt.soap, precondition_frequency=3), "adamw": jopt.adamw},
+            chunk=chunk,
+        )
+        results.append(np.stack([run.curve for run in found.runs]))
+    assert cases.difference(*results) <= cases.FRONT_ENDS["float32"]
 
 
 def changes(tx, name, leaves, steps):
