@@ -224,7 +224,7 @@ def _array(name: str, x: Any, copy: bool | None, x64: bool) -> Any:
                 return to_jax(x, copy=copy)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}{str(error).removeprefix('x')}") from None
-        x = x.detach().numpy()
+        x = x.detach().cpu().numpy()
     reason = None
     if not x64:
         if x.dtype in _WIDE:

@@ -187,7 +187,7 @@ def _trained(model: nn.Module, loss: Callable[..., Any], batch: Any) -> list[str
 def _to_numpy(x: Any) -> np.ndarray:
     if isinstance(x, Tensor) and x.dtype is torch.bfloat16:
         raise TypeError("batches: expected types that numpy has, found torch.bfloat16; convert to it in the loss")
-    return x.detach().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
 def _to_tensors(batch: Any) -> Any:

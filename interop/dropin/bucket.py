@@ -179,7 +179,7 @@ class Bucket:
         leaf = leaves[0]
         if leaves is self.small or leaf.exchanged > 1:
             return None
-        found = self.device.adopt(leaf.local, self.dtype)
+        found = self.device.adopt(leaf.local, (leaf.size,), self.dtype)
         if found is not None:
             leaf.home, leaf.address = None, address(leaf.local)
         return found
@@ -187,7 +187,7 @@ class Bucket:
     def _take_param(self, leaf: Leaf, buffer: Buffer, offset: int, owner: Any) -> None:
         """Move a parameter to its place `offset` elements into a buffer, if nothing else refers to its storage."""
         leaf.home = buffer.view(leaf.dtype, tuple(leaf.shape), offset * self.dtype.itemsize)
-        if leaf.size and not leaf.stays and may_move(leaf.param, owner):
+        if self.device.moves and leaf.size and not leaf.stays and may_move(leaf.param, owner):
             leaf.param.data = owned(leaf.home.copy_(leaf.param), owner)
             leaf.home = None
         leaf.address = address(leaf.local)
@@ -335,8 +335,7 @@ class Bucket:
 
     def _copy_in(self, work: Work) -> None:
         """Copy in what does not live in the buffers."""
-        for leaf in work.copied_in:
-            leaf.home.copy_(leaf.local)  # type: ignore[union-attr]
+        _copy((leaf.home, leaf.local) for leaf in work.copied_in)
         for place, value in (*work.shared_slots, *work.shared_scalars):
             place.copy_(value)
 
@@ -361,8 +360,7 @@ class Bucket:
                 self.finish(work, scalars)
         finally:
             self.device.after(out)
-        for leaf in work.copied_out:
-            leaf.local.copy_(leaf.home)  # type: ignore[arg-type]
+        _copy((leaf.local, leaf.home) for leaf in work.copied_out)
         for place, value in work.shared_slots:
             value.copy_(place)
         if ema is not None:
@@ -376,6 +374,13 @@ class Bucket:
             value.copy_(place)
         # As torch's own in-place operations do, so that a backward through old values raises.
         torch.autograd.graph.increment_version(work.resident)
+
+
+def _copy(pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Copy the second of each pair into the first, in few launches where a copy is one."""
+    if pairs := list(pairs):
+        places, values = zip(*pairs, strict=True)
+        torch._foreach_copy_(places, values)  # type: ignore[attr-defined]
 
 
 _leaves_of_rows: weakref.WeakValueDictionary[Any, jax.Array] = weakref.WeakValueDictionary()

@@ -375,7 +375,7 @@ def run_to_torch(
     back = np.argsort(_order(optimizer, names))
 
     def vector(x: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(x)[back])
+        return torch.from_numpy(np.asarray(x)[back]).to(next(iter(names)).device)
 
     counts = {"func_evals": int(x.func_evals), "n_iter": int(x.n_iter)}
     if not counts["n_iter"]:

@@ -30,7 +30,7 @@ def measure(
       inverse_scale: what the norms are multiplied by. If that is None, nothing that is not finite is looked for.
     """
     compute = torch_dtype(t.compute_dtype(dtype))
-    present = [x for x in grads if x is not None and x.numel()]
+    present = [_real(x) for x in grads if x is not None and x.numel()]
     zero, no = _constants(device, compute)
     if not present:
         return zero.to(torch_dtype(dtype)).expand(len(grads)).contiguous(), no
@@ -43,6 +43,11 @@ def measure(
         # Squares can overflow where no gradient does: so the largest of each is asked for.
         overflow = ~torch.stack(torch._foreach_norm(present, math.inf)).isfinite().all()  # type: ignore[attr-defined]
     return norms.to(torch_dtype(dtype)), overflow
+
+
+def _real(x: Tensor) -> Tensor:
+    """A gradient's numbers; a complex one has two of each."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 @functools.cache

@@ -88,7 +88,8 @@ class Plan:
         self._compiled: dict[tuple[bool, bool], program.Programs] = {}
         states: Iterable[Any] = [bucket.state_buffers() for bucket in self.buckets]
         size = sum(bucket.state_bytes for bucket in self.buckets)
-        if self.uses_torch or size > BESIDE or any(map(optimizer.state.get, self.leaves)):
+        waits = any(device.asynchronous for device in self.devices)  # of torch's current stream, which a thread has not
+        if self.uses_torch or waits or size > BESIDE or any(map(optimizer.state.get, self.leaves)):
             self.programs(optimizer)
         else:  # beside compiling, where that adds little to its memory: no large ones, none in memory already
             with ThreadPoolExecutor(1) as thread:

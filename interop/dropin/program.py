@@ -361,9 +361,15 @@ def launch(device: Device, program: Any, buffers: Sequence[Buffer], *arguments: 
     call and the taking of its results would lose the memory that torch sees.
     """
     try:
-        out = program([buffer.array for buffer in buffers], *arguments)
+        try:
+            out = program([buffer.array for buffer in buffers], *arguments)
+        except RuntimeError as error:
+            device.recover(buffers)
+            if not device.make_room(error):
+                raise
+            out = program([buffer.array for buffer in buffers], *arguments)
+        device.replace(buffers, out[: len(buffers)])
     except BaseException:
         device.recover(buffers)
         raise
-    device.replace(buffers, out[: len(buffers)])
     return out

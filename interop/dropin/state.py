@@ -68,15 +68,20 @@ def placed(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
     With `capturable` or `fused` that is on the parameter's device. Here they are always the host's.
     """
-    params = parameters(optimizer)
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    beside = [bool(g.get("capturable") or g.get("fused")) for g in state_dict["param_groups"] for _ in g["params"]]
-    for i, p, is_beside in zip(ids, params, beside, strict=True):
-        state = state_dict["state"].get(i)
-        count = state.get("step") if isinstance(state, dict) else None
-        if is_beside and isinstance(count, Tensor) and count.device != p.device:
-            state_dict["state"][i] = {**state, "step": count.to(p.device)}
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for i, p in zip(saved["params"], group["params"], strict=True):
+            if isinstance(state := state_dict["state"].get(i), dict):
+                state_dict["state"][i] = placed_step(saved, p, state)
     return state_dict
+
+
+def placed_step(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state with its step count where torch keeps that."""
+    count = state.get("step")
+    beside = group.get("capturable") or group.get("fused")
+    if beside and isinstance(count, Tensor) and count.device != p.device:
+        return {**state, "step": count.to(p.device)}
+    return state
 
 
 def check_state(

@@ -41,6 +41,20 @@ class Cuda(TorchOwned):
     def begin(self) -> None:
         self.check()
 
+    def put(self, x: np.ndarray) -> Array:
+        try:
+            return super().put(x)
+        except RuntimeError as error:
+            if not self.make_room(error):
+                raise
+            return super().put(x)
+
+    def make_room(self, error: Exception) -> bool:
+        found = "RESOURCE_EXHAUSTED" in str(error)
+        if found:  # torch keeps what it has freed, and gives it back as its own allocations fail
+            torch.cuda.empty_cache()
+        return found
+
     def order(self, stream: int | None) -> None:
         if stream is None:
             torch.cuda.current_stream(self.torch_device).synchronize()
@@ -57,7 +71,7 @@ class Cuda(TorchOwned):
         torch.cuda.current_stream(self.torch_device).synchronize()
 
     def later(self, flag: Tensor) -> Callable[[], bool]:
-        told = torch.empty((), dtype=torch.bool, pin_memory=True)
+        told = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         told.copy_(flag, non_blocking=True)
         there = torch.cuda.current_stream(self.torch_device).record_event()
 
@@ -72,7 +86,7 @@ class Cuda(TorchOwned):
 
     def staged(self, x: np.ndarray) -> Tensor:
         # torch's allocator of pinned memory does not give a block out again before the copies from it are done.
-        pinned = torch.empty(x.nbytes, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty(x.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         pinned.numpy()[:] = x.reshape(-1).view(np.uint8)
         return pinned
 

@@ -99,6 +99,9 @@ class Device(ABC):
     measures_by_torch: ClassVar[bool] = False
     """Whether torch's operations take the norms of gradients."""
 
+    moves: ClassVar[bool] = True
+    """Whether a parameter may be given other memory, where nothing else refers to its own."""
+
     reads_addresses: ClassVar[bool] = True
     """Whether `elements_at` is there, so that the reader in C++ can serve."""
 
@@ -152,7 +155,7 @@ class Device(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise RuntimeError where a step cannot be taken now."""
+        """Raise RuntimeError where nothing can be launched now."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -164,8 +167,8 @@ class Device(ABC):
     def buffer(self, shape: int | tuple[int, ...], dtype: np.dtype) -> Buffer:
         """Zeros that programs write in place."""
 
-    def adopt(self, x: Tensor, dtype: np.dtype) -> Buffer | None:
-        """A buffer in the memory of a tensor, flat; None if programs cannot write there."""
+    def adopt(self, x: Tensor, shape: tuple[int, ...], dtype: np.dtype) -> Buffer | None:
+        """A buffer in the memory of a tensor; None if programs cannot write there."""
         return None
 
     @abstractmethod
@@ -175,6 +178,10 @@ class Device(ABC):
     @abstractmethod
     def recover(self, buffers: Sequence[Buffer]) -> None:
         """After a launch that raised: let programs take the buffers again."""
+
+    def make_room(self, error: Exception) -> bool:
+        """After an error for want of memory: whether there may be more now."""
+        return False
 
     @abstractmethod
     def staging(self, size: int, dtype: np.dtype) -> Staging:

@@ -117,6 +117,7 @@ class TorchOwned(device.Device):
 
     asynchronous = True
     measures_by_torch = True
+    moves = False  # what was captured in a CUDA graph reads it where it was
     reads_addresses = False
 
     alignment = 16
@@ -221,10 +222,10 @@ class TorchOwned(device.Device):
         shape = (shape,) if isinstance(shape, int) else shape
         return Buffer(self, self.zero_bytes(math.prod(shape) * dtype.itemsize), shape, dtype)
 
-    def adopt(self, x: Tensor, dtype: np.dtype) -> Buffer | None:
+    def adopt(self, x: Tensor, shape: tuple[int, ...], dtype: np.dtype) -> Buffer | None:
         if not x.is_contiguous() or not x.numel() or x.is_conj() or x.is_neg() or x.data_ptr() % self.alignment:
             return None
-        return Buffer(self, x.detach(), (x.nbytes // dtype.itemsize,), dtype)
+        return Buffer(self, x.detach(), shape, dtype)
 
     def replace(self, buffers: Sequence[Any], results: Sequence[Array]) -> None:
         for buffer, array in zip(buffers, results, strict=True):
@@ -296,13 +297,15 @@ class TorchOwned(device.Device):
         return self.bytes_at(x.unsafe_buffer_pointer(), x.nbytes, None).view(dtype).view(x.shape)
 
     def sent(self, x: Tensor) -> Array:
+        self.check()
         with enable_x64(True), jax.transfer_guard("allow"):
             given = self.array(x, ordered=True)
             copy = jnp.array(given, copy=True)
-        self.after(copy)
+        self.wait(copy)
         return copy
 
     def received(self, x: Array) -> Tensor:
+        self.check()
         self.wait(x)
         found = self.shown(x).clone()
         self.finish()  # JAX may free what was read, at any time

@@ -71,6 +71,8 @@ _APART = "on a GPU each frees its own memory without waiting for the other"
 
 
 def _cannot_share(x: Tensor) -> str | None:
+    if torch.cuda.is_available() and x.is_pinned():
+        return "it is pinned, which JAX takes for memory of a GPU"
     if x.data_ptr() % ALIGNMENT:
         return f"it begins {x.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}"
     if x.numel() and sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) != x.numel() - 1:

@@ -16,6 +16,7 @@ from interop import optim
 from interop.dropin import formats, lbfgs
 from interop.dropin.leaf import EMA
 from interop.dropin.options import check_groups
+from interop.dropin.state import placed_step
 from interop.memory.values import to_jax
 from interop.modules import Layout, check_arrays, leaves
 from interop.runs import bridge, schedulers
@@ -182,13 +183,14 @@ def optimizer_to_torch(
         new |= formats.adapt(optimizer, new)
     if scheduler is not None:
         schedulers.advance(scheduler, int(groups[0][1].count) // every)
+    by_group = {p: group for group in optimizer.param_groups for p in group["params"]}
     with torch.no_grad():
         for p, value in values.items():
             p.copy_(value)
         for p, found in new.items():
             if found:
                 average = {EMA: optimizer.state[p][EMA]} if EMA in optimizer.state.get(p, {}) else {}
-                optimizer.state[p] = found | average
+                optimizer.state[p] = placed_step(by_group[p], p, found) | average
             else:
                 optimizer.state.pop(p, None)
     for group in optimizer.param_groups:

@@ -267,6 +267,7 @@ class Group:
             held = None
         with contextlib.nullcontext() if held is not None else settings(params):
             layout = self.layout(params)
+            layout.device.check()
             tensors = None if held is not None else self._tensors(optimizer, params, layout)
             functions = {k: x for k, x in extra.items() if callable(x)}
             arrays = _arrays(layout.device, {k: x for k, x in extra.items() if k not in functions}, loss)

@@ -22,8 +22,15 @@ from interop.wrapping.program import Program
 class Place:
     """One array of a program: its buffer, and the tensor that torch sees there."""
 
-    def __init__(self, layout: Layout, shape: tuple[int, ...], dtype: np.dtype, torch_dtype: torch.dtype):
-        self.buffer: Buffer = layout.device.buffer(shape, dtype)
+    def __init__(
+        self,
+        layout: Layout,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        torch_dtype: torch.dtype,
+        buffer: Buffer | None = None,
+    ):
+        self.buffer = layout.device.buffer(shape, dtype) if buffer is None else buffer
         self.view = self.buffer.view(torch_dtype, shape)
         self.address = address(self.view)
 
@@ -57,14 +64,20 @@ class Held:
         self.params: list[Place] = []
         self.addresses: list[int | None] = []  # of the parameters that live in their places
         for x, spec in zip(params, layout.specs, strict=True):
-            self.params.append(Place(layout, spec.shape, spec.dtype, x.dtype))
-            self.addresses.append(None)
-            if x.numel() and may_move(x, self):
+            place, lives = self._place(x, spec)
+            self.params.append(place)
+            self.addresses.append(address(x) if lives else None)
+            if not lives and self.device.moves and x.numel() and may_move(x, self):
                 x.data = owned(self.params[-1].view.copy_(x), self)
                 self.addresses[-1] = address(x)
                 freed.add(x.nbytes)
         self.state = [Place(layout, leaf.shape, leaf.dtype, leaf.torch_dtype) for leaf in layout.arrays]
         self._zeros: dict[np.dtype, np.ndarray] = {}
+
+    def _place(self, x: Tensor, spec: Any) -> tuple[Place, bool]:
+        """A parameter's place, and whether that is the memory where it lies."""
+        adopted = self.device.adopt(x, spec.shape, spec.dtype)
+        return Place(self.layout, spec.shape, spec.dtype, x.dtype, adopted), adopted is not None
 
     # --- before a step
 
@@ -77,8 +90,10 @@ class Held:
             if self.addresses[i] == address(x) and _is_plain(x):
                 continue
             if self.addresses[i] is not None:  # it has left; others may hold the memory that was its place
-                self.params[i] = Place(self.layout, spec.shape, spec.dtype, x.dtype)
-                self.addresses[i] = None
+                self.params[i], lives = self._place(x, spec)
+                self.addresses[i] = address(x) if lives else None
+                if lives:
+                    continue
             self.params[i].view.copy_(x)
             found.append(i)
         return found

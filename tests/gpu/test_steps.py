@@ -93,15 +93,16 @@ def test_types(dtype):
     assert distance(ours, theirs) <= cases.TOLERANCES["bfloat16" if narrow else str(dtype.to_real())[6:]]
 
 
-def test_sparse_gradients():
+@pytest.mark.parametrize("rows", [100, 100_000], ids=["by torch", "by a program"])
+def test_sparse_gradients(rows):
     sides = []
     for module in (optim, torch.optim):
         torch.manual_seed(0)
-        embedding = torch.nn.Embedding(100, 16, sparse=True, device=GPU)
+        embedding = torch.nn.Embedding(rows, 64, sparse=True, device=GPU)
         optimizer = module.SparseAdam(embedding.parameters(), lr=0.01)
         for i in range(3):
             optimizer.zero_grad()
-            embedding(torch.arange(i, 40 + i, device=GPU)).square().sum().backward()
+            embedding(torch.arange(i, rows // 2 + i, device=GPU)).square().sum().backward()
             optimizer.step()
         sides.append(embedding.weight.detach())
     assert distance(*([x] for x in sides)) <= cases.NETWORK["float32"]
@@ -137,9 +138,12 @@ def test_a_step_comes_after_torchs_work_and_before_it(side):
     """The gradient is written late, and the parameter read at once."""
     [p] = parameters([(1024, 1024)])
     optimizer = optim.SGD([p], lr=1.0)
+    if not side:
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
     p.grad = torch.zeros_like(p)
-    optimizer.step()
     torch.cuda.synchronize()
+    slow()  # on the default stream: what is made on it would come late
     with torch.cuda.stream(torch.cuda.Stream()) if side else contextlib.nullcontext():
         for k in range(1, 6):
             before = p.detach().clone()
@@ -148,6 +152,54 @@ def test_a_step_comes_after_torchs_work_and_before_it(side):
             optimizer.step()
             after = p * 1.0
             assert torch.equal(after, before - k), k
+
+
+def test_a_first_step_in_a_side_stream():
+    """The state's zeros are of that stream too."""
+    ours, theirs = parameters(), parameters()
+    a, b = optim.AdamW(ours), torch.optim.AdamW(theirs)
+    gradients(ours, 0)
+    gradients(theirs, 0)
+    torch.cuda.synchronize()
+    slow()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        a.step()
+    torch.cuda.synchronize()
+    b.step()
+    for i in (1, 2):
+        gradients(ours, i)
+        gradients(theirs, i)
+        a.step()
+        b.step()
+    assert distance(ours, theirs) <= cases.TOLERANCES["float32"]
+
+
+def test_torch_makes_its_tensors_on_the_gpu_by_default():
+    params = parameters()
+    optimizer = optim.AdamW(params, max_norm=1.0)
+    with torch.device("cuda"):
+        for i in range(2):
+            gradients(params, i)
+            optimizer.step()
+
+
+def test_a_graph_that_was_captured_before_the_first_step():
+    """Its replays see the parameters that were stepped."""
+    model = torch.nn.Linear(300, 200).to(GPU)
+    x, optimizer = torch.randn(8, 300, device=GPU), optim.SGD(model.parameters(), lr=0.1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        model(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    for i in range(2):
+        gradients(list(model.parameters()), i)
+        optimizer.step()
+    graph.replay()
+    torch.testing.assert_close(y, model(x))
 
 
 def test_the_host_waits_for_nothing():
@@ -218,13 +270,13 @@ def test_memory_is_that_of_the_tensors():
     assert torch.cuda.memory_allocated() <= start + 2**22
 
 
-def test_a_parameter_of_a_big_size_does_not_move():
+def test_no_parameter_moves():
     params = parameters()
     before = [p.data_ptr() for p in params]
     gradients(params, 0)
     optimizer = optim.AdamW(params)
     optimizer.step()
-    assert [p.data_ptr() == x for p, x in zip(params, before, strict=True)] == [p.numel() >= 2**15 for p in params]
+    assert [p.data_ptr() for p in params] == before
 
 
 # --- around the step --------------------------------------------------------------------------------------------
@@ -276,11 +328,10 @@ def test_a_graph_is_not_captured():
     optimizer.step()
     torch.cuda.synchronize()
     before = [p.detach().clone() for p in params]
-    with (
-        pytest.raises(RuntimeError, match="while a CUDA graph is captured"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        optimizer.step()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=GPU)
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            optimizer.step()
     torch.cuda.synchronize()
     assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
 
@@ -453,6 +504,7 @@ def test_a_long_run_leaves_nothing():
         gradients(params, i % 3)
         optimizer.step()
         if i in (20, 199):
+            gc.collect()
             torch.cuda.synchronize()
             time.sleep(0.1)
             seen.append((torch.cuda.memory_allocated(), (jax_device.memory_stats() or {}).get("bytes_in_use")))

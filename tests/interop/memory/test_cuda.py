@@ -85,6 +85,28 @@ def test_while_a_graph_is_captured(parameter, monkeypatch):
     refused(parameter, RuntimeError, r"while a CUDA graph is captured: .* call step\(\) after", STEPS["AdamW"])
 
 
+def test_a_wrapped_optimizer_while_a_graph_is_captured(monkeypatch, relaxed):
+    """Before its first step moves or makes anything."""
+    import optax
+
+    from tests.interop.memory.owned import OnCpu
+
+    monkeypatch.setitem(memory.DEVICES, memory.HOST.torch_device, device := OnCpu())
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = interop.wrap(optax.adam(0.1), [p])
+
+    def check():
+        raise RuntimeError("while a CUDA graph is captured")
+
+    monkeypatch.setattr(device, "check", check)
+    for call in (optimizer.step, lambda: interop.to_jax(p), lambda: interop.to_torch(jax.numpy.ones(2))):
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            call()
+    assert torch.equal(p, torch.ones(3))
+    assert not optimizer.state
+
+
 def test_sweeps_are_of_the_host(parameter, monkeypatch):
     monkeypatch.setitem(memory.DEVICES, torch.device("cuda", 1), device := object.__new__(cuda.Cuda))
     monkeypatch.setattr(type(device), "check", lambda self: None)

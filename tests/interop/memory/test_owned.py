@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import itertools
+import threading
 import warnings
 import weakref
 
@@ -45,16 +46,86 @@ def parameters(*shapes, seed=0):
 # --- what is where ------------------------------------------------------------------------------------
 
 
-def test_big_parameters_stay_and_small_ones_share(device):
-    big, odd = params = parameters(BIG, ODD)
-    before = big.data_ptr(), odd.data_ptr()
+@pytest.mark.parametrize("make", [optim.AdamW, lambda p: interop.wrap(optax.adamw(0.1), p)], ids=["AdamW", "wrapped"])
+def test_no_parameter_moves(device, relaxed, make):
+    """What torch captured in a CUDA graph would read it where it was."""
+    params = parameters(BIG, ODD)
+    before = [p.data_ptr() for p in params]
+    optimizer = make(params)
+    for _ in range(2):
+        optimizer.step()
+    assert [p.data_ptr() for p in params] == before
+
+
+def test_big_parameters_are_stepped_where_they_lie_and_small_ones_share(device):
+    big, _ = params = parameters(BIG, ODD)
     optimizer = optim.AdamW(params)
     optimizer.step()
-    assert big.data_ptr() == before[0]
-    assert odd.data_ptr() != before[1]
     [bucket] = optimizer._plan.buckets
     assert bucket.buffers[0].address == big.data_ptr()
-    assert all(leaf.home is None for leaf in bucket.leaves)
+    assert [leaf.home is None for leaf in bucket.leaves] == [True, False]
+
+
+def test_a_wrapped_parameter_whose_storage_is_exchanged_is_stepped_in_the_new_one(device, relaxed):
+    [p] = parameters(BIG)
+    like = p.detach().clone()
+    optimizer = interop.wrap(optax.sgd(0.5), [p])
+    for _ in range(3):
+        p.data = p.data.clone()
+        like -= 0.5 * p.grad
+        address = p.data_ptr()
+        optimizer.step()
+        assert p.data_ptr() == address == optimizer._groups[0]._held.params[0].buffer.address
+        torch.testing.assert_close(p.detach(), like)
+
+
+def test_clipping_complex_parameters(device):
+    ours, theirs = ([torch.nn.Parameter(torch.ones(s, dtype=torch.complex64)) for s in (BIG, ODD)] for _ in range(2))
+    a, b = optim.AdamW(ours, max_norm=1.0), torch.optim.AdamW(theirs)
+    for i in range(2):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(i))
+            q.grad = p.grad.clone()
+        a.step()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        b.step()
+        torch.testing.assert_close(a.grad_norm, norm)
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_all_memory_is_made_in_the_thread_that_steps(device, monkeypatch):
+    """torch's current stream is a thread's own."""
+    made, of = [], device.zero_bytes
+    monkeypatch.setattr(device, "zero_bytes", lambda n: made.append(threading.get_ident()) or of(n))
+    optim.AdamW(parameters(BIG, ODD)).step()
+    assert set(made) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("place", ["the call", "the results"])
+def test_want_of_memory_is_tried_again_once(device, monkeypatch, place):
+    buffer, calls = device.buffer(1000, F32), []
+    view = buffer.view(torch.float32, (1000,))
+    monkeypatch.setattr(device, "make_room", lambda error: "RESOURCE_EXHAUSTED" in str(error))
+
+    def launched(arrays):
+        calls.append(1)
+        if len(calls) == 1:
+            arrays[0].delete()
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        if place == "the results":
+            arrays[0].delete()
+            return [None]
+        return [jax.block_until_ready(arrays[0] + 1)]
+
+    if place == "the results":  # which are no arrays
+        with pytest.raises(AttributeError):
+            program.launch(device, launched, [buffer])
+        program.launch(device, lambda arrays: [jax.block_until_ready(arrays[0] + 1)], [buffer])
+    else:
+        program.launch(device, launched, [buffer])
+    assert len(calls) == 2
+    assert torch.equal(view, torch.ones(1000))
 
 
 def test_views_and_tied_parameters_are_stepped_where_they_lie(device):
