@@ -22,7 +22,7 @@ from torch import Tensor
 from interop.dropin import dtensor, program
 from interop.dropin.coefficients import Coefficients, Scalars, scalar_dtype
 from interop.dropin.groups import Numbers
-from interop.dropin.leaf import EMA, Leaf, is_big
+from interop.dropin.leaf import EMA, Leaf, is_big, is_lazy
 from interop.dropin.reader import Gradients
 from interop.dropin.slots import first_slots
 from interop.dropin.state import is_shared
@@ -378,9 +378,14 @@ class Bucket:
 
 def _copy(pairs: Iterable[tuple[Any, Any]]) -> None:
     """Copy the second of each pair into the first, in few launches where a copy is one."""
-    if pairs := list(pairs):
-        places, values = zip(*pairs, strict=True)
-        torch._foreach_copy_(places, values)  # type: ignore[attr-defined]
+    together: list[tuple[Any, Any]] = []
+    for place, value in pairs:
+        if is_lazy(place):  # which foreach's operations do not write to
+            place.copy_(value)
+        else:
+            together.append((place, value))
+    if together:
+        torch._foreach_copy_(*map(list, zip(*together, strict=True)))  # type: ignore[attr-defined]
 
 
 _leaves_of_rows: weakref.WeakValueDictionary[Any, jax.Array] = weakref.WeakValueDictionary()

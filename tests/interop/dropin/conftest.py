@@ -12,6 +12,7 @@ from tests.conftest import TORCHS_MEMORY
 # As on a GPU, as far as that goes without one.
 NOT_THERE = {
     "test_reader",  # in C++, of the host's memory
+    "test_slow_ways",  # which parameters are copied there is another question: tests/interop/memory/test_owned.py
     "test_a_second_optimizer_steps_in_place",  # both do: parameters stay where they are
     "test_memory_goes_with_the_last_view",  # a parameter's is torch's own; tests/interop/memory/test_owned.py
     "test_memory_cannot_be_resized_away",  # likewise
