@@ -154,6 +154,25 @@ def test_a_step_comes_after_torchs_work_and_before_it(side):
             assert torch.equal(after, before - k), k
 
 
+def test_without_that_order_it_would_be_wrong(monkeypatch):
+    """So the test above can fail."""
+    [p] = parameters([(1024, 1024)])
+    optimizer, wrong = optim.SGD([p], lr=1.0), 0
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.cuda.synchronize()
+    monkeypatch.setattr(cuda.Cuda, "order", lambda *_: None)
+    for k in range(1, 6):
+        before = p.detach().clone()
+        torch.cuda.synchronize()
+        slow()
+        p.grad.fill_(float(k))
+        optimizer.step()
+        torch.cuda.synchronize()
+        wrong += not torch.equal(p, before - k)
+    assert wrong
+
+
 def test_a_first_step_in_a_side_stream():
     """The state's zeros are of that stream too."""
     ours, theirs = parameters(), parameters()
