@@ -82,6 +82,7 @@ class Rule(ABC):
     sums: ClassVar[tuple[str, ...]] = ()  # see `Summed`
     shared: ClassVar[frozenset[str]] = frozenset()
     scope: ClassVar[Literal["element", "tensor", "rows"]] = "element"
+    axes: ClassVar[bool] = True  # of scope "tensor": it looks at axes; else a leaf may be given flat
     real_only: ClassVar[bool] = False  # no complex leaves
     by_operations: ClassVar[bool] = True  # `update` uses the operations of numerics alone; else branches, eigenvectors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from interop.dropin import dtensor
 from interop.dropin.leaf import Leaf, is_big
 from interop.memory import Device
 from interop.memory.tensors import extent
+from jopt.arena import Layout
 from jopt.leaf import stack_size
 from jopt.rule import Batched, Rule
 
@@ -64,3 +66,14 @@ def passes_of(params: Sequence[Tensor]) -> dict[Tensor, int]:
     for earlier in overlapping:
         passes.append(1 + max((passes[j] for j in earlier), default=-1))
     return dict(zip(params, passes, strict=True))
+
+
+_leaves_of_rows: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+
+
+def leaf_of_row(device: Device, layout: Layout) -> Any:
+    """For each row its leaf: one array for all buckets with such rows."""
+    found = _leaves_of_rows.get((device, layout.rows))
+    if found is None:
+        found = _leaves_of_rows[device, layout.rows] = device.put(layout.leaf_of_row())
+    return found

@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from torch import Tensor
 
 from interop.dropin import dtensor, program
+from interop.dropin.arranging import leaf_of_row
 from interop.dropin.coefficients import Coefficients, Scalars, scalar_dtype
 from interop.dropin.groups import Numbers
 from interop.dropin.leaf import EMA, Leaf, is_big, is_lazy
@@ -87,16 +86,21 @@ class Bucket:
         self.dtypes = {"param": DTYPES[dtype]} | {slot: STATE_DTYPES[d] for slot, d in slots.items()}
         self.dtype = self.dtypes["param"]
         self.layout = Layout(tuple((leaf.size,) for leaf in self.small), device.row)
-        self.leaf_of_row = _leaf_of_row(device, self.layout)
+        self.leaf_of_row = leaf_of_row(device, self.layout)
         self.spec = program.Spec(
             device,
             rule,
             tuple(self.dtypes.items()),
-            tuple(tuple(leaf.shape) if rule.scope == "tensor" else (leaf.size,) for leaf in self.big),
+            tuple(map(self._shape, self.big)),
             len(self.small),
             len(self.leaf_of_row),
             tuple(leaf.whole for leaf in self.big if leaf.whole is not None),
         )
+
+    def _shape(self, leaf: Leaf) -> tuple[int, ...]:
+        """A big leaf's, as the rule sees it."""
+        by_axes = self.rule.scope == "tensor" and (self.rule.axes or leaf.whole is not None)
+        return tuple(leaf.shape) if by_axes else (leaf.size,)
 
     # --- memory
 
@@ -167,11 +171,14 @@ class Bucket:
 
     def _buffer(self, name: str, leaves: list[Leaf]) -> Buffer:
         """For the parameter or a slot of a big leaf, or of all small ones."""
-        shape: int | tuple[int, int] = (self.spec.rows, self.device.row)
+        shape: tuple[int, ...] = (self.spec.rows, self.device.row)
         if leaves is not self.small:
             [leaf] = leaves
             reals = 2 if leaf.dtype.is_complex else 1
-            shape = leaf.size if name == "param" else math.prod(leaf.state_shapes[name]) * reals
+            shape = self._shape(leaf)
+            if name != "param":
+                own = leaf.state_shapes[name]
+                shape = own if shape == tuple(leaf.shape) else (math.prod(own) * reals,)
         return self.device.buffer(shape, self.dtypes[name])
 
     def _adopt(self, leaves: list[Leaf]) -> Buffer | None:
@@ -179,7 +186,7 @@ class Bucket:
         leaf = leaves[0]
         if leaves is self.small or leaf.exchanged > 1:
             return None
-        found = self.device.adopt(leaf.local, (leaf.size,), self.dtype)
+        found = self.device.adopt(leaf.local, self._shape(leaf), self.dtype)
         if found is not None:
             leaf.home, leaf.address = None, address(leaf.local)
         return found
@@ -386,14 +393,3 @@ def _copy(pairs: Iterable[tuple[Any, Any]]) -> None:
             together.append((place, value))
     if together:
         torch._foreach_copy_(*map(list, zip(*together, strict=True)))  # type: ignore[attr-defined]
-
-
-_leaves_of_rows: weakref.WeakValueDictionary[Any, jax.Array] = weakref.WeakValueDictionary()
-
-
-def _leaf_of_row(device: Device, layout: Layout) -> Any:
-    """For each row its leaf: one array for all buckets with such rows."""
-    found = _leaves_of_rows.get((device, layout.rows))
-    if found is None:
-        found = _leaves_of_rows[device, layout.rows] = device.put(layout.leaf_of_row())
-    return found

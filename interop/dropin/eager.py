@@ -326,7 +326,7 @@ class Update:
     def _keep_big(self, i: int, is_active: bool, buffers: list[Tensor], grad: Tensor) -> Any:
         """In the leaf's shape, which its gradient has too, if it has one."""
         spec = self._spec
-        whole = spec.rule.scope == "tensor"
+        whole = spec.rule.scope == "tensor" and spec.rule.axes
         shapes = spec.buffer_shapes(spec.big[i]) if whole else [grad.shape] * len(spec.names)
         first = i * len(shapes)
         own = buffers[first : first + len(shapes)]

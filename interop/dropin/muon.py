@@ -135,7 +135,7 @@ class Orthogonalizing:
         rule: Any = self.spec.rule
         iterate = functools.partial(orthogonalize, **numbers, steps=rule.ns_steps, fused=rule.fused)
         if self.exchange is not None:
-            x = self.exchange([device.tensor(part).view(torch.bfloat16) for part in bits], iterate)
+            x = self.exchange([device.tensor(part).view(torch.bfloat16).view(-1) for part in bits], iterate)
         else:
             x = list(iterate(device.tensor(bits).view(torch.bfloat16).view(-1, *self.spec.big[0])))
         device.begin()  # torch's products have started its threads again

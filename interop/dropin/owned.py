@@ -126,18 +126,18 @@ class Owning:
         self, buffers: list[Array], grads: list[Any], table: Table, leaf_of_row: Array, found: dict[str, Any]
     ) -> list[Array]:
         device = self.spec.device
-        held = [device.shown(x) for x in buffers]
+        held = [device.shown(x).view(-1) for x in buffers]
         given = [device.shown(x if isinstance(x, jax.Array) else device.put(x)) for x in grads]
         wholes = self.there.gather([*held, *given])
         own = len(self.mine)
-        dtypes = [dtype for _, dtype in self.spec.dtypes] * own
-        of_grads = [self.spec.dtype] * own
-        arrays = [device.elements([x], d)[0] for x, d in zip(wholes, dtypes + of_grads, strict=True)]
+        n = len(self.spec.dtypes) * own
+        arrays = [device.array(x) for x in wholes[:n]]
+        grads = device.elements(wholes[n:], self.spec.dtype)
         device.begin()  # torch's copies have started its threads again
         rows = table.rows[self.mine]
-        out = self.program(arrays[: len(dtypes)], arrays[len(dtypes) :], rows, leaf_of_row, found)
+        out = self.program(arrays, grads, rows, leaf_of_row, found)
         device.after(out)
         shapes = [x.shape for x in wholes]
-        stepped = [device.tensor(x).view(shape) for x, shape in zip(out[: len(dtypes)], shapes, strict=False)]
+        stepped = [device.tensor(x).view(shape) for x, shape in zip(out[:n], shapes, strict=False)]
         self.back.scatter(stepped, held)
-        return [*buffers, *out[len(dtypes) :]]
+        return [*buffers, *out[n:]]

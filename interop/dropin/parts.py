@@ -215,10 +215,10 @@ class UpdateOfParts(Update):
         """Step, and what sums were asked for on the way."""
         spec, asked, out = self.spec, [Sums(x) for x in self._known(known)], []
         leaves, judged = self.leaves(*arguments)
-        for shape, whole, sums, leaf in zip(spec.big, spec.wholes, asked, leaves, strict=True):
-            inputs, average = self.in_shape(shape, *leaf)
+        for whole, sums, leaf in zip(spec.wholes, asked, leaves, strict=True):
+            inputs, average = self.before(*leaf)
             rule: Any = OnParts(spec.rule, whole, sums)
-            out += [x.reshape(-1) for x in self._after(step_leaf(rule, *inputs), average)]
+            out += self._after(step_leaf(rule, *inputs), average)
         return out + ([judged["norm"], judged["found_inf"]] if judged else []), asked
 
 

@@ -43,8 +43,10 @@ class Spec:
       rule: what is stepped.
       dtypes: the types of `param` and of each slot, in the order of a leaf's buffers.
       big: the shapes of the leaves with buffers of their own; (size,) where the rule does not ask for it.
-      n_small, rows: how many leaves share buffers, and those buffers' rows of `device.row` elements. They have two
-        axes from the first: reshaped in the program they would not be written in place.
+      n_small, rows: how many leaves share buffers, and those buffers' rows of `device.row` elements.
+
+    Buffers have these shapes from the first: what a program reshapes it does not write in place, but copies.
+
       wholes: where the rule looks at whole tensors, and leaves are parts of some, these.
     """
 
@@ -138,7 +140,7 @@ class Update:
     def arguments(self) -> tuple[Any, ...]:
         """What it takes, in shapes and types."""
         spec = self.spec
-        sizes = [[(math.prod(s),) for s in spec.buffer_shapes(shape)] for shape in spec.big]
+        sizes = [spec.buffer_shapes(shape) for shape in spec.big]
         sizes += [[(spec.rows, spec.device.row)] * len(spec.names)] * bool(spec.n_small)
         found: dict[str, Any] = {}
         if self.norms:
@@ -182,7 +184,12 @@ class Update:
         if spec.n_small:
             rows.append(table[split:][leaf_of_row][:, None])
         own = [buffers[i : i + n] for i in range(0, len(buffers), n)]
-        return list(zip(own, grads, rows, given or [{}] * len(rows), strict=True)), judged
+        grads = [x.reshape(leaf[0].shape) for x, leaf in zip(grads, own, strict=True)]
+        beside = [
+            {name: x.reshape(leaf[0].shape) if jnp.ndim(x) else x for name, x in of_leaf.items()}
+            for of_leaf, leaf in zip(given or [{}] * len(own), own, strict=True)
+        ]
+        return list(zip(own, grads, rows, beside, strict=True)), judged
 
     def before(self, buffers: Sequence[Array], grad: Array, row: Array, given: dict[str, Array]) -> Any:
         """The arguments of `step_leaf` after the rule; and the leaf's average, with the parameter's weight in it."""
@@ -214,22 +221,12 @@ class Update:
         step = jax.jit(one)
         return [x for leaf in leaves for x in step(*leaf)]
 
-    def in_shape(
-        self, shape: tuple[int, ...], buffers: Sequence[Array], grad: Array, row: Array, given: dict[str, Any]
-    ) -> Any:
-        """`before` of a leaf in its shape."""
-        shapes = self.spec.buffer_shapes(shape)
-        buffers = [x.reshape(s) for x, s in zip(buffers, shapes, strict=True)]
-        given = {name: x.reshape(shape) if jnp.ndim(x) else x for name, x in given.items()}
-        return self.before(buffers, grad.reshape(shape), row, given)
-
     def _step_tensors(self, leaves: list[Any]) -> list[Array]:
         if not leaves:  # as where each is another process's
             return []
-        shaped = [self.in_shape(shape, *leaf) for shape, leaf in zip(self.spec.big, leaves, strict=True)]
-        inputs, averages = zip(*shaped, strict=True)
+        inputs, averages = zip(*(self.before(*leaf) for leaf in leaves), strict=True)
         results = zip(step_leaves(self.spec.rule, inputs, separate=self.separates), averages, strict=True)
-        return [x.reshape(-1) for result, average in results for x in self._after(result, average)]
+        return [x for result, average in results for x in self._after(result, average)]
 
 
 @functools.lru_cache(maxsize=256)

@@ -68,6 +68,7 @@ class CautiousAdam(Adam):
     """Adam that takes only what of its momentum points as the gradient does: see `adamw`."""
 
     scope = "tensor"
+    axes = False
     real_only = True
 
     def chosen(self, exp_avg, grad):

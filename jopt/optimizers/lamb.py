@@ -26,6 +26,7 @@ class LAMB(Rule):
     tuples = {"betas": ("beta1", "beta2")}
     limits = Adam.limits
     scope = "tensor"
+    axes = False
     real_only = True
 
     def init(self, h, param):

@@ -31,6 +31,7 @@ class LARS(Rule):
         "eps": at_least_zero("Invalid epsilon value: {}"),
     }
     scope = "tensor"
+    axes = False
     real_only = True
 
     def init(self, h, param):

@@ -55,6 +55,7 @@ class CautiousLion(Lion):
     """Lion that takes only what points against the gradient."""
 
     scope = "tensor"
+    axes = False
 
     def chosen(self, direction, grad):
         return t.mul(direction, caution(direction, grad))
