@@ -11,6 +11,7 @@ import re
 import sys
 import time
 
+import jax
 import numpy as np
 import torch
 from jax.experimental import topologies
@@ -154,6 +155,7 @@ def configurations():
 
 
 def main(names):
+    jax.config.update("jax_platforms", "cpu")  # a plugin that looks for a GPU and finds none gives no compiler either
     memory.DEVICES[META] = Absent()
     found = {}
     for name, optimizer in configurations():

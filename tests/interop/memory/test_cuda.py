@@ -18,7 +18,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="the drop-in is for torch")
 
 import interop  # noqa: E402
-from benchmarks.ahead_of_time import ENVIRONMENT  # noqa: E402
 from interop import memory, optim  # noqa: E402
 from interop.memory import cuda, owned  # noqa: E402
 from tests import ROOT  # noqa: E402
@@ -224,7 +223,6 @@ def compiled():
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.cuda_programs"],
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
     )
