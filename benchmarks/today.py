@@ -36,12 +36,12 @@ ways), ADOPT and schedule-free AdamW 7, AdEMAMix 9, Adan 11, Prodigy 16 (5 of th
 For ResNet-50 an array is 102 MB. `torch._foreach_add_` on such arrays, which reads two and writes one, moves 74 GB/s
 on the machine of the table.
 
-- Lion, Adan, AdEMAMix, ADOPT and schedule-free AdamW in PyTorch move 51 to 65 GB/s: less time needs fewer bytes. ADOPT's
-  and schedule-free's authors need 2.3 times ours because their loops, too, are few operations.
+- Lion, Adan, AdEMAMix, ADOPT and schedule-free AdamW in PyTorch move 51 to 65 GB/s: less time needs fewer bytes.
+  The authors of ADOPT and schedule-free need 2.3 times ours because their loops, too, are few operations.
 - Prodigy moves 45 GB/s. The authors' loop reads as often: its sums are torch's dot products. The sums come first, for
   the update needs the new estimate of d.
 - LAMB and cautious AdamW sum what has roots and quotients before they can step (a norm, the share of signs). XLA on CPU
-  does not vectorize such a loop, so a few terms at a time are computed, then added; that is done by one thread a tensor.
+  does not vectorize such a loop, so a few terms at a time are computed, then added, by one thread a tensor.
   Then the update is computed again, in place.
 - Lion in JAX is one loop in optax too, over the same 5 arrays: there is nothing to gain.
 - SOAP: some 70 GFLOP of products a step. XLA's products are Eigen's, torch's are MKL's.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MASTER = "master"  # the slot of a leaf's float32 copy
 STACKED = 2**20  # elements that CPU steps at once; with more, no operation would find the result of the last in a cache
+NARROW = 64  # elements of an innermost axis, below which sums take long
 
 
 def init_leaf(rule: Rule, h: Scalars, param: Array, state_dtype: Any = None, *, master_copy: bool = False) -> LeafState:
@@ -143,11 +144,7 @@ def _arguments(
 
 @functools.partial(jax.jit, static_argnums=0)
 def leaf_sums(rule: Summed, *leaf: Any) -> dict[str, Array]:
-    """What a leaf as `step_leaf` takes it adds to the rule's sums, in its compute type; 0 if it is not active.
-
-    XLA on CPU sums the innermost axis by itself, which takes ten times as long where that has 1 or 3 elements. On other
-    platforms another shape would be a copy.
-    """
+    """What a leaf as `step_leaf` takes it adds to the rule's sums, in its compute type; 0 if it is not active."""
     c, grad, state, param, active, *rest = leaf
 
     def in_turn(arrays: tuple[Array, LeafState, Array]) -> dict[str, Array]:
@@ -158,11 +155,28 @@ def leaf_sums(rule: Summed, *leaf: Any) -> dict[str, Array]:
             sums = sums | {name: numerics.summed(leaf_terms(rule, c, grad, state, param, active, *rest)[name], None)}
         return sums
 
-    def as_vectors(arrays: tuple[Array, LeafState, Array]) -> dict[str, Array]:
-        return in_turn(jax.tree.map(jnp.ravel, arrays))
+    def joined(arrays: tuple[Array, LeafState, Array]) -> dict[str, Array]:
+        return in_turn(jax.tree.map(_joined, arrays))
 
-    sums = lax.platform_dependent((grad, state, param), cpu=as_vectors, default=in_turn)
+    arrays = grad, state, param
+    sums = lax.platform_dependent(arrays, cpu=joined, default=in_turn) if _is_narrow(param) else in_turn(arrays)
     return sums if active is None else {name: jnp.where(active, x, jnp.zeros_like(x)) for name, x in sums.items()}
+
+
+def _is_narrow(x: Array) -> bool:
+    """Whether XLA on CPU takes ten times as long for a sum of several arrays like x, whose innermost loop is too short.
+
+    So there the last axes are joined. On other platforms another shape would be a copy.
+    """
+    return x.ndim > 1 and x.shape[-1] < NARROW
+
+
+def _joined(x: Array) -> Array:
+    """x, its last axes joined until they have NARROW elements: no more, for one before may be divided on a mesh."""
+    axes = x.ndim - 1
+    while axes and math.prod(x.shape[axes:]) < NARROW:
+        axes -= 1
+    return x.reshape(*x.shape[:axes], math.prod(x.shape[axes:]))
 
 
 def leaf_terms(rule: Summed, c: Scalars, *leaf: Any) -> dict[str, Array]:

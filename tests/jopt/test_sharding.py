@@ -204,6 +204,18 @@ def check_sharded_parameters():
     assert found == [("all-gather", 6 * 96), ("all-to-all", 64 * 32), ("all-to-all", 64 * 32)]
 
 
+def check_sums_of_divided_parameters():
+    """Each device sums its part: nothing is gathered, also where CPU joins the last axes of a convolution's weight."""
+    at = {"outputs": P("data"), "inputs": P(None, "data"), "matrix": P("data", None)}
+    shapes = {"outputs": (32, 16, 3, 3), "inputs": (4, 64, 3, 3), "matrix": (64, 32)}
+    for axis in ("data", None):
+        ours, theirs, _, compiled = run_both(jopt.prodigy(), shapes, params_at=at, axis=axis)
+        both = [(params, in_one_number(state)) for params, state in (ours, theirs)]
+        assert_equal(*both, cases.FRONT_ENDS["float32"])
+        found = collectives(compiled.as_text())
+        assert {kind for kind, _ in found} == {"all-reduce"}, found
+
+
 def check_muon_divided():
     """Each matrix is iterated on one device; to it and back each device sends and gets what it has, and no more."""
     size = 64 * 32
